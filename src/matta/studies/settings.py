@@ -1,0 +1,51 @@
+"""Settings of the studies, apart from the studies so that `matta --help` need not load torch.
+
+Each field is an option of the command line; `metadata["help"]` is its line of help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from matta.errors import RunError
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RelevanceSettings:
+    """Settings of `matta study relevance`.
+
+    Example:
+        >>> RelevanceSettings(demo=True).num_seeds
+        2
+
+    Raises:
+        RunError: Fewer than two seeds (a confidence interval needs two), or both `quick` and `demo`.
+    """
+
+    quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
+    demo: bool = field(default=False, metadata={"help": "stored tuned settings instead of the search"})
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "fresh seeds for the final table (default: 5; --quick and --demo: 2)"},
+    )
+    out: Path | None = field(
+        default=None,
+        metadata={"help": "new folder for results (default: runs/relevance-<date>)", "metavar": "DIR"},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work together."""
+        if self.quick and self.demo:
+            raise RunError("quick and demo were both asked for; choose one of them")
+        if self.num_seeds < 2:
+            raise RunError(f"seeds={self.seeds}: expected at least 2, since a confidence interval needs two")
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the final table, the default resolved."""
+        if self.seeds is not None:
+            return self.seeds
+        return 2 if self.quick or self.demo else 5
