@@ -1,0 +1,38 @@
+"""The Python code of README and docs runs, block after block, as a reader would type it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    page
+    for page in (README, *sorted((ROOT / "docs").glob("*.md")))
+    if page.exists() and FENCE.search(page.read_text(encoding="utf-8"))
+]
+
+
+def code_of(page: Path) -> str:
+    """All Python blocks of a page, at their own line numbers, so that a traceback points into the page."""
+    text = page.read_text(encoding="utf-8")
+    lines = [""] * (text.count("\n") + 1)
+    for block in FENCE.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        body = block[1].splitlines()
+        lines[first : first + len(body)] = body
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_of(page), page.name, "exec"), {"__name__": page.stem})
+
+
+def test_the_readme_has_an_example() -> None:
+    assert README in PAGES
