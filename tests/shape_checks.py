@@ -23,11 +23,15 @@ def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def install(package: Path) -> None:
-    """Check the shapes of every module of `package` that imports jaxtyping, from now on."""
-    modules = [
+def modules_with_shapes(package: Path) -> list[str]:
+    """Full names of the modules of `package` that import jaxtyping."""
+    return [
         ".".join(file.relative_to(package.parent).with_suffix("").parts)
         for file in sorted(package.rglob("*.py"))
         if "from jaxtyping import" in file.read_text(encoding="utf-8")
     ]
-    jaxtyping.install_import_hook(modules, f"{__name__}.check_shapes")
+
+
+def install(package: Path) -> None:
+    """Check the shapes of every module of `package` that imports jaxtyping, from now on."""
+    jaxtyping.install_import_hook(modules_with_shapes(package), f"{__name__}.check_shapes")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+
 import jaxtyping
 import pytest
 import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from shape_checks import check_shapes
+import matta
+from shape_checks import check_shapes, modules_with_shapes
+
+MODULES = modules_with_shapes(Path(matta.__file__).parent)
 
 
 @jaxtyped(typechecker=check_shapes)
@@ -30,3 +36,12 @@ def test_wrong_arguments_are_seen() -> None:
 def test_wrong_results_are_seen() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         product(torch.ones(2, 3), torch.ones(3, 4), scale=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_matta_are_checked(name: str) -> None:
+    assert type(import_module(name).__loader__).__module__.startswith("jaxtyping")
+
+
+def test_losses_have_shapes() -> None:
+    assert "matta.losses" in MODULES
