@@ -1,0 +1,87 @@
+"""The first-order steps that Shampoo is grafted to, and that embeddings and vectors get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder:
+    """A first-order optimizer over lists of contiguous tensors of one type and device.
+
+    `move(targets, gradients, states, lr, group)` updates the states, whose "step" counts this step already,
+    and moves the targets by `lr` times the optimizer's step. Weight decay is left to the caller.
+    """
+
+    state_names: tuple[str, ...]
+    has_momentum: bool
+    decays: bool
+    move: Callable[[list[Tensor], list[Tensor], list[State], float, Mapping[str, Any]], None]
+
+
+def _move_adam(
+    targets: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    lr: float,
+    group: Mapping[str, Any],
+) -> None:
+    torch._fused_adam_(
+        targets,
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        lr=lr,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _move_adagrad(
+    targets: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    lr: float,
+    group: Mapping[str, Any],
+) -> None:
+    squares = [state["sum"] for state in states]
+    torch._foreach_addcmul_(squares, gradients, gradients)
+    roots = list(torch._foreach_sqrt(squares))
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_addcdiv_(targets, gradients, roots, value=-lr)
+
+
+def _move_sgd(
+    targets: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    lr: float,
+    group: Mapping[str, Any],
+) -> None:
+    beta: float = group["betas"][0]
+    averages = [state["exp_avg"] for state in states]
+    torch._foreach_lerp_(averages, gradients, weight=1.0 - beta)
+    for target, average, state in zip(targets, averages, states, strict=True):
+        target.add_(average, alpha=-lr / (1.0 - beta ** float(state["step"])))
+
+
+GRAFTS: Mapping[str, FirstOrder] = {
+    "adam": FirstOrder(
+        state_names=("exp_avg", "exp_avg_sq"), has_momentum=True, decays=True, move=_move_adam
+    ),
+    "adagrad": FirstOrder(state_names=("sum",), has_momentum=False, decays=False, move=_move_adagrad),
+    "sgd": FirstOrder(state_names=("exp_avg",), has_momentum=True, decays=True, move=_move_sgd),
+}

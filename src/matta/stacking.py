@@ -1,0 +1,203 @@
+"""Matrices cut into equal blocks; blocks of one shape from all parameters stacked, to be worked on at once.
+
+Shape suffixes: B blocks in a stack, M rows and N columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from matta.firstorder import FirstOrder
+from matta.preconditioner import Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How a matrix is cut into equal blocks, padded with zeros where they do not come out even.
+
+    Example:
+        >>> grid = Grid.of(5, 4, block_size=3)
+        >>> grid.num_blocks, grid.block_shape, grid.padded
+        (4, (3, 2), True)
+        >>> matrix = torch.arange(20.0).view(5, 4)
+        >>> bool((grid.join(grid.cut(matrix)) == matrix).all())
+        True
+    """
+
+    shape: tuple[int, int]
+    counts: tuple[int, int]
+    block_shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows: int, columns: int, *, block_size: int) -> Grid:
+        """The fewest equal blocks with no side over `block_size`."""
+        down, across = -(-rows // block_size), -(-columns // block_size)
+        return cls(
+            shape=(rows, columns),
+            counts=(down, across),
+            block_shape=(-(-rows // down), -(-columns // across)),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the matrix is cut into."""
+        return self.counts[0] * self.counts[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether the blocks cover more than the matrix."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        return (down * rows, across * columns) != self.shape
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """The blocks as (down, across, M, N): a view of the matrix unless it needs padding."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        if self.padded:
+            matrix = F.pad(matrix, (0, across * columns - self.shape[1], 0, down * rows - self.shape[0]))
+        return matrix.view(down, rows, across, columns).transpose(1, 2)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """The matrix of blocks (down, across, M, N), without the padding."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        matrix = blocks.transpose(1, 2).reshape(down * rows, across * columns)
+        return matrix[: self.shape[0], : self.shape[1]]
+
+
+class Member:
+    """One parameter of a stack, and the views that it has of the stack's tensors."""
+
+    def __init__(self, parameter: Tensor, grid: Grid, blocks: slice) -> None:
+        self.parameter = parameter
+        self.grid = grid
+        self.blocks = blocks
+        self.gradient = torch.empty(0)
+        self.scratch = torch.empty(0)
+        self.state: dict[str, Tensor] = {}
+
+    def load_gradient(self) -> None:
+        """Copies the gradient's blocks into the stack."""
+        assert self.parameter.grad is not None
+        blocks = self.grid.cut(self.parameter.grad.reshape(self.grid.shape))
+        self.gradient.view(*self.grid.counts, *self.grid.block_shape).copy_(blocks)
+
+    def move(self, update_BMN: Tensor, weight_decay: float) -> None:
+        """Decays the parameter and adds the blocks of an update to it."""
+        if weight_decay:
+            self.parameter.mul_(1.0 - weight_decay)
+        blocks = update_BMN[self.blocks].view(*self.grid.counts, *self.grid.block_shape)
+        if self.grid.padded or not self.parameter.is_contiguous():
+            self.parameter.add_(self.grid.join(blocks).reshape(self.parameter.shape))
+        else:
+            self.grid.cut(self.parameter.view(self.grid.shape)).add_(blocks)
+
+
+class Stack:
+    """Blocks of one shape with their gradients, graft state and factors, each as one tensor.
+
+    The optimizer's `state[parameter]` holds views of these tensors; values found there (a loaded state) are
+    taken over.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[Tensor, Grid]],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        graft: FirstOrder,
+        dtype: torch.dtype,
+    ) -> None:
+        self.graft = graft
+        self.members: list[Member] = []
+        num_blocks = 0
+        for parameter, grid in parameters:
+            self.members.append(Member(parameter, grid, slice(num_blocks, num_blocks + grid.num_blocks)))
+            num_blocks += grid.num_blocks
+        self.gradient = torch.zeros(
+            num_blocks, *parameters[0][1].block_shape, dtype=dtype, device=parameters[0][0].device
+        )
+        self.scratch = torch.zeros_like(self.gradient)
+        self.averages = {name: torch.zeros_like(self.gradient) for name in graft.state_names}
+        rows, columns = self.gradient.shape[1:]
+        self.left = Factors.zeros(num_blocks, rows, self.gradient) if rows > 1 else None
+        self.right = Factors.zeros(num_blocks, columns, self.gradient) if columns > 1 else None
+        self.active: list[Member] = []
+        for member in self.members:
+            self._share(member, state[member.parameter])
+
+    @property
+    def factors(self) -> list[Factors]:
+        """Those of sides longer than 1: the root of a 1x1 factor is a number, which grafting takes out."""
+        return [each for each in (self.left, self.right) if each is not None]
+
+    def load_gradients(self) -> None:
+        """Takes the gradients of the members that have one; the others sit out this step."""
+        self.active = [member for member in self.members if member.parameter.grad is not None]
+        for member in self.active:
+            member.load_gradient()
+        if self.active:
+            torch._foreach_add_([member.state["step"] for member in self.active], 1.0)
+
+    def update_factors(self, *, decay: float, weight: float) -> None:
+        """L becomes decay * L + weight * G Gᵀ, and R with Gᵀ G."""
+        spans = [member.blocks for member in self.active]
+        if len(spans) == len(self.members):
+            spans = [slice(0, len(self.gradient))]
+        for blocks in spans:
+            if self.left is not None:
+                self.left.update(self.gradient, blocks, decay=decay, weight=weight)
+            if self.right is not None:
+                self.right.update(self.gradient.mT, blocks, decay=decay, weight=weight)
+
+    def graft_lengths(self, group: Mapping[str, Any]) -> Tensor:
+        """Advances the graft's state and gives the length of its step on each block."""
+        self.scratch.zero_()
+        self.graft.move(
+            [member.scratch for member in self.active],
+            [member.gradient for member in self.active],
+            [member.state for member in self.active],
+            1.0,
+            group,
+        )
+        return torch.linalg.vector_norm(self.scratch, dim=(1, 2))
+
+    def move(self, group: Mapping[str, Any]) -> None:
+        """Moves the active members along the preconditioned direction by the graft's length."""
+        if not self.active:
+            return
+        lengths = self.graft_lengths(group)
+        update = self._direction()
+        # a block without any gradient yet has the length 0 / 0
+        scales = (lengths / torch.linalg.vector_norm(update, dim=(1, 2))).nan_to_num_(0.0, posinf=0.0)
+        scales.mul_(-group["lr"])
+        torch.mul(update, scales[:, None, None], out=self.gradient)
+        for member in self.active:
+            member.move(self.gradient, group["lr"] * group["weight_decay"])
+
+    def _direction(self) -> Tensor:
+        update = self.averages["exp_avg"] if self.graft.has_momentum else self.gradient
+        if self.left is not None:
+            update = torch.bmm(self.left.roots, update, out=self.scratch)
+        if self.right is not None:
+            spare = self.gradient if update is self.scratch else self.scratch
+            update = torch.bmm(update, self.right.roots, out=spare)
+        return update
+
+    def _share(self, member: Member, state: dict[str, Tensor]) -> None:
+        """Points a parameter's state at its part of the stack, after copying what it holds."""
+        tensors = dict(self.averages)
+        for side, factors in (("left", self.left), ("right", self.right)):
+            if factors is not None:
+                tensors |= {side: factors.statistics, f"{side}_root": factors.roots}
+        for name, tensor in tensors.items():
+            part = tensor[member.blocks]
+            if name in state:
+                part.copy_(state[name])
+            state[name] = part
+        state.setdefault("step", torch.zeros((), device=self.gradient.device))
+        member.state = state
+        member.gradient, member.scratch = self.gradient[member.blocks], self.scratch[member.blocks]
