@@ -147,8 +147,6 @@ class Axis:
             return ":"
         if self.is_leading:
             return f":{self.student_size}"
-        if len(set(self.segments)) == 1 and len(self.segments) > 1:
-            return f"{len(self.segments)}x({_factors(self.segments[0])})"
         return "+".join(f"({_factors(segment)})" for segment in self.segments)
 
 
@@ -216,13 +214,15 @@ class Layout:
         parts = self.axes.get(axis, 1)
         if not isinstance(parts, int):
             found = Axis(parts)
+        elif parts == 1:
+            found = Axis.plain(student, ta)
         elif student % parts or ta % parts:
             raise LayoutError(
                 f"axis {axis} is {student} long in the Student and {ta} in the TA: "
                 f"not {parts} equal segments in both; declare Layout.concat([(student, ta), ...], axis={axis})"
             )
         else:
-            found = Axis((Segment((student // parts,), (ta // parts,)),) * parts)
+            found = Axis((Segment((parts, student // parts), (parts, ta // parts)),))
         if (found.student_size, found.ta_size) != (student, ta):
             raise LayoutError(
                 f"axis {axis} is laid out as {found.student_size} of {found.ta_size}, "

@@ -1,0 +1,106 @@
+"""Which growing axes shapes alone cannot place, so that the user has to say what they are.
+
+An axis that grows from a to b is understood when what feeds it, or what it feeds, grows from a to b
+as well. An output without such an input is fused (query, key and value in one matrix) or cut up; an
+input without such an output is several vectors one after the other. Taking the leading part of
+either would run, and pick the wrong rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from matta.errors import NestingError
+from matta.layout import Axis
+from matta.plan import Placement
+from matta.tables import ATTENTION_NAMES, axis_role
+
+Growth = tuple[tuple[int, int], ...]
+"""The factors of a segment that grow, as pairs (Student's size, TA's size)."""
+
+_FEEDS = {"out": ("in", "unknown"), "in": ("out", "embedding", "unknown")}
+
+
+def growths(axis: Axis) -> list[Growth]:
+    """How the segments of an axis grow; segments that do not are left out."""
+    found = []
+    for segment in axis.segments:
+        pairs = zip(segment.student, segment.ta, strict=True)
+        found.append(tuple(pair for pair in pairs if pair[0] != pair[1]))
+    return [growth for growth in found if growth]
+
+
+def refuse_ambiguous_axes(
+    student: nn.Module, ta: nn.Module, placements: Iterable[Placement], declared: set[str]
+) -> None:
+    """Refuse the growing plain axes for which nothing in the model says that they are plain.
+
+    Raises:
+        NestingError: with the parameter, its axis, and what to declare.
+    """
+    matrices = [each for each in placements if len(each.axes) > 1]
+    roles: dict[Growth, set[str]] = {}
+    for each in matrices:
+        for axis, growth, role in _growing(student, each):
+            roles.setdefault(growth, set()).add(role)
+    for each in matrices:
+        for axis, growth, role in _growing(student, each):
+            if each.student in declared or not _is_plain(each.axes[axis]):
+                continue
+            if role in _FEEDS and not roles[growth] & set(_FEEDS[role]):
+                raise NestingError(_message(each, axis, role))
+            _refuse_heads(student, ta, each, axis)
+
+
+def _growing(student: nn.Module, placement: Placement) -> Iterable[tuple[int, Growth, str]]:
+    path, _, leaf = placement.student.rpartition(".")
+    owner = student.get_submodule(path)
+    for axis, found in enumerate(placement.axes):
+        for growth in growths(found):
+            yield axis, growth, axis_role(owner, leaf, axis)
+
+
+def _is_plain(axis: Axis) -> bool:
+    return len(axis.segments) == 1 and len(axis.segments[0].ta) == 1
+
+
+def _message(placement: Placement, axis: int, role: str) -> str:
+    sizes = f"{placement.axes[axis].student_size} to {placement.axes[axis].ta_size}"
+    pattern = placement.student
+    if role == "out":
+        return (
+            f"{pattern} grows from {sizes} on its output axis {axis}, but no input of the Student grows so: its output "
+            f"is cut up or fused (as query, key and value are); declare the number of segments, "
+            f"layouts={{{pattern!r}: 3}}, or 1 if it is one plain vector, or pass example=batch to have it probed"
+        )
+    return (
+        f"{pattern} grows from {sizes} on its input axis {axis}, but no output of the Student grows so: its input is "
+        f"several vectors one after the other, or flattened; declare them in order, layouts={{{pattern!r}: "
+        f"matta.Layout.concat([(student, ta), ...], axis={axis})}}, or 1 if the Student's part is the leading one, "
+        f"or pass example=batch to have it probed"
+    )
+
+
+def _refuse_heads(student: nn.Module, ta: nn.Module, placement: Placement, axis: int) -> None:
+    """Refuse an axis that is split into as many heads as before, each of them wider."""
+    path = placement.student.rpartition(".")[0].rpartition(".")[0]
+    ta_path = placement.ta.rpartition(".")[0].rpartition(".")[0]
+    heads = _num_heads(student.get_submodule(path)), _num_heads(ta.get_submodule(ta_path))
+    sizes = placement.axes[axis].student_size, placement.axes[axis].ta_size
+    if None in heads or any(size % count for size, count in zip(sizes, heads, strict=True)):  # type: ignore[operator]
+        return
+    dims = [size // count for size, count in zip(sizes, heads, strict=True)]  # type: ignore[operator]
+    if dims[0] != dims[1] and placement.axes[axis].ta_size != placement.axes[axis].student_size:
+        raise NestingError(
+            f"{placement.student} grows from {sizes[0]} to {sizes[1]} on axis {axis}, in a module with {heads[0]} heads "
+            f"in the Student and {heads[1]} in the TA: if the axis is split into heads, declare layouts="
+            f"{{{placement.student!r}: matta.Layout.factors([({heads[0]}, {heads[1]}), ({dims[0]}, {dims[1]})], "
+            f"axis={axis})}}; if it is one plain vector, declare 1; or pass example=batch to have it probed"
+        )
+
+
+def _num_heads(module: nn.Module) -> int | None:
+    values = [getattr(module, name, None) for name in ATTENTION_NAMES["heads"]]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)

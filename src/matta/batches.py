@@ -1,0 +1,63 @@
+"""What a batch is, and how a module is called on one.
+
+A batch is a mapping, whose `labels` are the target while the rest goes to the module as keyword
+arguments, or a pair (inputs, labels) with inputs a tensor or a tuple of positional arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from matta.errors import LabelError
+
+Batch = Mapping[str, Any] | tuple[Any, Any] | list[Any]
+
+
+def split_labels(batch: Batch) -> tuple[Any, Any]:
+    """The inputs and the labels of a batch; labels are None where a mapping has none.
+
+    Raises:
+        LabelError: the batch is neither a mapping nor a pair.
+
+    Example:
+        >>> split_labels({"x": 1, "labels": 2})
+        ({'x': 1}, 2)
+    """
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != "labels"}, batch.get("labels")
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise LabelError(
+        f"received a batch of type {type(batch).__name__}{size}; expected a mapping with 'labels', "
+        f"or a pair (inputs, labels) with inputs a tensor or a tuple of tensors"
+    )
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """What `module` returns on the inputs of a batch."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    if isinstance(inputs, tuple | list):
+        return module(*inputs)
+    return module(inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a module returned: a tensor, or an object or mapping with `logits`.
+
+    Raises:
+        LabelError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise LabelError(
+        f"the module returned {type(output).__name__} without logits; expected a tensor of logits, "
+        f"or an object with .logits; wrap the module in one that returns its logits"
+    )

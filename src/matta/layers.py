@@ -1,0 +1,132 @@
+"""Depth M-nesting: which blocks of the Teaching Assistant hold the Student's (section 3.2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import final
+
+from torch import nn
+
+from matta.errors import NestingError
+
+Layers = Mapping[str, str | Sequence[int]]
+
+
+@final
+@dataclass(frozen=True)
+class LayerMap:
+    """A module list of the Student: its path in both modules, and the TA's index of each block."""
+
+    student: str
+    ta: str
+    indices: tuple[int, ...]
+    num_ta: int
+
+
+def place_layers(rule: str | Sequence[int], num_student: int, num_ta: int) -> tuple[int, ...]:
+    """The TA's indices of the Student's blocks.
+
+    "first" and "last" take blocks from one end, "ends" half from each, "even" spreads them over
+    the whole; an explicit list names them.
+
+    Raises:
+        NestingError: the Student has more blocks, or the list does not fit.
+
+    Example:
+        >>> [place_layers(rule, 3, 5) for rule in ("first", "last", "even", "ends")]
+        [(0, 1, 2), (2, 3, 4), (0, 2, 4), (0, 1, 4)]
+    """
+    if num_student > num_ta:
+        raise NestingError(f"the Student has {num_student} blocks and the TA only {num_ta}; give the TA more")
+    if not isinstance(rule, str):
+        return _explicit(tuple(rule), num_student, num_ta)
+    head = num_student - num_student // 2
+    rules = {
+        "first": range(num_student),
+        "last": range(num_ta - num_student, num_ta),
+        "ends": [*range(head), *range(num_ta - num_student // 2, num_ta)],
+        "even": [round(i * (num_ta - 1) / max(num_student - 1, 1)) for i in range(num_student)],
+    }
+    if rule not in rules:
+        raise NestingError(
+            f"received {rule!r}; expected 'first', 'last', 'even', 'ends', or a list of indices"
+        )
+    return tuple(rules[rule])
+
+
+def _explicit(indices: tuple[int, ...], num_student: int, num_ta: int) -> tuple[int, ...]:
+    wanted = len(indices) == num_student and all(0 <= i < num_ta for i in indices)
+    if not wanted or list(indices) != sorted(set(indices)):
+        raise NestingError(
+            f"received the indices {list(indices)}; expected {num_student} of 0 to {num_ta - 1}, each once, rising"
+        )
+    return indices
+
+
+def translate(name: str, maps: Sequence[LayerMap]) -> str:
+    """The TA's name of a Student's module or parameter.
+
+    Example:
+        >>> translate("h.1.weight", [LayerMap("h", "h", (0, 3), 4)])
+        'h.3.weight'
+    """
+    by_path = {each.student: each.indices for each in maps}
+    seen: list[str] = []
+    translated: list[str] = []
+    for part in name.split(".") if name else []:
+        indices = by_path.get(".".join(seen))
+        translated.append(part if indices is None else str(indices[int(part)]))
+        seen.append(part)
+    return ".".join(translated)
+
+
+def map_layers(
+    student: nn.Module, ta: nn.Module, layers: Layers, shared: Iterable[str]
+) -> tuple[list[LayerMap], set[str]]:
+    """The maps of all module lists that hold shared parameters, and the patterns that matched.
+
+    Raises:
+        NestingError: lists of different lengths without a rule, or a rule that does not fit.
+    """
+    prefixes = {".".join(name.split(".")[:i]) for name in shared for i in range(name.count(".") + 1)}
+    maps: list[LayerMap] = []
+    matched: set[str] = set()
+    for path, module in student.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or not _numbered(module):
+            continue
+        patterns = [pattern for pattern in layers if fnmatchcase(path, pattern)]
+        matched.update(patterns)
+        other = _counterpart(ta, translate(path, maps), module)
+        if other is None or (path not in prefixes and not patterns):
+            continue
+        rule = layers[patterns[0]] if patterns else None
+        maps.append(
+            LayerMap(path, translate(path, maps), _indices(path, rule, len(module), len(other)), len(other))
+        )
+    return maps, matched
+
+
+def _numbered(module: nn.ModuleList | nn.Sequential) -> bool:
+    return [name for name, _ in module.named_children()] == [str(i) for i in range(len(module))]
+
+
+def _counterpart(ta: nn.Module, path: str, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    try:
+        other = ta.get_submodule(path)
+    except AttributeError:
+        return None
+    return other if isinstance(other, nn.ModuleList | nn.Sequential) else None
+
+
+def _indices(path: str, rule: str | Sequence[int] | None, num_student: int, num_ta: int) -> tuple[int, ...]:
+    if rule is None and num_student != num_ta:
+        raise NestingError(
+            f"{path or 'the module'} has {num_student} blocks in the Student and {num_ta} in the TA; which of the "
+            f"TA's hold the Student's is yours to say: layers={{{path!r}: 'first' | 'last' | 'even' | 'ends' | [indices]}}"
+        )
+    try:
+        return place_layers("first" if rule is None else rule, num_student, num_ta)
+    except NestingError as error:
+        raise NestingError(f"layers={{{path!r}: {rule!r}}}: {error}") from None

@@ -1,0 +1,71 @@
+"""The three losses of MatTA (Eq. 1-3): all of them cross-entropies, in nats.
+
+Rows that are ignored do not count in the mean; a batch in which every row is ignored gives zero.
+Losses are computed in float32 at least, whatever the type of the logits.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+
+def log_probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
+    """Log-softmax over the last axis, in float32 at least."""
+    return functional.log_softmax(at_least_float32(logits), dim=-1)
+
+
+def at_least_float32(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`logits` in a type that losses can be summed in."""
+    return logits if logits.dtype.itemsize >= 4 else logits.float()
+
+
+def hard_cross_entropy(
+    log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], ignore_index: int
+) -> Float[Tensor, ""]:
+    """Eq. 1 and 2 for labels that are classes, averaged over the rows that are not ignored."""
+    total = functional.nll_loss(log_probs, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def soft_cross_entropy(
+    log_probs: Float[Tensor, "rows classes"],
+    probs: Float[Tensor, "rows classes"],
+    kept: Bool[Tensor, " rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """Eq. 1 and 2 for labels that are probabilities, and Eq. 3, averaged over the rows kept.
+
+    Example:
+        >>> import torch
+        >>> half = torch.full((1, 2), 0.5)
+        >>> round(soft_cross_entropy(half.log(), half).item(), 4)
+        0.6931
+    """
+    rows = -(probs * log_probs).sum(-1)
+    if kept is None:
+        return rows.mean()
+    return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+
+
+def binary_cross_entropy(logits: Float[Tensor, " rows"], probs: Float[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """Eq. 1-3 for two classes and one logit, that of the positive class."""
+    return functional.binary_cross_entropy_with_logits(logits, probs)
+
+
+def distillation_loss(
+    student_logits: Float[Tensor, "batch classes"],
+    ta_logits: Float[Tensor, "batch classes"],
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the Student against the TA, in nats.
+
+    Eq. 3, averaged over the batch. The TA side is detached (section 3.1); weights shared with the
+    Student still move.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> round(distillation_loss(z, z).item(), 4)
+        0.6931
+    """
+    return soft_cross_entropy(log_probabilities(student_logits), log_probabilities(ta_logits).exp().detach())

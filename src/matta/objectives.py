@@ -1,0 +1,254 @@
+"""What the models are trained for: how logits and labels of a batch become the three losses.
+
+Every objective takes hard labels (classes) and soft ones (probabilities), and leaves out ignored
+positions: hard labels equal to `ignore_index`, soft ones with that value in all of the row.
+Labels are checked on every batch on a CPU; on an accelerator, where a check would make the host
+wait, on the first batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from matta.errors import LabelError
+from matta.losses import (
+    at_least_float32,
+    binary_cross_entropy,
+    hard_cross_entropy,
+    log_probabilities,
+    soft_cross_entropy,
+)
+
+_SUM_TOLERANCE = 1e-2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each."""
+
+    students: tuple[Tensor, ...]
+    ta: Tensor
+    distill: tuple[Tensor, ...]
+
+
+class Objective(ABC):
+    """How logits and labels become losses; subclass it for an objective of your own."""
+
+    @abstractmethod
+    def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
+        """Eq. 1 of each Student, Eq. 2, and Eq. 3 of each Student against the TA.
+
+        Raises:
+            LabelError: logits of different shapes, or labels that do not fit them.
+        """
+
+    @abstractmethod
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """Eq. 1 of one model: what it is trained on alone.
+
+        Raises:
+            LabelError: labels that do not fit the logits.
+        """
+
+    @abstractmethod
+    def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """Soft labels from a Teacher's logits; positions that `labels` ignores stay ignored."""
+
+
+def require_same_shape(students: Sequence[Tensor], ta: Tensor) -> None:
+    """Refuse logits of different shapes.
+
+    Raises:
+        LabelError: a Student's logits differ in shape from the TA's.
+    """
+    for logits in students:
+        if logits.shape != ta.shape:
+            raise LabelError(
+                f"the Student's logits have shape {tuple(logits.shape)} and the TA's {tuple(ta.shape)}; expected the "
+                f"same: both must have the same classes and positions"
+            )
+
+
+@final
+class Binary(Objective):
+    """One logit an example, for the probability of the positive class (a click, a late flight).
+
+    Logits of shape (batch) or (batch, 1). Labels of either shape: 0 or 1, or probabilities.
+    """
+
+    def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
+        require_same_shape(students, ta)
+        probs = self._labels(ta, labels)
+        ta_logits = self._rows(ta)
+        soft = ta_logits.detach().sigmoid()
+        rows = [self._rows(logits) for logits in students]
+        return Losses(
+            students=tuple(binary_cross_entropy(logits, probs) for logits in rows),
+            ta=binary_cross_entropy(ta_logits, probs),
+            distill=tuple(binary_cross_entropy(logits, soft) for logits in rows),
+        )
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return binary_cross_entropy(self._rows(logits), self._labels(logits, labels))
+
+    def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        return self._rows(logits).sigmoid()
+
+    @staticmethod
+    def _rows(logits: Tensor) -> Tensor:
+        if logits.ndim > 2 or (logits.ndim == 2 and logits.shape[1] != 1):
+            raise LabelError(
+                f"the logits have shape {tuple(logits.shape)}; expected (batch) or (batch, 1) for Binary; for several "
+                f"classes use Classification"
+            )
+        return at_least_float32(logits.reshape(-1))
+
+    def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        rows = labels.reshape(-1)
+        if rows.shape[0] != logits.shape[0] or labels.ndim > 2:
+            raise LabelError(
+                f"the labels have shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}; expected one "
+                f"label for each example"
+            )
+        rows = rows.to(torch.promote_types(logits.dtype, torch.float32))
+        _check(self, rows, _refuse_improbable)
+        return rows
+
+
+@final
+class Classification(Objective):
+    """One of C classes for each example or position.
+
+    Logits of shape (..., classes). Labels: integers of shape (...), or probabilities of shape
+    (..., classes).
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
+        require_same_shape(students, ta)
+        targets, kept = self._targets(ta, labels)
+        ta_log_probs = log_probabilities(ta.flatten(0, -2))
+        soft = ta_log_probs.detach().exp()
+        log_probs = [log_probabilities(logits.flatten(0, -2)) for logits in students]
+        return Losses(
+            students=tuple(self._cross_entropy(each, targets, kept) for each in log_probs),
+            ta=self._cross_entropy(ta_log_probs, targets, kept),
+            distill=tuple(soft_cross_entropy(each, soft, kept) for each in log_probs),
+        )
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets, kept = self._targets(logits, labels)
+        return self._cross_entropy(log_probabilities(logits.flatten(0, -2)), targets, kept)
+
+    def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        probs = log_probabilities(logits).exp()
+        if labels is None or labels.is_floating_point():
+            return probs
+        return probs.masked_fill((labels == self.ignore_index).unsqueeze(-1), self.ignore_index)
+
+    def _cross_entropy(self, log_probs: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
+        if targets.is_floating_point():
+            return soft_cross_entropy(log_probs, targets, kept)
+        return hard_cross_entropy(log_probs, targets, self.ignore_index)
+
+    def _targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The labels as rows, and which rows count (None: all)."""
+        expected = logits.shape if labels.is_floating_point() else logits.shape[:-1]
+        if logits.ndim < 2 or labels.shape != expected:
+            raise LabelError(
+                f"the labels are {labels.dtype} of shape {tuple(labels.shape)} and the logits of shape "
+                f"{tuple(logits.shape)}; expected integers of shape {tuple(logits.shape[:-1])}, or probabilities of "
+                f"shape {tuple(logits.shape)}"
+            )
+        if labels.is_floating_point():
+            probs = labels.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+            kept = (probs != self.ignore_index).any(-1)
+            _check(self, probs[kept], _refuse_improbable_rows)
+            return probs, kept
+        targets = labels.reshape(-1).long()
+        kept = targets != self.ignore_index
+        _check(self, targets.where(kept, 0), lambda rows: _refuse_out_of_range(rows, logits.shape[-1]))
+        return targets, kept
+
+
+@final
+class CausalLM(Objective):
+    """The next token of each position.
+
+    Logits of shape (batch, time, vocabulary). Labels: the tokens themselves, (batch, time), as
+    Transformers takes them (position t predicts label t + 1), or probabilities of the token at
+    each position, (batch, time, vocabulary).
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self._classes = Classification(ignore_index)
+        self.ignore_index = ignore_index
+
+    def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
+        require_same_shape(students, ta)
+        shifted = self._shifted(ta, labels)
+        return self._classes.losses([logits[:, :-1] for logits in students], ta[:, :-1], shifted)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._classes.cross_entropy(logits[:, :-1], self._shifted(logits, labels))
+
+    def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        tail = None if labels is None else labels[:, 1:]
+        probs = self._classes.teach(logits[:, :-1], tail)
+        first = torch.full_like(probs[:, :1], self.ignore_index)
+        return torch.cat([first, probs], dim=1)
+
+    @staticmethod
+    def _shifted(logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.ndim != 3 or labels.shape[:2] != logits.shape[:2]:
+            raise LabelError(
+                f"the labels have shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}; expected "
+                f"(batch, time) and (batch, time, vocabulary)"
+            )
+        return labels[:, 1:]
+
+
+def _check(objective: Objective, rows: Tensor, refuse) -> None:  # type: ignore[no-untyped-def]
+    seen = getattr(objective, "_has_checked", False)
+    if rows.numel() and (rows.device.type == "cpu" or not seen) and not torch.compiler.is_compiling():
+        objective._has_checked = True  # type: ignore[attr-defined]
+        refuse(rows.detach())
+
+
+def _refuse_improbable(probs: Tensor) -> None:
+    low, high = torch.aminmax(probs)
+    if not (low >= 0 and high <= 1):
+        raise LabelError(
+            f"the labels lie between {float(low):.4g} and {float(high):.4g}; expected 0 or 1, or probabilities between "
+            f"them; scale or clip the labels, and look for NaN in them"
+        )
+
+
+def _refuse_improbable_rows(probs: Tensor) -> None:
+    _refuse_improbable(probs)
+    error = float((probs.sum(-1) - 1).abs().max())
+    if not error <= _SUM_TOLERANCE:
+        raise LabelError(
+            f"a row of the soft labels sums to 1 with an error of {error:.4g}; expected probabilities that sum to 1; "
+            f"are they logits? take their softmax"
+        )
+
+
+def _refuse_out_of_range(labels: Tensor, num_classes: int) -> None:
+    low, high = torch.aminmax(labels)
+    if low < 0 or high >= num_classes:
+        wrong = int(low) if low < 0 else int(high)
+        raise LabelError(
+            f"a label is {wrong}; expected 0 to {num_classes - 1}, as the logits have {num_classes} classes, or the "
+            f"ignore_index of the objective"
+        )

@@ -1,0 +1,373 @@
+"""Check a nesting by running it.
+
+Axes are matched by size, and a fused axis of the right size still runs when it is cut in the wrong
+places. The probe leaves only the Student's slices in a copy of the TA, sets all else to zero, and
+compares what that copy computes with what the Student computes on the same weights: they are equal
+when every slice is the right one. Weights are drawn at random for it, since a bias of zeros would
+hide its layout.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from matta.batches import Batch, call, logits_of, split_labels
+from matta.errors import LayoutError, ProbeError
+from matta.layers import LayerMap
+from matta.layout import Axis, Layout
+from matta.plan import Placement, Plan
+from matta.slicing import is_live, materialize
+from matta.tables import axis_role, output_axis
+
+_TOLERANCE = 1e-4
+_SEED = 20250523
+
+
+def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) -> None:
+    """Check the nesting of one Student; see `matta.probe`.
+
+    Raises:
+        ProbeError: the two computations differ, or the modules have no weights (meta device).
+    """
+    if any(parameter.is_meta for parameter in ta.parameters()):
+        raise ProbeError("the TA is on the meta device and cannot be run; probe it once its weights are there")
+    inputs = _double(split_labels(example)[0])
+    pair = _Pair(student, ta, plan, inputs)
+    found = pair.compare(plan.placements)
+    if found is None:
+        return
+    mended, changes = _mend(pair, plan, found)
+    raise ProbeError(_message(found, mended, changes))
+
+
+@final
+@dataclass(frozen=True)
+class Difference:
+    """The first module, in the order of execution, whose outputs differ, and by how much."""
+
+    order: int
+    module: str
+    error: float
+
+
+@final
+class _Pair:
+    """Copies of both modules on random weights, ready to be compared under any placements."""
+
+    def __init__(self, student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any) -> None:
+        self.inputs = inputs
+        self.plan = plan
+        self.student = _random(materialize(student) if is_live(student) else copy.deepcopy(student))
+        self.ta = copy.deepcopy(ta).double().eval()
+        for layer_map in plan.layers:
+            _keep_blocks(self.ta, layer_map)
+        self.expected, self.trace = _run(self.student, inputs, {})
+
+    def compare(self, placements: Mapping[str, Placement]) -> Difference | None:
+        """The first difference under these placements; None if there is none."""
+        ta = copy.deepcopy(self.ta)
+        _plant(self.student, ta, placements, self.plan.private)
+        _copy_scales(self.student, ta)
+        _narrow_norms(self.student, ta, placements)
+        positions = _output_positions(self.student, placements)
+        try:
+            with _StudentScales(self.trace.scales):
+                actual, trace = _run(ta, self.inputs, positions)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ProbeError(f"the TA does not run on the example: {error}") from error
+        for order, (name, expected) in enumerate(self.trace.outputs):
+            found = trace.by_name().get(name)
+            if name in positions and found is not None and _error(expected, found) > _TOLERANCE:
+                return Difference(order, name, _error(expected, found))
+        error = _error(self.expected, actual)
+        return Difference(len(self.trace.outputs), "the logits", error) if error > _TOLERANCE else None
+
+
+@final
+class _Trace:
+    """What leaf modules returned, in order, and the scales of attention that was called."""
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[str, Tensor]] = []
+        self.scales: list[float] = []
+
+    def by_name(self) -> dict[str, Tensor]:
+        return dict(reversed(self.outputs))
+
+
+def _run(module: nn.Module, inputs: Any, positions: Mapping[str, Sequence[int]]) -> tuple[Tensor, _Trace]:
+    trace = _Trace()
+
+    def hook(name: str) -> Any:
+        def record(part: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and first.is_floating_point():
+                trace.outputs.append((name, _narrowed(first.detach(), positions.get(name))))
+
+        return record
+
+    handles = [part.register_forward_hook(hook(name)) for name, part in module.named_modules() if _is_leaf(part)]
+    try:
+        with _StudentScales(trace.scales, record=True):
+            return logits_of(call(module, inputs)).detach(), trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _narrowed(tensor: Tensor, positions: Sequence[int] | None) -> Tensor:
+    """The Student's channels of an output; it is the last axis that reaches so far, or the second."""
+    if not positions:
+        return tensor
+    dim = -1 if tensor.shape[-1] > max(positions) else 1
+    return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    error = float((expected - found).abs().max()) if expected.numel() else 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    return error / max(scale, 1e-12) if error == error else float("inf")
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: _double(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_double(each) for each in value)
+    return value
+
+
+@torch.no_grad()
+def _random(module: nn.Module) -> nn.Module:
+    """The module in float64 and eval mode, its weights moved at random about where they are."""
+    module = module.double().eval()
+    generator = torch.Generator().manual_seed(_SEED)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+        width = parameter[0].numel() if parameter.ndim > 1 else 16
+        parameter.add_(noise / max(width, 1) ** 0.5)
+    return module
+
+
+def _keep_blocks(ta: nn.Module, layer_map: LayerMap) -> None:
+    """Leave the Student's blocks alone in a module list; lists further out were cut before."""
+    blocks = ta.get_submodule(layer_map.student)
+    for index in reversed(range(layer_map.num_ta)):
+        if index not in layer_map.indices:
+            del blocks[index]  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], private: Sequence[str]) -> None:
+    """Zero in all of the TA but the Student's slices, which get the Student's weights."""
+    for parameter in ta.parameters():
+        parameter.zero_()
+    named = dict(student.named_parameters(remove_duplicate=False))
+    for name, placement in placements.items():
+        put(ta.get_parameter(name), named[name], placement.axes)
+    for name in private:
+        try:
+            target = ta.get_parameter(name)
+            axes = tuple(map(Axis.plain, named[name].shape, target.shape))
+        except (AttributeError, LayoutError):
+            continue
+        put(target, named[name], axes)
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
+    """Write the Student's parameter into its slice of the TA's."""
+    index = torch.meshgrid(*(torch.tensor(axis.positions()) for axis in axes), indexing="ij") if axes else ()
+    target[tuple(each.to(target.device) for each in index)] = value.to(target.dtype)
+
+
+def _copy_scales(student: nn.Module, ta: nn.Module) -> None:
+    """Numbers that follow from a width, such as the scale of attention, become the Student's."""
+    for name, part in student.named_modules():
+        other = _submodule(ta, name)
+        for attribute, value in vars(part).items() if other is not None else ():
+            if isinstance(value, float) and isinstance(vars(other).get(attribute), float):
+                setattr(other, attribute, value)
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _narrow_norms(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> None:
+    """Norms of the TA see the Student's channels alone: statistics over a larger width are others."""
+    for name, part in list(student.named_modules()):
+        axis = _channels(name, part, ta, placements)
+        if axis is not None and axis.grows:
+            path, _, leaf = name.rpartition(".")
+            setattr(ta.get_submodule(path), leaf, _OnSlice(part, axis))
+
+
+def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> Axis | None:
+    own = dict(part.named_parameters(recurse=False))
+    if any(True for _ in part.children()) or any(parameter.ndim > 1 for parameter in own.values()):
+        return None
+    for leaf, parameter in own.items():
+        if parameter.ndim == 1 and f"{name}.{leaf}" in placements:
+            return placements[f"{name}.{leaf}"].axes[0]
+    sizes = [getattr(module, "normalized_shape", None) for module in (part, _submodule(ta, name))]
+    if not own and all(isinstance(size, tuple) and len(size) == 1 for size in sizes):
+        return Axis.plain(sizes[0][0], sizes[1][0])  # type: ignore[index]
+    return None
+
+
+@final
+class _OnSlice(nn.Module):
+    """The Student's module on the Student's channels of a wider input; zeros in the others."""
+
+    def __init__(self, module: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        self.module = module
+        self.size = axis.ta_size
+        self.positions = torch.tensor(axis.positions())
+
+    def forward(self, wide: Tensor, *args: Any) -> Tensor:
+        dim = -1 if wide.shape[-1] == self.size else 1
+        positions = self.positions.to(wide.device)
+        narrow: Tensor = self.module(wide.index_select(dim, positions), *args)
+        return torch.zeros_like(wide).index_copy(dim, positions, narrow.to(wide.dtype))
+
+
+@final
+class _StudentScales(TorchFunctionMode):
+    """Attention without a scale takes it from its width: record the Student's, or impose them."""
+
+    def __init__(self, scales: list[float], *, record: bool = False) -> None:
+        super().__init__()
+        self.scales, self.record, self.calls = scales, record, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is nn.functional.multi_head_attention_forward:
+            with self:
+                return func(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            if self.record:
+                query = args[0] if args else kwargs["query"]
+                self.scales.append(query.shape[-1] ** -0.5)
+            elif self.calls < len(self.scales):
+                kwargs["scale"] = self.scales[self.calls]
+            self.calls += 1
+        return func(*args, **kwargs)
+
+
+def _output_positions(student: nn.Module, placements: Mapping[str, Placement]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, placement in placements.items():
+        path, _, leaf = name.rpartition(".")
+        owner = student.get_submodule(path)
+        if not placement.axes or isinstance(owner, nn.RNNBase) or path in found:
+            continue
+        roles = [axis_role(owner, leaf, axis) for axis in range(len(placement.axes))]
+        if len(placement.axes) == 1 or "out" in roles or "embedding" in roles:
+            found[path] = placement.axes[output_axis(owner, leaf, len(placement.axes))].positions()
+    return found
+
+
+def _mend(pair: _Pair, plan: Plan, first: Difference) -> tuple[bool, dict[str, str]]:
+    """Layouts of equal segments that make the probe pass, or at least get further; found by trying."""
+    placements, changes, at = dict(plan.placements), dict[str, str](), first
+    for _ in range(4):
+        best: tuple[Difference | None, dict[str, Placement], str, str] | None = None
+        for pattern, what, tried in _candidates(pair.student, placements):
+            found = pair.compare(tried)
+            if found is None:
+                return True, {**changes, pattern: what}
+            if found.order > (at if best is None or best[0] is None else best[0]).order:
+                best = (found, tried, pattern, what)
+        if best is None or best[0] is None:
+            return False, changes
+        at, placements = best[0], best[1]
+        changes[best[2]] = best[3]
+    return False, changes
+
+
+def _candidates(
+    student: nn.Module, placements: Mapping[str, Placement]
+) -> Iterator[tuple[str, str, dict[str, Placement]]]:
+    """Other placements: a family of parameters (the same in every block) cut in 2, 3, 4 segments."""
+    families: dict[str, list[str]] = {}
+    for name, placement in placements.items():
+        if placement.grows and len(placement.axes) > 1:
+            families.setdefault(_pattern(name), []).append(name)
+    for pattern, names in families.items():
+        first = placements[names[0]]
+        for axis, shape in enumerate(first.axes):
+            if not shape.grows:
+                continue
+            owner, leaf = student.get_submodule(names[0].rpartition(".")[0]), names[0].rpartition(".")[2]
+            is_output = axis == output_axis(owner, leaf, len(first.axes))
+            for count in (1, 2, 3, 4, 6, 8):
+                tried = _recut(student, placements, names, axis, count, is_output)
+                if tried is not None:
+                    yield pattern, str(count) if is_output else f"matta.Layout.equal({count}, axis={axis})", tried
+
+
+def _recut(
+    student: nn.Module,
+    placements: Mapping[str, Placement],
+    names: Sequence[str],
+    axis: int,
+    count: int,
+    is_output: bool,
+) -> dict[str, Placement] | None:
+    tried = dict(placements)
+    for name in names:
+        targets = [(name, axis)]
+        bias = f"{name.rpartition('.')[0]}.bias"
+        if is_output and bias in placements:
+            targets.append((bias, 0))
+        for target, dim in targets:
+            axes = list(placements[target].axes)
+            try:
+                axes[dim] = Layout.equal(count, dim).resolve(dim, axes[dim].student_size, axes[dim].ta_size)
+            except LayoutError:
+                return None
+            tried[target] = replace(placements[target], axes=tuple(axes))
+    return None if tried == placements else tried
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _message(found: Difference, mended: bool, changes: Mapping[str, str]) -> str:
+    what = (
+        f"with all but the Student's slices zeroed, the TA differs from the Student from {found.module} on "
+        f"(relative error {found.error:.2g})"
+    )
+    if changes:
+        remedy = ", ".join(f"{pattern!r}: {layout}" for pattern, layout in changes.items())
+        return f"{what}; an axis is cut wrongly; declare layouts={{{remedy}}}" + (
+            ", with which they agree" if mended else ", which gets further but does not suffice alone"
+        )
+    return (
+        f"{what}; an axis that feeds it is fused or in another order: declare it with layouts={{...}} (matta.Layout), "
+        f"take matta.trace_layouts(student, ta, example), or nest without example if the two models differ by design "
+        f"(a scale or norm of their own width, a router over more experts)"
+    )
+
+
