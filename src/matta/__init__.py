@@ -29,7 +29,7 @@ _DEFINED_IN: dict[str, str | None] = {
     "narrow": "submodels",
     "nest": "nesting",
     "objectives": None,
-    "probe": "probing",
+    "probe": "nesting",
     "recalibrate": "extraction",
     "save": "checkpoints",
     "trace_layouts": "tracing",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from matta.layout import Layout as Layout
     from matta.nesting import Nested as Nested
     from matta.nesting import nest as nest
-    from matta.probing import probe as probe
+    from matta.nesting import probe as probe
     from matta.schedule import Ramp as Ramp
     from matta.schedule import Weights as Weights
     from matta.shampoo import Shampoo as Shampoo
