@@ -25,11 +25,14 @@ _DEFINED_IN: dict[str, str | None] = {
     "extract": "extraction",
     "fit": "fitting",
     "grow": "growing",
+    "layer_names": "submodels",
+    "live": "submodels",
     "load": "checkpoints",
     "narrow": "submodels",
     "nest": "nesting",
     "objectives": None,
     "probe": "nesting",
+    "random_sub_model": "submodels",
     "recalibrate": "extraction",
     "save": "checkpoints",
     "trace_layouts": "tracing",
@@ -58,7 +61,10 @@ if TYPE_CHECKING:
     from matta.schedule import Weights as Weights
     from matta.shampoo import Shampoo as Shampoo
     from matta.submodels import SubModel as SubModel
+    from matta.submodels import layer_names as layer_names
+    from matta.submodels import live as live
     from matta.submodels import narrow as narrow
+    from matta.submodels import random_sub_model as random_sub_model
     from matta.submodels import wide as wide
     from matta.submodels import wide_narrow_wide as wide_narrow_wide
     from matta.tracing import trace_layouts as trace_layouts

@@ -43,7 +43,7 @@ def refuse_ambiguous_axes(
     matrices = [each for each in placements if len(each.axes) > 1]
     roles: dict[Growth, set[str]] = {}
     for each in matrices:
-        for axis, growth, role in _growing(student, each):
+        for _, growth, role in _growing(student, each):
             roles.setdefault(growth, set()).add(role)
     for each in matrices:
         for axis, growth, role in _growing(student, each):
@@ -92,10 +92,10 @@ def _refuse_heads(student: nn.Module, ta: nn.Module, placement: Placement, axis:
     if None in heads or any(size % count for size, count in zip(sizes, heads, strict=True)):  # type: ignore[operator]
         return
     dims = [size // count for size, count in zip(sizes, heads, strict=True)]  # type: ignore[operator]
-    if dims[0] != dims[1] and placement.axes[axis].ta_size != placement.axes[axis].student_size:
+    if dims[0] != dims[1]:
         raise NestingError(
-            f"{placement.student} grows from {sizes[0]} to {sizes[1]} on axis {axis}, in a module with {heads[0]} heads "
-            f"in the Student and {heads[1]} in the TA: if the axis is split into heads, declare layouts="
+            f"{placement.student} grows from {sizes[0]} to {sizes[1]} on axis {axis}, in a module with {heads[0]} "
+            f"heads in the Student and {heads[1]} in the TA: if the axis is split into heads, declare layouts="
             f"{{{placement.student!r}: matta.Layout.factors([({heads[0]}, {heads[1]}), ({dims[0]}, {dims[1]})], "
             f"axis={axis})}}; if it is one plain vector, declare 1; or pass example=batch to have it probed"
         )

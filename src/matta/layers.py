@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import final
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from matta.errors import NestingError
 
@@ -50,9 +51,7 @@ def place_layers(rule: str | Sequence[int], num_student: int, num_ta: int) -> tu
         "even": [round(i * (num_ta - 1) / max(num_student - 1, 1)) for i in range(num_student)],
     }
     if rule not in rules:
-        raise NestingError(
-            f"received {rule!r}; expected 'first', 'last', 'even', 'ends', or a list of indices"
-        )
+        raise NestingError(f"received {rule!r}; expected 'first', 'last', 'even', 'ends', or a list of indices")
     return tuple(rules[rule])
 
 
@@ -77,7 +76,7 @@ def translate(name: str, maps: Sequence[LayerMap]) -> str:
     translated: list[str] = []
     for part in name.split(".") if name else []:
         indices = by_path.get(".".join(seen))
-        translated.append(part if indices is None else str(indices[int(part)]))
+        translated.append(part if indices is None or not part.isdigit() else str(indices[int(part)]))
         seen.append(part)
     return ".".join(translated)
 
@@ -94,37 +93,39 @@ def map_layers(
     maps: list[LayerMap] = []
     matched: set[str] = set()
     for path, module in student.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or not _numbered(module):
+        if not is_module_list(module):
             continue
         patterns = [pattern for pattern in layers if fnmatchcase(path, pattern)]
         matched.update(patterns)
-        other = _counterpart(ta, translate(path, maps), module)
+        other = _counterpart(ta, translate(path, maps))
         if other is None or (path not in prefixes and not patterns):
             continue
         rule = layers[patterns[0]] if patterns else None
-        maps.append(
-            LayerMap(path, translate(path, maps), _indices(path, rule, len(module), len(other)), len(other))
-        )
+        num_student, num_ta = (len(list(each.children())) for each in (module, other))
+        maps.append(LayerMap(path, translate(path, maps), _indices(path, rule, num_student, num_ta), num_ta))
     return maps, matched
 
 
-def _numbered(module: nn.ModuleList | nn.Sequential) -> bool:
+def is_module_list(module: nn.Module) -> bool:
+    """Whether a module is a list of blocks: a ModuleList or Sequential with numbers for names."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(module, ParametrizationList):
+        return False
     return [name for name, _ in module.named_children()] == [str(i) for i in range(len(module))]
 
 
-def _counterpart(ta: nn.Module, path: str, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+def _counterpart(ta: nn.Module, path: str) -> nn.Module | None:
     try:
         other = ta.get_submodule(path)
     except AttributeError:
         return None
-    return other if isinstance(other, nn.ModuleList | nn.Sequential) else None
+    return other if is_module_list(other) else None
 
 
 def _indices(path: str, rule: str | Sequence[int] | None, num_student: int, num_ta: int) -> tuple[int, ...]:
     if rule is None and num_student != num_ta:
         raise NestingError(
-            f"{path or 'the module'} has {num_student} blocks in the Student and {num_ta} in the TA; which of the "
-            f"TA's hold the Student's is yours to say: layers={{{path!r}: 'first' | 'last' | 'even' | 'ends' | [indices]}}"
+            f"{path or 'the module'} has {num_student} blocks in the Student and {num_ta} in the TA; say which "
+            f"of the TA's hold the Student's: layers={{{path!r}: 'first' | 'last' | 'even' | 'ends' | [indices]}}"
         )
     try:
         return place_layers("first" if rule is None else rule, num_student, num_ta)

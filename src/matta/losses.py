@@ -16,7 +16,7 @@ def log_probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, 
     return functional.log_softmax(at_least_float32(logits), dim=-1)
 
 
-def at_least_float32(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def at_least_float32(logits: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """`logits` in a type that losses can be summed in."""
     return logits if logits.dtype.itemsize >= 4 else logits.float()
 

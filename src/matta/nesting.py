@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from matta.ambiguity import refuse_ambiguous_axes
 from matta.batches import Batch
 from matta.errors import LayoutError, NestingError
-from matta.layers import LayerMap, Layers, map_layers, translate
+from matta.layers import Layers, is_module_list, map_layers, translate
 from matta.layout import Axis, Layout
 from matta.plan import Placement, Plan, describe, slices
 from matta.probing import probe_pair
@@ -136,6 +136,28 @@ def nest(
     return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
 
 
+def nested_from_plans(students: Sequence[nn.Module], ta: nn.Module, plans: Sequence[Plan]) -> Nested:
+    """Nest modules by plans that were made before, as a checkpoint does.
+
+    Raises:
+        NestingError: a plan does not fit the modules.
+    """
+    for student, plan in zip(students, plans, strict=True):
+        named = dict(student.named_parameters(remove_duplicate=False))
+        if set(named) != {*plan.placements, *plan.private}:
+            wrong = min(set(named) ^ {*plan.placements, *plan.private})
+            raise NestingError(f"the plan does not fit the Student: {wrong} is in only one of them")
+        for name, placement in plan.placements.items():
+            target = _ta_parameter(name, placement.ta, ta)
+            sizes = tuple(axis.student_size for axis in placement.axes), tuple(axis.ta_size for axis in placement.axes)
+            if sizes != (tuple(named[name].shape), tuple(target.shape)):
+                raise NestingError(
+                    f"the plan does not fit: {name} is planned as {sizes[0]} of {sizes[1]}, and is "
+                    f"{tuple(named[name].shape)} of {tuple(target.shape)}"
+                )
+    return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
+
+
 @final
 class Rules:
     """What the user declared, and which of it has matched something."""
@@ -202,13 +224,13 @@ def _plan(student: nn.Module, ta: nn.Module, rules: Rules, *, probed: bool) -> P
     maps, found = map_layers(student, ta, rules.layers, shared)
     for pattern in found:
         rules.used("layers", pattern)
-    rules.seen("layers", _abbreviated(each.student for each in _lists(student)) or "no module lists")
+    rules.seen("layers", _abbreviated(_lists(student)) or "no module lists")
     placements = {}
     declared: set[str] = set()
     for name in shared:
         layout, by_user = _layout(student, name, rules)
         placements[name] = _place(name, translate(name, maps), student, ta, layout)
-        if by_user:
+        if by_user or _is_known(placements[name], student, ta):
             declared.add(name)
     placements = _tie(named, placements)
     _refuse_overlaps(named, ta, placements)
@@ -217,10 +239,10 @@ def _plan(student: nn.Module, ta: nn.Module, rules: Rules, *, probed: bool) -> P
     return Plan(placements, tuple(private), tuple(maps))
 
 
-def _lists(student: nn.Module) -> Iterator[LayerMap]:
+def _lists(student: nn.Module) -> Iterator[str]:
     for path, module in student.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            yield LayerMap(path, path, tuple(range(len(module))), len(module))
+        if is_module_list(module):
+            yield path
 
 
 def _abbreviated(names: Iterable[str], most: int = 12) -> str:
@@ -294,10 +316,11 @@ def _ta_parameter(name: str, ta_name: str, ta: nn.Module) -> nn.Parameter:
     try:
         return ta.get_parameter(ta_name)
     except AttributeError:
+        others = dict(ta.named_parameters(remove_duplicate=False))
         raise NestingError(
             f"the Student's {name} would live in the TA's {ta_name}, which does not exist; the TA has: "
-            f"{_nearest(ta_name, dict(ta.named_parameters(remove_duplicate=False)))}; build the TA from the same class, or "
-            f"keep the parameter apart with private=[{name!r}]"
+            f"{_nearest(ta_name, others)}; build the TA from the same class, "
+            f"or keep the parameter apart with private=[{name!r}]"
         ) from None
 
 
@@ -338,6 +361,15 @@ def _from_table(
         if layout is not None:
             return layout
     return None
+
+
+def _is_known(placement: Placement, student: nn.Module, ta: nn.Module) -> bool:
+    """Whether the table of known classes speaks of a parameter, be it to say that it is plain."""
+    sizes = [(axis.student_size, axis.ta_size) for axis in placement.axes]
+    names = placement.student, placement.ta
+    return any(
+        _from_table(*names, student, ta, i, size) is not None for i, size in enumerate(sizes) if size[0] < size[1]
+    )
 
 
 def _tie(named: Mapping[str, Tensor], placements: Mapping[str, Placement]) -> dict[str, Placement]:

@@ -85,7 +85,9 @@ def _counts(ta: nn.Module, plan: Plan, private: Mapping[str, Tensor]) -> Iterato
     own = sum(private[name].numel() for name in plan.private if name in private)
     total = sum(parameter.numel() for parameter in ta.parameters())
     yield f"Student: {shared + own:,} parameters, {shared:,} shared with the TA, {own:,} private"
-    yield f"TA: {total:,} parameters, {total - shared:,} beyond the Student's; {total / max(shared + own, 1):.2f}x the Student"
+    ratio = total / max(shared + own, 1)
+    yield f"TA: {total:,} parameters, {total - shared:,} beyond the Student's; {ratio:.2f}x the Student"
     for each in plan.layers:
         if each.num_ta != len(each.indices):
-            yield f"{each.student or 'the module'}: {len(each.indices)} blocks in the TA's {each.num_ta}: {list(each.indices)}"
+            where = f"{len(each.indices)} blocks in the TA's {each.num_ta}: {list(each.indices)}"
+            yield f"{each.student or 'the module'}: {where}"

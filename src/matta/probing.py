@@ -86,8 +86,8 @@ class _Pair:
             found = trace.by_name().get(name)
             if name in positions and found is not None and _error(expected, found) > _TOLERANCE:
                 return Difference(order, name, _error(expected, found))
-        error = _error(self.expected, actual)
-        return Difference(len(self.trace.outputs), "the logits", error) if error > _TOLERANCE else None
+        distance = _error(self.expected, actual)
+        return Difference(len(self.trace.outputs), "the logits", distance) if distance > _TOLERANCE else None
 
 
 @final
@@ -369,5 +369,3 @@ def _message(found: Difference, mended: bool, changes: Mapping[str, str]) -> str
         f"take matta.trace_layouts(student, ta, example), or nest without example if the two models differ by design "
         f"(a scale or norm of their own width, a router over more experts)"
     )
-
-

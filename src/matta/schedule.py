@@ -59,7 +59,7 @@ class Ramp:
         return min((step - self.start) / self.steps, 1.0) if self.steps else 1.0
 
     def at_tensor(self, step: Tensor) -> Tensor:
-        """The same for a step counted on a device, without waiting for the device."""
+        """The same for a step counted on a device, in float64, without waiting for the device."""
         if not self.steps:
-            return (step >= self.start).float()
-        return ((step - self.start).float() / self.steps).clamp(0.0, 1.0)
+            return (step >= self.start).double()
+        return ((step - self.start).double() / self.steps).clamp(0.0, 1.0)

@@ -96,9 +96,7 @@ def _refuse_hidden_parameters(path: str, module: nn.Module) -> None:
     for attribute, value in module.__dict__.items():
         if attribute in ("_parameters", "_buffers", "_modules"):
             continue
-        parts = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        )
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         if any(isinstance(part, nn.Parameter) for part in (value, *parts)):
             raise NestingError(
                 f"{path or type(module).__name__} keeps parameters in its attribute {attribute!r}, where they "
@@ -111,20 +109,37 @@ def is_live(module: nn.Module) -> bool:
     return _SLICES in module.__dict__
 
 
-def materialize(module: nn.Module) -> nn.Module:
-    """A plain copy of a live module: of its classes, with weights of its own, tied as they were."""
+def slices_of(module: nn.Module) -> dict[str, LiveSlice]:
+    """What the parameters of a live module read, by name; private ones are left out."""
+    return {
+        f"{path}.{name}" if path else name: live
+        for path, part in module.named_modules()
+        for name, live in part.__dict__.get(_SLICES, {}).items()
+    }
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A plain copy of a live module's structure: its classes and buffers, nothing where slices were."""
     memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
     made = copy.deepcopy(module, memo)
-    tied: dict[Any, nn.Parameter] = {}
-    for part, plain in zip(module.modules(), made.modules(), strict=True):
+    for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]
         del plain.__dict__[_SLICES]
-        for name, live in part.__dict__[_SLICES].items():
-            if live.key not in tied:
-                tied[live.key] = live.own()
-            plain._parameters[name] = tied[live.key]
-        if isinstance(plain, nn.RNNBase):
-            plain._flat_weights = [getattr(plain, name, None) for name in plain._flat_weights_names]
+    return made
+
+
+def materialize(module: nn.Module) -> nn.Module:
+    """A plain copy of a live module: of its classes, with weights of its own, tied as they were."""
+    made = skeleton(module)
+    tied: dict[Any, nn.Parameter] = {}
+    for name, live in slices_of(module).items():
+        if live.key not in tied:
+            tied[live.key] = live.own()
+        path, _, leaf = name.rpartition(".")
+        made.get_submodule(path)._parameters[leaf] = tied[live.key]
+    for part in made.modules():
+        if isinstance(part, nn.RNNBase):
+            part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
     return made
 
 
@@ -146,7 +161,9 @@ def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[s
 
 def _read(name: str) -> Callable[[nn.Module], Tensor]:
     def read(self: nn.Module) -> Tensor:
-        live: LiveSlice = self.__dict__[_SLICES][name]
+        live: LiveSlice | None = self.__dict__[_SLICES].get(name)
+        if live is None:  # while it is being copied
+            raise AttributeError(name)
         return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
 
     return read
@@ -181,7 +198,7 @@ def _named_parameters(
 
 
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-    super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)
+    super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
     for name in self.__dict__[_SLICES]:
         tensor = getattr(self, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()

@@ -132,8 +132,22 @@ SIZES: Final[dict[str, dict[str, int]]] = {
     "Conv3d": {"out_channels": 0, "in_channels": 1},
     "Embedding": {"num_embeddings": 0, "embedding_dim": 1},
     "EmbeddingBag": {"num_embeddings": 0, "embedding_dim": 1},
+    "BatchNorm1d": {"num_features": 0},
+    "BatchNorm2d": {"num_features": 0},
+    "BatchNorm3d": {"num_features": 0},
+    "LayerNorm": {"normalized_shape": 0},
+    "RMSNorm": {"normalized_shape": 0},
+    "GroupNorm": {"num_channels": 0},
+    "PReLU": {"num_parameters": 0},
 }
 """The attributes that repeat the size of an axis of the weight, by class."""
+
+
+LAYER_INDICES: Final[tuple[str, ...]] = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+"""The attributes under which a block knows its place in the stack."""
+
+DEPTHS: Final[tuple[str, ...]] = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""The names under which a config states how many layers there are."""
 
 
 def _row(table: dict[str, Any], module: nn.Module) -> Any:
@@ -158,9 +172,12 @@ def size_attributes(owner: nn.Module) -> dict[str, int] | None:
     return found
 
 
-def known_layout(
-    student: nn.Module, ta: nn.Module, name: str, axis: int, sizes: tuple[int, int]
-) -> Layout | None:
+def is_patchable(owner: nn.Module) -> bool:
+    """Whether a module can be built at any mixture of widths by cutting its parameters."""
+    return not any(True for _ in owner.children()) and size_attributes(owner) is not None
+
+
+def known_layout(student: nn.Module, ta: nn.Module, name: str, axis: int, sizes: tuple[int, int]) -> Layout | None:
     """The layout of an axis of parameter `name` below `student`, where its class is in the table.
 
     `sizes` are the axis's lengths in the Student and in the TA.
@@ -170,11 +187,12 @@ def known_layout(
             parts = axes.get(axis, ("rest",))
             parts = parts if isinstance(parts, list) else [parts]
             both = [
-                [_factors(module, part, size) for part in parts] for module, size in zip((student, ta), sizes)
+                [_factors(module, part, size) for part in parts]
+                for module, size in zip((student, ta), sizes, strict=True)
             ]
             if any(factors is None for found in both for factors in found):
                 return None
-            return Layout({axis: tuple(Segment(s, t) for s, t in zip(*both, strict=True))})  # type: ignore[arg-type]
+            return Layout({axis: tuple(Segment(s, t) for s, t in zip(*both, strict=True))})
     return None
 
 

@@ -78,7 +78,8 @@ def _silence_extra_blocks(ta: nn.Module, layer_map: LayerMap, example: Batch | N
         if not found and example is None:
             raise NestingError(
                 f"warm_start cannot make the extra block {path} ({type(block).__name__}) an identity: none of its "
-                f"modules is a known output projection ({', '.join(_OUTPUT_PROJECTIONS)}); pass example=batch to find them"
+                f"modules is a known output projection ({', '.join(_OUTPUT_PROJECTIONS)}); pass example=batch to "
+                f"find them"
             )
         for parameter in found:
             torch.nn.init.zeros_(parameter)

@@ -1,0 +1,212 @@
+"""Save a nesting and load it again: a folder with weights (safetensors) and a description (JSON).
+
+Nothing is pickled. A folder is written under another name and then moved into place, so that a
+reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from matta.errors import CheckpointError, NestingError
+from matta.layers import LayerMap
+from matta.layout import Axis, Segment
+from matta.nesting import Nested, nested_from_plans
+from matta.plan import Placement, Plan
+
+WEIGHTS: Final = "nested.safetensors"
+DESCRIPTION: Final = "nested.json"
+FORMAT: Final = "matta.nested"
+VERSION: Final = 1
+
+
+def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
+    """Write the TA, the Students' own parameters, all buffers and the plans into the folder `path`.
+
+    An earlier nesting at `path` is replaced as a whole.
+
+    Raises:
+        CheckpointError: `path` is something else than a saved nesting.
+    """
+    target = Path(path)
+    if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in _tensors(nested).items()}, made / WEIGHTS)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "digest": _digest(made / WEIGHTS),
+            "students": [_plan_to_json(plan) for plan in nested.plans],
+        }
+        (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        made.chmod(0o755)
+        _move(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
+    """Load a saved nesting: `load(path, nested)`, or `load(path, student, ta)` with fresh modules.
+
+    With a `Nested` its weights are overwritten; it must be nested as the saved one. With fresh
+    modules, the Student (or all Students) and then the TA, the saved plan nests them: no layouts or
+    layers need to be declared again. The TA given becomes `nested.ta` and takes the saved weights.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or something else, or does not fit the
+            modules; they are then as they were.
+    """
+    folder = Path(path)
+    description = _read_description(folder)
+    plans = _read_plans(folder, description)
+    tensors = _read_weights(folder, description)
+    if len(modules) == 1 and isinstance(modules[0], Nested):
+        nested = modules[0]
+        if nested.plans != plans:
+            raise CheckpointError(
+                f"{folder} holds another nesting than the one given: {_first_difference(nested, plans)}"
+            )
+    elif len(modules) == len(plans) + 1:
+        nested = _nest_fresh(folder, modules, plans)
+    else:
+        raise CheckpointError(
+            f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
+            f"load(path, student, ..., ta)"
+        )
+    _check_fit(folder, tensors, _tensors(nested))
+    nested.load_state_dict(tensors, strict=False)
+    return nested
+
+
+def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan, ...]) -> Nested:
+    try:
+        return nested_from_plans(modules[:-1], modules[-1], plans)
+    except NestingError as error:
+        raise CheckpointError(f"{folder} does not fit the modules: {error}") from None
+
+
+def _tensors(nested: Nested) -> dict[str, Tensor]:
+    """The state by name, each tensor once: of tied names the first."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in nested.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def _move(made: Path, target: Path) -> None:
+    """Put a finished folder in place of an earlier one."""
+    if not target.exists():
+        made.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / "old")
+    try:
+        made.rename(target)
+    except OSError:
+        (old / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds no saved nesting: {error.strerror} ({DESCRIPTION})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; take another copy of the folder") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / DESCRIPTION} was not written by matta.save; expected format {FORMAT!r}")
+    if description.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder} was saved in version {description.get('version')!r}; this matta reads version {VERSION}"
+        )
+    return description
+
+
+def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...]:
+    try:
+        return tuple(_plan_from_json(plan) for plan in description["students"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION} is damaged: {error!r}; take another copy of the folder"
+        ) from None
+
+
+def _read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        if _digest(path) != description.get("digest"):
+            raise CheckpointError(
+                f"{path} is damaged: its digest is not the one saved; take another copy of the folder"
+            )
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; take another copy of the folder") from None
+
+
+def _check_fit(folder: Path, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    for name in saved.keys() ^ present.keys():
+        where = "the saved nesting" if name in saved else "the modules"
+        raise CheckpointError(f"{folder} does not fit: {name} is only in {where}; build the modules as they were saved")
+    for name, tensor in saved.items():
+        if tensor.shape != present[name].shape:
+            raise CheckpointError(
+                f"{folder} does not fit: {name} was saved with shape {tuple(tensor.shape)} and is "
+                f"{tuple(present[name].shape)} in the modules; build them with the sizes they were saved with"
+            )
+
+
+def _first_difference(nested: Nested, plans: tuple[Plan, ...]) -> str:
+    if len(plans) != len(nested.plans):
+        return f"{len(plans)} Student(s) against {len(nested.plans)}"
+    for saved, present in zip(plans, nested.plans, strict=True):
+        for name in [*saved.placements, *present.placements]:
+            pair = saved.placements.get(name), present.placements.get(name)
+            if pair[0] != pair[1]:
+                return f"{name} was saved in {pair[0]} and is nested in {pair[1]}"
+    return "private parameters or module lists differ"
+
+
+def _plan_to_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "placements": [
+            [each.student, each.ta, [[[s.student, s.ta] for s in axis.segments] for axis in each.axes]]
+            for each in plan.placements.values()
+        ],
+        "private": list(plan.private),
+        "layers": [[each.student, each.ta, each.indices, each.num_ta] for each in plan.layers],
+    }
+
+
+def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
+    placements = {}
+    for student, ta, axes in saved["placements"]:
+        found = tuple(Axis(tuple(Segment(tuple(s), tuple(t)) for s, t in axis)) for axis in axes)
+        placements[student] = Placement(student, ta, found)
+    layers = tuple(LayerMap(student, ta, tuple(indices), num) for student, ta, indices, num in saved["layers"])
+    return Plan(placements, tuple(saved["private"]), layers)

@@ -1,0 +1,169 @@
+"""Train Students and Teaching Assistant together (section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from matta.batches import Batch, call, logits_of, split_labels
+from matta.errors import LabelError
+from matta.nesting import Nested
+from matta.objectives import Objective
+from matta.schedule import Ramp, Weights
+from matta.submodels import SubModel, live
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CoTrainingOutput:
+    """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
+
+    With several Students, `student_loss`, `distill_loss` and `student_logits` are the first one's.
+    """
+
+    loss: Tensor
+    ta_loss: Tensor
+    distill_weight: Tensor
+    student_losses: tuple[Tensor, ...]
+    distill_losses: tuple[Tensor, ...]
+    all_student_logits: tuple[Tensor, ...]
+    ta_logits: Tensor
+
+    @property
+    def student_loss(self) -> Tensor:
+        """L_S (Eq. 1)."""
+        return self.student_losses[0]
+
+    @property
+    def distill_loss(self) -> Tensor:
+        """L_D (Eq. 3), not weighted."""
+        return self.distill_losses[0]
+
+    @property
+    def student_logits(self) -> Tensor:
+        """The Student's logits."""
+        return self.all_student_logits[0]
+
+
+@final
+class CoTraining(nn.Module):
+    """The training step's forward: L = ω₁·L_S + ω₂·L_TA + ω₃·ramp(t)·L_D.
+
+    One forward and one backward for the whole pair, so that DDP and FSDP see one module. Each
+    forward in training mode advances `step`, which the ramp reads and which is saved with the
+    state.
+
+    Args:
+        nested: The pair; its parameters are what the optimizer gets.
+        objective: How logits and labels become losses.
+        weights: ω₁, ω₂ and ω₃; with several Students they hold for each.
+        ramp: When L_D comes in; None is from the start.
+        teacher: A module that labels each batch, without gradient and in eval mode. It is moved
+            along by `to`, but is no part of the parameters or the state. Labels of the batch are
+            then used only for the positions that they ignore.
+        sample: Draws a sub-model for each step, which is trained as one more Student.
+        accumulate: Forwards to one optimizer step.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(nn.Linear(4, 1), nn.Linear(4, 1))
+        >>> out = CoTraining(nested, matta.objectives.Binary())((torch.zeros(2, 4), torch.ones(2)))
+        >>> out.loss.backward(); out.student_loss == out.ta_loss
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        nested: Nested,
+        objective: Objective,
+        *,
+        weights: Weights | None = None,
+        ramp: Ramp | None = None,
+        teacher: nn.Module | None = None,
+        sample: Callable[[Random], SubModel] | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        self.nested = nested
+        self.objective = objective
+        self.weights = weights or Weights()
+        self.ramp = ramp
+        self.sample = sample
+        self.accumulate = accumulate
+        self._teacher = (teacher,)  # in a tuple: not a submodule
+        self._live: dict[SubModel, nn.Module] = {}
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: Batch) -> CoTrainingOutput:
+        """The losses of a batch.
+
+        Raises:
+            LabelError: labels are missing, or do not fit the logits.
+        """
+        inputs, labels = split_labels(batch)
+        labels = self._labels(inputs, labels)
+        ta = logits_of(call(self.nested.ta, inputs))
+        models = [*self.nested.students, *self._sampled()]
+        students = [logits_of(call(model, inputs)) for model in models]
+        losses = self.objective.losses(students, ta, labels)
+        weight = self._distill_weight(ta.device)
+        loss = self.weights.ta * losses.ta
+        for student, distill in zip(losses.students, losses.distill, strict=True):
+            loss = loss + self.weights.student * student + weight * distill
+        if self.training:
+            self.step += 1
+        count = len(self.nested.students)
+        return CoTrainingOutput(
+            loss=loss,
+            ta_loss=losses.ta.detach(),
+            distill_weight=weight,
+            student_losses=tuple(each.detach() for each in losses.students[:count]),
+            distill_losses=tuple(each.detach() for each in losses.distill[:count]),
+            all_student_logits=tuple(each.detach() for each in students[:count]),
+            ta_logits=ta.detach(),
+        )
+
+    def _labels(self, inputs: Any, labels: Any) -> Tensor:
+        teacher = self._teacher[0]
+        if teacher is None:
+            if not isinstance(labels, Tensor):
+                raise LabelError(
+                    f"the labels of the batch are {type(labels).__name__}; expected a tensor: 'labels' of a mapping, "
+                    f"the second of a pair, or CoTraining(teacher=...) to make them"
+                )
+            return labels
+        was_training = teacher.training
+        teacher.eval()
+        try:
+            with torch.no_grad():
+                logits = logits_of(call(teacher, inputs))
+        finally:
+            teacher.train(was_training)
+        return self.objective.teach(logits, labels)
+
+    def _distill_weight(self, device: torch.device) -> Tensor:
+        if self.ramp is None:
+            return torch.tensor(self.weights.distill, dtype=torch.float64, device=device)
+        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate)
+
+    def _sampled(self) -> list[nn.Module]:
+        """The sub-model of this step; the same on every process, and again after a resume."""
+        if self.sample is None or not self.training:
+            return []
+        spec = self.sample(Random(int(self.step)))
+        if spec not in self._live:
+            self._live[spec] = live(self.nested, spec)
+        return [self._live[spec].train()]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CoTraining:
+        super()._apply(fn, recurse)
+        for extra in (self._teacher[0], *self._live.values()):
+            if extra is not None:
+                extra._apply(fn)
+        return self
