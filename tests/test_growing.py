@@ -187,6 +187,20 @@ class RoutedExperts(nn.Module):
         return self.head(x + out)
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions and norms with groups, then a layer norm without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose2d(3, 8, 2, 2), nn.GroupNorm(2, 8)
+        self.instance, self.mix = nn.InstanceNorm2d(8, affine=True), nn.ConvTranspose2d(8, 4, 1)
+        self.plain, self.head = nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(self.instance(self.norm(self.up(x))))
+        return self.head(self.plain(x.mean((2, 3))))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.PReLU(6), nn.Linear(6, 3))
 
@@ -239,6 +253,9 @@ GROWN: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, float], dict[str,
     ),
     "routed experts": (
         RoutedExperts, floats(9, 6), {"experts.*.0": 2.0}, {"experts.1.2.weight": (6, 16)},
+    ),
+    "decoder": (
+        Decoder, floats(2, 3, 2, 2), {"up": 12}, {"up.weight": (3, 12, 2, 2), "mix.weight": (12, 4, 1, 1)},
     ),
     "encoder, ffn": (encoder, floats(2, 3, 8), {"linear1": 2.0}, {"linear2.weight": (8, 32)}),
 }  # fmt: skip
@@ -421,6 +438,22 @@ def test_keeps_dtype_mode_ties_and_frozen_parameters() -> None:
     assert ta.norm.weight.dtype == torch.float64 and not ta.training and not ta.norm.weight.requires_grad
 
 
+def test_norms_without_weights_follow_their_width() -> None:
+    ta = grow(Decoder(), widths={"mix": 2.0}, example=(floats(2, 3, 2, 2), None))
+    assert ta.plain.normalized_shape == (8,)
+    assert ta.head.weight.shape == (2, 8)
+
+
+def test_an_expert_without_tokens_is_no_trouble() -> None:
+    ta = grow(RoutedExperts(), widths={"experts.0.0": 2.0, "experts.1.0": 2.0}, example=(floats(1, 6), None))
+    assert [expert[2].weight.shape for expert in ta.experts] == [(6, 16)] * 2
+
+
+def test_refuses_deeper_modules_that_do_not_run() -> None:
+    with pytest.raises(GrowthError, match="does not run on the example: RuntimeError"):
+        grow(Stack(), layers={"blocks": 3}, example=(floats(2, 4), None))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -471,7 +504,7 @@ def test_refuses_a_buffer_whose_values_it_cannot_know() -> None:
         grow(Buffered(), widths={"entry": 2.0}, example=(floats(2, 3), None))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10)
 @given(
     sizes=st.lists(st.integers(2, 5), min_size=2, max_size=3),
     factors=st.lists(st.integers(1, 3), min_size=3, max_size=3),

@@ -152,9 +152,7 @@ class Flow(TorchDispatchMode):
 class _Call:
     """One call of an operator, its arguments by name."""
 
-    def __init__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, shape: torch.Size
-    ) -> None:
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, shape: torch.Size) -> None:
         self.func, self.args, self.kwargs, self.out, self.shape = func, args, kwargs, out, shape
         self.name = _name(func)
         schema = func._schema.arguments
@@ -429,13 +427,13 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _land(
-    flow: Flow, call: _Call, slot: dict[int, list[tuple[int, Row]]], axis: int, row: Row, moved: Tensor
-) -> None:
+def _land(flow: Flow, call: _Call, slot: dict[int, list[tuple[int, Row]]], axis: int, row: Row, moved: Tensor) -> None:
     """Find the axis that a row has come to lie on."""
     whole = moved.shape
     for i, stride in enumerate(moved.stride()):
         moved = moved.narrow(i, 0, 1) if stride == 0 and moved.shape[i] > 1 else moved
+    if not moved.numel():
+        return  # nothing was there to be followed
     varying = [i for i in range(moved.ndim) if moved.shape[i] > 1 and _varies(moved, i)]
     if len(varying) == 1:
         others = [i for i in range(moved.ndim) if i != varying[0]]
@@ -449,7 +447,7 @@ def _land(
         flow.blame([row], problem)
         for i in varying:
             slot.setdefault(i, []).append((axis, flow.lose(whole[i], problem)))
-    elif moved.numel() and bool((moved != 0).any()):
+    elif bool((moved != 0).any()):
         flow.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index")
 
 

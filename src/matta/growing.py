@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from matta.batches import Batch
+from matta.batches import Batch, call, split_labels
 from matta.errors import GrowthError, TracingError
 from matta.tracing import Part, Trace, trace
 
@@ -77,7 +77,7 @@ def grow(
     elif not config or widths or layers:
         _initialise(grown)
     if example is not None and not widths:
-        _prove(grown, example)
+        _run(grown.eval(), example)
     return grown.train(student.training)
 
 
@@ -110,8 +110,7 @@ def _check_keys(config: Any, changes: Mapping[str, Any]) -> None:
         if key not in known:
             near = get_close_matches(key, known, n=3, cutoff=0.5) or known
             raise GrowthError(
-                f"config={{{key!r}: ...}}: {type(config).__name__} has no such value; "
-                f"did you mean {', '.join(near)}?"
+                f"config={{{key!r}: ...}}: {type(config).__name__} has no such value; did you mean {', '.join(near)}?"
             )
 
 
@@ -207,6 +206,7 @@ def _widened(module: nn.Module, widths: Mapping[str, float], example: Batch) -> 
     sizes = _new_sizes(module, before, widths)
     grown = copy.deepcopy(module)
     _resize(grown, {key: _length(parts, sizes) for key, parts in before.axes.items()})
+    _mend_plain_norms(grown, {name: _length(parts, sizes) for name, parts in before.outputs.items()})
     after = _prove(grown, example)
     if after.output_shapes != before.output_shapes:
         raise GrowthError(
@@ -236,8 +236,20 @@ def _prove(grown: nn.Module, example: Batch) -> Trace:
         return trace(grown, example)
     except TracingError as error:
         raise GrowthError(
-            f"the grown module does not run: {error}; where a width is written as a number in the module's "
-            f"code, matta cannot change it: construct the TA by hand"
+            f"the grown module does not run: {error.__cause__}; where a width is written as a number in the "
+            f"module's code, matta cannot change it: construct the TA by hand"
+        ) from error
+
+
+@torch.no_grad()
+def _run(grown: nn.Module, example: Batch) -> None:
+    inputs, _ = split_labels(example)
+    try:
+        call(grown, inputs)
+    except Exception as error:
+        raise GrowthError(
+            f"the grown module does not run on the example: {type(error).__name__}: {error}; if the Student does, "
+            f"construct the TA by hand"
         ) from error
 
 
@@ -318,9 +330,7 @@ def _new_size(asked: str, name: str, size: int, total: int, width: float) -> int
         new = size * width // total
     if new < size:
         hint = f"; write {width}.0 for a factor" if isinstance(width, int) else ""
-        raise GrowthError(
-            f"{asked}: {name!r} would shrink from {total} channels; expected at least as many{hint}"
-        )
+        raise GrowthError(f"{asked}: {name!r} would shrink from {total} channels; expected at least as many{hint}")
     return new
 
 
@@ -386,6 +396,14 @@ def _mend_sizes(layer: nn.Module) -> None:
     elif isinstance(layer, nn.modules.batchnorm._NormBase):
         counted = next((tensor for tensor in (layer.weight, layer.running_mean) if tensor is not None), None)
         layer.num_features = layer.num_features if counted is None else len(counted)
+
+
+def _mend_plain_norms(module: nn.Module, lengths: Mapping[str, int]) -> None:
+    """Norms without weights note their width too."""
+    for name, layer in module.named_modules():
+        plain = isinstance(layer, nn.LayerNorm | nn.RMSNorm) and layer.weight is None
+        if plain and name in lengths and len(layer.normalized_shape) == 1:
+            layer.normalized_shape = (lengths[name],)
 
 
 def _mend_convolution(layer: nn.modules.conv._ConvNd) -> None:

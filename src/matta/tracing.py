@@ -106,7 +106,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     outputs = [row for tensor in returned for row in flow.rows(tensor).values()]
     rows = {(name, axis): row for name, found in owners.items() for axis, row in found.items()}
     atlas = _Atlas(flow.channels, rows, outputs)
-    own = {name: _own_channels(layer, name, rows) for name, layer in module.named_modules() if name in seen}
+    own = {name: _own_channels(layer, name, rows, seen) for name, layer in module.named_modules()}
     return Trace(
         dimensions=atlas.dimensions(),
         axes={key: atlas.parts(row) for key, row in rows.items()},
@@ -256,10 +256,14 @@ def _run(module: nn.Module, flow: Flow, inputs: Any) -> Any:
             ) from error
 
 
-def _own_channels(layer: nn.Module, name: str, rows: dict[tuple[str, int], Row]) -> list[Row]:
+def _own_channels(layer: nn.Module, name: str, rows: dict[tuple[str, int], Row], seen: dict[str, Rows]) -> list[Row]:
+    """The rows of a layer's own parameters; a norm that has none notes its width all the same."""
     prefix = f"{name}." if name else ""
     own = {prefix + key for key, _ in layer.named_parameters(recurse=False)}
-    return [row for (key, _), row in rows.items() if key in own]
+    if own or not isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return [row for (key, _), row in rows.items() if key in own]
+    found = seen.get(name, {})
+    return [found[max(found)]] if found else []
 
 
 @final

@@ -1,0 +1,275 @@
+"""Tracing: which channels meet, what is lost from sight, and the layouts that follow from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cases import Case, places
+from matta.errors import TracingError
+from matta.flow import Channels
+from matta.layout import Segment
+from matta.tracing import Part, Trace, trace, trace_layouts
+from zoo import CASES
+
+
+class Through(nn.Module):
+    """Eight channels through a function, between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], size: int = 8) -> None:
+        super().__init__()
+        self.entry, self.head, self.function = nn.Linear(3, 8), nn.Linear(size, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.entry(x)))
+
+
+def parts_of(found: Trace, name: str, axis: int) -> tuple[Part, ...]:
+    return found.axes[name, axis]
+
+
+def filled(shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
+    target = torch.zeros(shape)
+    fill(target)
+    return target
+
+
+ROWS = torch.tensor([1, 0])
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "in place": lambda x: x.mul_(2).relu_(),
+    "hardswish": F.hardswish,
+    "log sigmoid": F.logsigmoid,
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "softmax": lambda x: x.softmax(-1) + x.log_softmax(-1),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "functional norms": lambda x: F.layer_norm(x, x.shape[-1:]) + F.rms_norm(x, x.shape[-1:]),
+    "standard score": lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True),
+    "cumulative": lambda x: x.cumsum(0),
+    "type": lambda x: x.double().to(torch.float32).clone().contiguous(),
+    "transposes": lambda x: x.t().unsqueeze(0).permute(2, 0, 1).squeeze(1).movedim(1, 0).mT,
+    "transposes in place": lambda x: x.clone().t_().transpose_(0, 1).unsqueeze_(1).squeeze_(1),
+    "rows": lambda x: x[ROWS] + x.flip(0) + x.index_select(0, ROWS) + x.roll(1, 0),
+    "masked rows": lambda x: x[torch.tensor([True, False])].expand(2, -1),
+    "gathered rows": lambda x: x.gather(0, ROWS[:, None].expand(-1, 8)),
+    "repeat": lambda x: x.repeat(2, 1)[:2] + x.repeat_interleave(2, 0)[::2],
+    "padding": lambda x: F.pad(x, (0, 0, 1, 1))[1:-1] + F.pad(x, (0, 3), value=1.0)[:, :8],
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x).masked_fill(x > 3, 0.0),
+    "stack": lambda x: torch.stack([x, -x], dim=1).amax(1) + torch.stack([x, -x]).max(0).values,
+    "rows put": lambda x: filled((2, 8), lambda y: y.__setitem__(ROWS, x)),
+    "rows copied": lambda x: filled((2, 8), lambda y: y.copy_(x)),
+    "rows added": lambda x: filled((2, 8), lambda y: y.index_add_(0, ROWS, x)),
+    "scattered": lambda x: torch.zeros(2, 8).scatter_add(0, ROWS[:, None].expand(-1, 8), x),
+    "cut and joined": lambda x: torch.cat([x[:1], x[1:]]),
+    "einsum": lambda x: torch.einsum("bc,db->dc", x, torch.eye(2)),
+    "baddbmm": lambda x: torch.baddbmm(torch.ones(1), torch.ones(1, 2, 2), x[None])[0],
+    "pooling": lambda x: F.max_pool1d(F.avg_pool1d(x[:, :, None].expand(-1, -1, 4), 2), 2).squeeze(-1),
+    "resampling": lambda x: F.interpolate(x[:, :, None], scale_factor=2.0).sum(-1),
+    "attention over rows": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
+    "distance": lambda x: x * (x * x).sum(-1, keepdim=True) + (x @ x.T) @ x,
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_channels_stay_in_sight(name: str) -> None:
+    found = trace(Through(FOLLOWED[name]), (torch.ones(2, 3), None))
+    [part] = parts_of(found, "entry.weight", 0)
+    assert parts_of(found, "head.weight", 1) == (part,)
+    assert part.size == 8
+    assert found.dimensions[part.dimension].problem is None
+
+
+LOST: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
+    "heads": (lambda x: x.view(2, 2, 4).transpose(1, 2).reshape(2, 8), 8, "'view' splits 8 of them into 2 x 4"),
+    "heads merged": (lambda x: x.view(2, 4, 2).softmax(1).flatten(1), 8, "splits 8 of them into 4 x 2"),
+    "sorted": (lambda x: x.sort(-1).values, 8, "reordered by 'sort'"),
+    "top": (lambda x: x.topk(4, -1).values, 4, "reordered by 'topk'"),
+    "picked": (lambda x: x[:, 0:1] + x[:, 1, None], 1, "picks one of 8"),
+    "gathered": (lambda x: x.gather(1, torch.zeros(2, 5, dtype=torch.long)), 5, "picked by data"),
+    "fourier": (lambda x: torch.fft.fft(x).real, 8, "through the operator"),
+    "kronecker": (lambda x: torch.linalg.matrix_exp(x.T @ x)[:2], 8, "through the operator"),
+    "unknown in place": (lambda x: x.clone().exponential_(), 8, "through the operator 'exponential'"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_channels_lost_from_sight_are_said_to_be(name: str) -> None:
+    function, size, message = LOST[name]
+    found = trace(Through(function, size), (torch.ones(2, 3), None))
+    for key in (("entry.weight", 0), ("head.weight", 1)) if size > 1 else (("entry.weight", 0),):
+        problems = [found.dimensions[part.dimension].problem for part in found.axes[key]]
+        assert any(message in (problem or "") for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "sizes"),
+    [
+        (lambda x: x[:, :3] * x[:, 3:6], 3, [(3, 1), (3, 1), (2, 1)]),
+        (lambda x: torch.cat([x, x], -1), 16, [(8, 1)]),
+        (F.glu, 4, [(4, 1), (4, 1)]),
+        (lambda x: x[:, :6], 6, [(6, 1), (2, 1)]),
+        (lambda x: x.repeat_interleave(3, 1), 24, [(8, 1)]),
+        (lambda x: torch.stack([x, x], -1).flatten(1), 16, [(8, 1)]),
+    ],
+)
+def test_an_axis_is_cut_where_its_channels_part(
+    function: Callable[[Tensor], Tensor], size: int, sizes: list[tuple[int, int]]
+) -> None:
+    found = trace(Through(function, size), (torch.ones(2, 3), None))
+    assert [(part.size, part.repeat) for part in parts_of(found, "entry.weight", 0)] == sizes
+    read = {part.dimension for part in parts_of(found, "head.weight", 1)}
+    assert read <= {part.dimension for part in parts_of(found, "entry.weight", 0)}
+
+
+def test_a_shuffle_leaves_no_stretch_to_grow() -> None:
+    found = trace(Through(lambda x: x.view(2, 8, 1).view(2, 8).flip(1)), (torch.ones(2, 3), None))
+    assert [part.size for part in parts_of(found, "entry.weight", 0)] == [1] * 8
+
+
+class Interaction(nn.Module):
+    """DLRM: dot products of all pairs of embeddings and a dense projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.dense = nn.Embedding(5, 4), nn.Embedding(6, 4), nn.Linear(3, 4)
+        self.head = nn.Linear(4 + 3, 1)
+
+    def forward(self, first: Tensor, second: Tensor, dense: Tensor) -> Tensor:
+        bottom = self.dense(dense)
+        stacked = torch.stack([self.first(first), self.second(second), bottom], dim=1)
+        products = torch.bmm(stacked, stacked.transpose(1, 2))
+        i, j = torch.triu_indices(3, 3, offset=1)
+        return self.head(torch.cat([bottom, products[:, i, j]], dim=1))
+
+
+def test_dot_products_tie_what_they_sum_over() -> None:
+    found = trace(Interaction(), ((torch.tensor([0, 1]), torch.tensor([2, 3]), torch.ones(2, 3)), None))
+    [part] = found.outputs["dense"]
+    assert found.outputs["first"] == found.outputs["second"] == (part,)
+    assert parts_of(found, "head.weight", 1)[0] == part
+    assert found.describe(part.dimension) == (
+        "first.weight (axis 1), second.weight (axis 1), dense.weight (axis 0), dense.bias (axis 0), "
+        "head.weight (axis 1)"
+    )
+
+
+class Mixer(nn.Module):
+    """A block of an MLP-Mixer: layers over patches and layers over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 2, 2)
+        self.tokens = nn.Sequential(nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 9))
+        self.channels = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = x + self.tokens(x.mT).mT
+        return self.head((x + self.channels(x)).mean(1))
+
+
+def test_layers_over_another_axis_pass_channels_on() -> None:
+    found = trace(Mixer(), (torch.ones(2, 1, 6, 6), None))
+    [stream] = found.outputs["patches"]
+    assert parts_of(found, "head.weight", 1) == parts_of(found, "channels.2.weight", 0) == (stream,)
+    [hidden] = found.outputs["tokens.0"]
+    assert parts_of(found, "tokens.2.weight", 1) == (hidden,) != (stream,)
+
+
+def test_inputs_and_outputs_are_marked() -> None:
+    found = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {"input": torch.ones(5, 3)})
+    marks = {axis: [(d.is_input, d.is_output) for d in found.dimensions if axis in d.members]
+             for axis in (("0.weight", 1), ("0.weight", 0), ("1.weight", 0))}  # fmt: skip
+    assert list(marks.values()) == [[(True, False)], [(False, False)], [(False, True)]]
+    assert found.output_shapes == (torch.Size([5, 2]),)
+
+
+def test_leaves_the_module_and_torch_as_they_were() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 4))
+    before, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    kernels = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    trace(module, (torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), None))
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert module.training
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
+    assert torch.equal(random, torch.get_rng_state())
+    assert kernels == (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled)
+    with pytest.raises(TracingError, match="fails on the example with RuntimeError"):
+        trace(module, (torch.ones(5, 4), None))
+    assert kernels == (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled)
+
+
+def test_wide_layers_are_no_harder() -> None:
+    module = nn.Sequential(nn.Linear(64, 4096), nn.LayerNorm(4096), nn.ReLU(), nn.Linear(4096, 64))
+    [part] = trace(module, (torch.ones(4, 64), None)).outputs["0"]
+    assert part.size == 4096
+
+
+WIDER = [case for case in CASES if "depth-" not in case.id]
+
+
+@pytest.mark.parametrize("case", WIDER, ids=lambda case: case.id)
+def test_layouts_say_where_the_student_lives(case: Case) -> None:
+    """Against the places that are written out by hand, for all parameters that the trace speaks of."""
+    student, ta = case.build()
+    layouts, by_hand = trace_layouts(student, ta, case.batch()), places(case, student, ta)
+    targets = dict(ta.named_parameters(remove_duplicate=False))
+    for name, layout in layouts.items():
+        if name not in by_hand:
+            continue
+        shapes = zip(student.get_parameter(name).shape, targets[by_hand[name].name].shape, strict=True)
+        found = [layout.resolve(axis, *sizes).positions() for axis, sizes in enumerate(shapes)]
+        assert found == [axis.tolist() for axis in by_hand[name].axes], name
+
+
+@pytest.mark.parametrize("name", ["cnn-channels-flatten", "lstm-bidirectional", "dlrm-concat", "swiglu_fused-d_model"])
+def test_layouts_leave_nothing_out_where_all_is_in_sight(name: str) -> None:
+    [case] = [case for case in CASES if case.id == name]
+    student, ta = case.build()
+    shapes = {name: parameter.shape for name, parameter in ta.named_parameters()}
+    grown = {key for key, parameter in student.named_parameters() if shapes[key] != parameter.shape}
+    assert trace_layouts(student, ta, case.batch()).keys() == grown
+
+
+def test_layouts_of_heads_are_left_to_nest() -> None:
+    [case] = [case for case in CASES if case.id == "gpt2-d_model-head_dim"]
+    student, ta = case.build()
+    assert not [name for name in trace_layouts(student, ta, case.batch()) if ".attn." in name and "bias" not in name]
+
+
+def test_refuses_axes_of_other_parts() -> None:
+    student = Through(lambda x: torch.cat([x, x], -1), 16)
+    ta = Through(lambda x: torch.cat([x, x, x], -1), 24)
+    with pytest.raises(TracingError, match=r"axis 1 of head.weight consists of 8 \+ 8 .* but of 8 \+ 8 \+ 8"):
+        trace_layouts(student, ta, (torch.ones(2, 3), None))
+
+
+def test_a_flattened_axis_repeats_each_channel() -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, width, 1), nn.Flatten(), nn.Linear(4 * width, 2))
+
+    layout = trace_layouts(model(2), model(5), (torch.ones(1, 1, 2, 2), None))["2.weight"]
+    assert layout.axes == {1: (Segment((2, 4), (5, 4)),)}
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=20), st.integers(1, 4))
+def test_ties_are_those_of_a_plain_union_find(pairs: list[tuple[int, int]], size: int) -> None:
+    channels = Channels()
+    channels.new(12)
+    reference = {i: {i} for i in range(1, 13)}
+    for start in range(0, len(pairs), size):
+        first, second = torch.tensor(pairs[start : start + size]).unbind(1)
+        channels.tie(first, second)
+        for one, other in pairs[start : start + size]:
+            joined = reference[one] | reference[other]
+            reference.update(dict.fromkeys(joined, joined))
+    classes = channels.classes(torch.arange(1, 13)).tolist()
+    assert all((classes[i - 1] == classes[j - 1]) == (j in reference[i]) for i in reference for j in reference)
