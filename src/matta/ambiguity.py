@@ -8,7 +8,8 @@ either would run, and pick the wrong rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -40,18 +41,48 @@ def refuse_ambiguous_axes(
     Raises:
         NestingError: with the parameter, its axis, and what to declare.
     """
+    placements = list(placements)
     matrices = [each for each in placements if len(each.axes) > 1]
     roles: dict[Growth, set[str]] = {}
+    siblings: Counter[tuple[str, Growth]] = Counter()
     for each in matrices:
         for _, growth, role in _growing(student, each):
             roles.setdefault(growth, set()).add(role)
+            siblings[_parent(each.student), growth] += role == "out"
     for each in matrices:
         for axis, growth, role in _growing(student, each):
             if each.student in declared or not _is_plain(each.axes[axis]):
                 continue
             if role in _FEEDS and not roles[growth] & set(_FEEDS[role]):
                 raise NestingError(_message(each, axis, role))
-            _refuse_heads(student, ta, each, axis)
+            if _may_be_heads(student, each, siblings[_parent(each.student), growth]):
+                _refuse_heads(student, ta, each, axis)
+    _refuse_unmatched_norms(student, placements, roles, declared)
+
+
+def _parent(name: str) -> str:
+    """The module that holds the module of a parameter."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _may_be_heads(student: nn.Module, placement: Placement, num_outputs: int) -> bool:
+    """Whether a module looks like attention: by its name, or by three outputs that grow alike."""
+    path = _parent(placement.student)
+    name = f"{path.rpartition('.')[2]} {type(student.get_submodule(path)).__name__}".lower()
+    return "att" in name or num_outputs >= 3
+
+
+def _refuse_unmatched_norms(
+    student: nn.Module, placements: Iterable[Placement], roles: Mapping[Growth, set[str]], declared: set[str]
+) -> None:
+    """Refuse a vector by itself, as a norm has, that grows as no matrix does: it spans several vectors."""
+    for each in placements:
+        owner = student.get_submodule(each.student.rpartition(".")[0])
+        own = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        if len(each.axes) != 1 or each.student in declared or any(parameter.ndim > 1 for parameter in own):
+            continue
+        if roles and any(growth not in roles for growth in growths(each.axes[0])):
+            raise NestingError(_message(each, 0, "in"))
 
 
 def _growing(student: nn.Module, placement: Placement) -> Iterable[tuple[int, Growth, str]]:
@@ -85,9 +116,10 @@ def _message(placement: Placement, axis: int, role: str) -> str:
 
 def _refuse_heads(student: nn.Module, ta: nn.Module, placement: Placement, axis: int) -> None:
     """Refuse an axis that is split into as many heads as before, each of them wider."""
-    path = placement.student.rpartition(".")[0].rpartition(".")[0]
-    ta_path = placement.ta.rpartition(".")[0].rpartition(".")[0]
-    heads = _num_heads(student.get_submodule(path)), _num_heads(ta.get_submodule(ta_path))
+    heads = tuple(
+        _num_heads(module.get_submodule(_parent(name)))
+        for module, name in ((student, placement.student), (ta, placement.ta))
+    )
     sizes = placement.axes[axis].student_size, placement.axes[axis].ta_size
     if None in heads or any(size % count for size, count in zip(sizes, heads, strict=True)):  # type: ignore[operator]
         return

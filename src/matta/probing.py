@@ -68,7 +68,7 @@ class _Pair:
         self.ta = copy.deepcopy(ta).double().eval()
         for layer_map in plan.layers:
             _keep_blocks(self.ta, layer_map)
-        self.expected, self.trace = _run(self.student, inputs, {})
+        self.expected, self.trace = _run(self.student, inputs)
 
     def compare(self, placements: Mapping[str, Placement]) -> Difference | None:
         """The first difference under these placements; None if there is none."""
@@ -76,16 +76,17 @@ class _Pair:
         _plant(self.student, ta, placements, self.plan.private)
         _copy_scales(self.student, ta)
         _narrow_norms(self.student, ta, placements)
-        positions = _output_positions(self.student, placements)
+        channels = _output_axes(self.student, placements)
         try:
             with _StudentScales(self.trace.scales):
-                actual, trace = _run(ta, self.inputs, positions)
+                actual, trace = _run(ta, self.inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ProbeError(f"the TA does not run on the example: {error}") from error
         for order, (name, expected) in enumerate(self.trace.outputs):
             found = trace.by_name().get(name)
-            if name in positions and found is not None and _error(expected, found) > _TOLERANCE:
-                return Difference(order, name, _error(expected, found))
+            narrowed = None if found is None or name not in channels else _narrowed(found, expected, channels[name])
+            if narrowed is not None and _error(expected, narrowed) > _TOLERANCE:
+                return Difference(order, name, _error(expected, narrowed))
         distance = _error(self.expected, actual)
         return Difference(len(self.trace.outputs), "the logits", distance) if distance > _TOLERANCE else None
 
@@ -102,14 +103,14 @@ class _Trace:
         return dict(reversed(self.outputs))
 
 
-def _run(module: nn.Module, inputs: Any, positions: Mapping[str, Sequence[int]]) -> tuple[Tensor, _Trace]:
+def _run(module: nn.Module, inputs: Any) -> tuple[Tensor, _Trace]:
     trace = _Trace()
 
     def hook(name: str) -> Any:
         def record(part: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             if isinstance(first, Tensor) and first.is_floating_point():
-                trace.outputs.append((name, _narrowed(first.detach(), positions.get(name))))
+                trace.outputs.append((name, first.detach()))
 
         return record
 
@@ -126,12 +127,13 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _narrowed(tensor: Tensor, positions: Sequence[int] | None) -> Tensor:
-    """The Student's channels of an output; it is the last axis that reaches so far, or the second."""
-    if not positions:
-        return tensor
-    dim = -1 if tensor.shape[-1] > max(positions) else 1
-    return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+def _narrowed(found: Tensor, expected: Tensor, axis: Axis) -> Tensor | None:
+    """The Student's channels of a TA module's output, on the last axis or the second; None where it has none."""
+    for dim in {found.ndim - 1, min(1, found.ndim - 1)}:
+        if found.ndim == expected.ndim and (expected.shape[dim], found.shape[dim]) == (axis.student_size, axis.ta_size):
+            narrowed = found.index_select(dim, torch.tensor(axis.positions(), device=found.device))
+            return narrowed if narrowed.shape == expected.shape else None
+    return None
 
 
 def _error(expected: Tensor, found: Tensor) -> float:
@@ -274,8 +276,9 @@ class _StudentScales(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _output_positions(student: nn.Module, placements: Mapping[str, Placement]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+def _output_axes(student: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Axis]:
+    """The axis on which a module's outputs lie, by module name."""
+    found: dict[str, Axis] = {}
     for name, placement in placements.items():
         path, _, leaf = name.rpartition(".")
         owner = student.get_submodule(path)
@@ -283,7 +286,7 @@ def _output_positions(student: nn.Module, placements: Mapping[str, Placement]) -
             continue
         roles = [axis_role(owner, leaf, axis) for axis in range(len(placement.axes))]
         if len(placement.axes) == 1 or "out" in roles or "embedding" in roles:
-            found[path] = placement.axes[output_axis(owner, leaf, len(placement.axes))].positions()
+            found[path] = placement.axes[output_axis(owner, leaf, len(placement.axes))]
     return found
 
 
