@@ -476,8 +476,11 @@ def test_fresh_weights_follow_the_layers_own_reset_or_init() -> None:
         if isinstance(module, nn.Embedding):
             nn.init.constant_(module.weight, 0.25)
 
-    ta = grow(Tied(), widths={"embed": 400}, example=(IDS, None), init=init)
+    student = Tied()
+    nn.init.constant_(student.norm.bias, 3.0)
+    ta = grow(student, widths={"embed": 400}, example=(IDS, None), init=init)
     assert torch.equal(ta.embed.weight, torch.full((9, 400), 0.25))
+    assert torch.equal(ta.norm.bias, torch.zeros(400))
 
 
 def test_leaves_the_random_state_to_the_initialisation_alone() -> None:
@@ -628,3 +631,20 @@ def test_grown_module_nests_and_extracts_to_the_student(case: str) -> None:
     assert type(module) is type(student)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, student.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_models_nest_in_what_they_grow_to(name: str) -> None:
+    student, example = transformer(name)
+    ta = grow(student, CONFIGS[name][3])
+    layouts = trace_layouts(student, ta, example)
+    nested = matta.nest(student, ta, layers=DEEPER.get(name, {}), layouts=layouts)
+    assert type(matta.extract(nested)) is type(student)
+
+
+DEEPER = {
+    "gpt2": {"transformer.h": "first"},
+    "llama": {"model.layers": "last"},
+    "t5": {"encoder.block": "first", "decoder.block": "first"},
+    "vit": {"vit.layers": "last"},
+}

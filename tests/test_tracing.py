@@ -207,6 +207,11 @@ def test_leaves_the_module_and_torch_as_they_were() -> None:
     assert kernels == (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled)
 
 
+def test_modules_without_channels_have_no_dimensions() -> None:
+    assert trace(nn.ReLU(), (torch.ones(2, 3), None)).dimensions == ()
+    assert trace(nn.Linear(1, 1), (torch.ones(2, 1), None)).dimensions == ()
+
+
 def test_wide_layers_are_no_harder() -> None:
     module = nn.Sequential(nn.Linear(64, 4096), nn.LayerNorm(4096), nn.ReLU(), nn.Linear(4096, 64))
     [part] = trace(module, (torch.ones(4, 64), None)).outputs["0"]

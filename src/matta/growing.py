@@ -42,17 +42,20 @@ def grow(
       can be named as "name:axis", for parameters that stand in no layer of their own. Needs an
       `example` batch, labels optional.
     - `layers`: new numbers of blocks in a ModuleList or Sequential of equal blocks, by pattern.
-    - `init`: applied to each module of the result (as `nn.Module.apply` does) in place of its own
-      `reset_parameters`, or where it has none, of normal weights of the Student's mean and deviation.
+    - `init`: applied to each module of the result in the end (as `nn.Module.apply` does), for weights
+      other than those of the layers' own `reset_parameters`, or where a layer has none, normal ones
+      of the Student's mean and deviation.
 
     The Student is left as it was. Device, dtype and training mode are the Student's. Nest the two
-    with `layouts=matta.trace_layouts(student, ta, example)`.
+    with `layouts=matta.trace_layouts(student, ta, example)`. A Transformers model that is widened by
+    name no longer fits its configuration: prefer `config`.
 
     Raises:
         GrowthError: nothing to change, a name that matches nothing, a value that would shrink the
-            module, a width that the trace finds to be fixed or ambiguous, two widths for the same
-            dimension, or a grown module that does not run on the example.
-        TracingError: the Student does not run on the example.
+            module, a width that an input or the output fixes, two widths for the same dimension, or
+            a grown module that does not run on the example.
+        TracingError: it is ambiguous how a layer would grow (a reshape into heads, a shuffle, a
+            grouped convolution), or the Student does not run on the example.
 
     Example:
         >>> student = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -72,10 +75,10 @@ def grow(
         _deepen(grown, layers)
     if widths and example is not None:
         grown = _widened(grown, widths, example)
+    if not config or widths or layers:
+        _initialise(grown)
     if init is not None:
         grown.apply(init)
-    elif not config or widths or layers:
-        _initialise(grown)
     if example is not None and not widths:
         _run(grown.eval(), example)
     return grown.train(student.training)
@@ -235,9 +238,10 @@ def _prove(grown: nn.Module, example: Batch) -> Trace:
     try:
         return trace(grown, example)
     except TracingError as error:
+        cause = error.__cause__
         raise GrowthError(
-            f"the grown module does not run: {error.__cause__}; where a width is written as a number in the "
-            f"module's code, matta cannot change it: construct the TA by hand"
+            f"the grown module does not run: {type(cause).__name__}: {cause}; where a width is written as a number "
+            f"in the module's code, matta cannot change it: construct the TA by hand"
         ) from error
 
 

@@ -274,7 +274,8 @@ class _Atlas:
         self._channels, self._rows, self._outputs = channels, rows, outputs
         self._count = len(channels)
         self._start, self._place = self._chains()
-        known = self._start[torch.unique(torch.cat([self._classes(row) for row in rows.values()]))]
+        everything = [self._classes(row) for row in rows.values()]
+        known = self._start[torch.cat(everything).unique()] if everything else self._start[:0]
         starts, sizes = known.unique(return_counts=True)
         self._sizes = sizes.tolist()
         self._index = torch.full((self._count,), -1)
