@@ -16,6 +16,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from matta.batches import Batch, call, logits_of, split_labels
@@ -69,6 +70,7 @@ class _Pair:
         for layer_map in plan.layers:
             _keep_blocks(self.ta, layer_map)
         self.expected, self.trace = _run(self.student, inputs)
+        self.has_own_modules = not all(_has_room(self.ta, self.student, name) for name in plan.private)
 
     def compare(self, placements: Mapping[str, Placement]) -> Difference | None:
         """The first difference under these placements; None if there is none."""
@@ -87,7 +89,7 @@ class _Pair:
             narrowed = None if found is None or name not in channels else _narrowed(found, expected, channels[name])
             if narrowed is not None and _error(expected, narrowed) > _TOLERANCE:
                 return Difference(order, name, _error(expected, narrowed))
-        distance = _error(self.expected, actual)
+        distance = 0.0 if self.has_own_modules else _error(self.expected, actual)
         return Difference(len(self.trace.outputs), "the logits", distance) if distance > _TOLERANCE else None
 
 
@@ -159,11 +161,15 @@ def _random(module: nn.Module) -> nn.Module:
     """The module in float64 and eval mode, its weights moved at random about where they are."""
     module = module.double().eval()
     generator = torch.Generator().manual_seed(_SEED)
-    for parameter in module.parameters():
+    for parameter in filter(_is_random, module.parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
         width = parameter[0].numel() if parameter.ndim > 1 else 16
         parameter.add_(noise / max(width, 1) ** 0.5)
     return module
+
+
+def _is_random(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _keep_blocks(ta: nn.Module, layer_map: LayerMap) -> None:
@@ -172,6 +178,15 @@ def _keep_blocks(ta: nn.Module, layer_map: LayerMap) -> None:
     for index in reversed(range(layer_map.num_ta)):
         if index not in layer_map.indices:
             del blocks[index]  # type: ignore[operator]
+
+
+def _has_room(ta: nn.Module, student: nn.Module, name: str) -> bool:
+    """Whether the TA has a parameter that a private one can be put into, so that logits can be compared."""
+    try:
+        target, value = ta.get_parameter(name), student.get_parameter(name)
+    except AttributeError:
+        return False
+    return target.ndim == value.ndim and all(s <= t for s, t in zip(value.shape, target.shape, strict=True))
 
 
 @torch.no_grad()
@@ -183,12 +198,9 @@ def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement
     for name, placement in placements.items():
         put(ta.get_parameter(name), named[name], placement.axes)
     for name in private:
-        try:
+        if _has_room(ta, student, name):
             target = ta.get_parameter(name)
-            axes = tuple(map(Axis.plain, named[name].shape, target.shape))
-        except (AttributeError, LayoutError):
-            continue
-        put(target, named[name], axes)
+            put(target, named[name], tuple(map(Axis.plain, named[name].shape, target.shape)))
 
 
 @torch.no_grad()
@@ -218,15 +230,19 @@ def _narrow_norms(student: nn.Module, ta: nn.Module, placements: Mapping[str, Pl
     """Norms of the TA see the Student's channels alone: statistics over a larger width are others."""
     for name, part in list(student.named_modules()):
         axis = _channels(name, part, ta, placements)
-        if axis is not None and axis.grows:
+        if axis is not None and (axis.grows or isinstance(part, _BatchNorm)):
             path, _, leaf = name.rpartition(".")
             setattr(ta.get_submodule(path), leaf, _OnSlice(part, axis))
 
 
 def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> Axis | None:
     own = dict(part.named_parameters(recurse=False))
-    if any(True for _ in part.children()) or any(parameter.ndim > 1 for parameter in own.values()):
+    if isinstance(part, nn.ParameterList | nn.ParameterDict) or any(True for _ in part.children()):
         return None
+    if any(parameter.ndim > 1 for parameter in own.values()):
+        return None
+    if isinstance(part, _BatchNorm) and not own:
+        return Axis.plain(part.num_features, ta.get_submodule(name).num_features)  # type: ignore[arg-type]
     for leaf, parameter in own.items():
         if parameter.ndim == 1 and f"{name}.{leaf}" in placements:
             return placements[f"{name}.{leaf}"].axes[0]
@@ -259,13 +275,17 @@ class _StudentScales(TorchFunctionMode):
 
     def __init__(self, scales: list[float], *, record: bool = False) -> None:
         super().__init__()
-        self.scales, self.record, self.calls = scales, record, 0
+        self.scales, self.record, self.calls, self.inside = scales, record, 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is nn.functional.multi_head_attention_forward:
-            with self:
-                return func(*args, **kwargs)
+        if func is nn.functional.multi_head_attention_forward and not self.inside:
+            self.inside = True  # its own call of the attention below is to be seen, itself no more
+            try:
+                with self:
+                    return func(*args, **kwargs)
+            finally:
+                self.inside = False
         if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
             if self.record:
                 query = args[0] if args else kwargs["query"]

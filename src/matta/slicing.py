@@ -191,10 +191,13 @@ _LIVE_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = 
 def _named_parameters(
     self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a live module answers by itself; its parents see no parameter of it but private ones."""
-    for name, tensor in live_parameters(self, once=remove_duplicate):
-        if recurse or "." not in name:
-            yield (f"{prefix}.{name}" if prefix else name), tensor
+    """What a live module answers when it is asked for all of its weights.
+
+    Its parents see no parameter of it but private ones, and so do DDP and FSDP, which ask module by module.
+    """
+    own = ((name, each) for name, each in self._parameters.items() if each is not None)
+    for name, tensor in live_parameters(self, once=remove_duplicate) if recurse else own:
+        yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
