@@ -304,6 +304,31 @@ class ConvolutionalNetwork(nn.Module):
         return self.head(x.permute(0, 2, 3, 1).flatten(1) if self.flatten else x.mean((2, 3)))
 
 
+class InvertedResiduals(nn.Module):
+    """MobileNet's blocks: expand, convolve each channel by itself, project back; with GroupNorm."""
+
+    def __init__(self, channels: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, channels, 3, stride=2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, width, 1),
+                nn.Conv2d(width, width, 3, padding=1, groups=width),
+                nn.ReLU6(),
+                nn.Conv2d(width, channels, 1),
+                nn.GroupNorm(2, channels),
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
 class Recurrent(nn.Module):
     """An embedding, an nn.LSTM or nn.GRU and a head over the last outputs."""
 
@@ -353,6 +378,23 @@ class Oddity(nn.Module):
         h = torch.einsum("bnd,kdw->bnkw", x, self.mix).sin() * self.gains[1]
         x = x + torch.einsum("bnkw,wkd->bnd", h, self.back)
         return self.read_out(self.normed(x)) / self.temperature
+
+
+class Looped(nn.Module):
+    """One block that runs several times, as in ALBERT; it stands in the list under several names."""
+
+    def __init__(self, dim: int, width: int, num_times: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(LENGTH, dim)
+        block = nn.Sequential(nn.Linear(dim, width), nn.Tanh(), nn.Linear(width, dim))
+        self.blocks = nn.ModuleList([block] * num_times)
+        self.logit = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.logit(x).squeeze(-1)
 
 
 class EarlyExit(nn.Module):

@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import matta
+from architectures import Transformer
 from cases import IGNORED, Batch, Case, copy_back, places, plain_student
 from matta.errors import SubModelError
 from matta.submodels import layer_names, live
@@ -230,6 +233,49 @@ def test_three_steps_equal_those_of_separate_weights_copied_back(case: Case) -> 
     _assert_same_weights(nested.ta, expected_ta)
     _assert_same_weights(nested.student, expected_student)
     assert not torch.equal(next(expected_ta.parameters()), next(case.build()[1].parameters()))
+
+
+@pytest.mark.parametrize("share", ["embeddings", "none", ["blocks.1.*", "head.*"]], ids=str)
+def test_three_steps_hold_for_each_way_of_sharing(share: str | list[str]) -> None:
+    patterns = ["tokens.*"] if share == "embeddings" else [] if share == "none" else share
+    chosen = case("fused_qkv-d_model-depth")
+    names = [name for name, _ in chosen.build()[0].named_parameters()]
+    private = tuple(name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns))
+    student, ta = chosen.build()
+    alone = replace(chosen, private=private)
+    batches = [chosen.batch(seed) for seed in range(3)]
+    expected_student, expected_ta, _ = _separate_steps(alone, student, copy.deepcopy(ta), batches)
+    nested = chosen.nested(student, ta, share=share)
+    cotrain = _cotraining(chosen, nested)
+    optimizer = torch.optim.SGD(nested.parameters(), lr=RATE)
+    for batch in batches:
+        optimizer.zero_grad()
+        cotrain(batch).loss.backward()
+        optimizer.step()
+    _assert_same_weights(nested.ta, expected_ta)
+    _assert_same_weights(nested.student, expected_student)
+
+
+def test_several_students_add_their_gradients_in_one_ta() -> None:
+    chosen = case("transformer-d_model-heads-depth")
+    student, ta = chosen.build()
+    deeper = replace(chosen, make=lambda: (Transformer(dim=8, width=10, depth=3), student), layers={}, depth={})
+    second = deeper.build()[0]
+    batch = chosen.batch()
+    grads = {name: torch.zeros_like(p) for name, p in ta.named_parameters()}
+    for pair, model in ((chosen, student), (deeper, second)):
+        plain = plain_student(pair, model, ta)
+        losses = _three_losses(pair, logits(plain, batch), logits(ta, batch), _labels(batch))
+        mine = _gradients(WEIGHTS.student * losses[0] + WEIGHTS.distill * losses[2], plain)
+        for name, place in places(pair, model, ta).items():
+            grads[place.name][place.index] += mine[name]
+    for name, gradient in _gradients(WEIGHTS.ta * losses[1], ta).items():
+        grads[name] += gradient
+
+    nested = matta.nest([student, second], ta, layers={"blocks": "first"})
+    _cotraining(chosen, nested)(batch).loss.backward()
+    for name, parameter in ta.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=0, atol=1e-10)
 
 
 def _separate_steps(
@@ -480,7 +526,7 @@ def _labels(batch: Batch) -> Tensor:
 
 def _assert_same_weights(found: nn.Module, expected: nn.Module, *, exactly: bool = False) -> None:
     wanted = dict(expected.named_parameters())
-    assert [name for name, _ in found.named_parameters()] == list(wanted)
+    assert {name for name, _ in found.named_parameters()} == set(wanted)
     atol = 0.0 if exactly else 1e-10
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(

@@ -17,7 +17,9 @@ from architectures import (
     EarlyExit,
     Experts,
     GatedAttentionUnit,
+    InvertedResiduals,
     LanguageModel,
+    Looped,
     Oddity,
     Perceptron,
     Ranker,
@@ -355,6 +357,14 @@ def _torch_modules() -> list[Case]:
             mixed="blocks",
         ),
         Case(
+            id="mobilenet-width-depth",
+            make=_pair(InvertedResiduals, cnn, {"width": 9, "depth": 3}),
+            inputs=images,
+            layers={"blocks": "ends"},
+            depth={"blocks": (0, 2)},
+            mixed="blocks",
+        ),
+        Case(
             id="cnn-channels-flatten",
             make=_pair(ConvolutionalNetwork, {**cnn, "flatten": True}, {"channels": 6, "width": 9}),
             inputs=images,
@@ -362,7 +372,7 @@ def _torch_modules() -> list[Case]:
             cuts={"head.weight": {1: equal(9, 4, 6)}},
         ),
         Case(
-            id="lstm-width",
+            id="lstm-width-declared",
             width_only=True,
             make=_pair(Recurrent, rnn, {"width": 6}),
             inputs=tokens,
@@ -409,6 +419,7 @@ def _torch_modules() -> list[Case]:
             layers={"encoder.layers": "first"},
             depth={"encoder.layers": (0, 1)},
             cuts=in_proj,
+            layouts={},
         ),
         Case(
             id="torch_encoder-d_model-head_dim",
@@ -441,6 +452,13 @@ def _unheard_of() -> list[Case]:
             id="oddity-d_model-width",
             make=_pair(Oddity, {"dim": 4, "width": 3}, {"dim": 6, "width": 6}),
             **shared,
+        ),
+        Case(
+            id="looped-width",
+            width_only=True,
+            make=_pair(Looped, {"dim": 4, "width": 3, "num_times": 3}, {"width": 6}),
+            inputs=vectors,
+            target="binary",
         ),
         Case(
             id="early_exit-private",
