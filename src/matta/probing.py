@@ -10,12 +10,15 @@ hide its layout.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +32,8 @@ from matta.tables import axis_role, output_axis
 
 _TOLERANCE = 1e-4
 _SEED = 20250523
+_ATTENTION = functional.scaled_dot_product_attention
+_SILENT = 1e-30  # as good as zero, but a weight norm divides by it
 
 
 def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) -> None:
@@ -84,8 +89,9 @@ class _Pair:
                 actual, trace = _run(ta, self.inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ProbeError(f"the TA does not run on the example: {error}") from error
-        for order, (name, expected) in enumerate(self.trace.outputs):
-            found = trace.by_name().get(name)
+        by_call = trace.by_call()
+        for order, ((name, nth), expected) in enumerate(self.trace.by_call().items()):
+            found = by_call.get((name, nth))
             narrowed = None if found is None or name not in channels else _narrowed(found, expected, channels[name])
             if narrowed is not None and _error(expected, narrowed) > _TOLERANCE:
                 return Difference(order, name, _error(expected, narrowed))
@@ -101,8 +107,14 @@ class _Trace:
         self.outputs: list[tuple[str, Tensor]] = []
         self.scales: list[float] = []
 
-    def by_name(self) -> dict[str, Tensor]:
-        return dict(reversed(self.outputs))
+    def by_call(self) -> dict[tuple[str, int], Tensor]:
+        """The outputs by module and by which of its calls it was: cells and shared blocks are called again."""
+        calls: Counter[str] = Counter()
+        found = {}
+        for name, output in self.outputs:
+            found[name, calls[name]] = output
+            calls[name] += 1
+        return found
 
 
 def _run(module: nn.Module, inputs: Any) -> tuple[Tensor, _Trace]:
@@ -191,9 +203,9 @@ def _has_room(ta: nn.Module, student: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], private: Sequence[str]) -> None:
-    """Zero in all of the TA but the Student's slices, which get the Student's weights."""
+    """Silence all of the TA but the Student's slices, which get the Student's weights."""
     for parameter in ta.parameters():
-        parameter.zero_()
+        parameter.fill_(_SILENT)
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in placements.items():
         put(ta.get_parameter(name), named[name], placement.axes)
@@ -231,8 +243,7 @@ def _narrow_norms(student: nn.Module, ta: nn.Module, placements: Mapping[str, Pl
     for name, part in list(student.named_modules()):
         axis = _channels(name, part, ta, placements)
         if axis is not None and (axis.grows or isinstance(part, _BatchNorm)):
-            path, _, leaf = name.rpartition(".")
-            setattr(ta.get_submodule(path), leaf, _OnSlice(part, axis))
+            ta.get_submodule(name).forward = _on_slice(part, axis)
 
 
 def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> Axis | None:
@@ -252,21 +263,16 @@ def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str
     return None
 
 
-@final
-class _OnSlice(nn.Module):
+def _on_slice(module: nn.Module, axis: Axis) -> Callable[..., Tensor]:
     """The Student's module on the Student's channels of a wider input; zeros in the others."""
 
-    def __init__(self, module: nn.Module, axis: Axis) -> None:
-        super().__init__()
-        self.module = module
-        self.size = axis.ta_size
-        self.positions = torch.tensor(axis.positions())
-
-    def forward(self, wide: Tensor, *args: Any) -> Tensor:
-        dim = -1 if wide.shape[-1] == self.size else 1
-        positions = self.positions.to(wide.device)
-        narrow: Tensor = self.module(wide.index_select(dim, positions), *args)
+    def forward(wide: Tensor, *args: Any) -> Tensor:
+        dim = -1 if wide.shape[-1] == axis.ta_size else 1
+        positions = torch.tensor(axis.positions(), device=wide.device)
+        narrow: Tensor = module(wide.index_select(dim, positions), *args)
         return torch.zeros_like(wide).index_copy(dim, positions, narrow.to(wide.dtype))
+
+    return forward
 
 
 @final
@@ -275,25 +281,24 @@ class _StudentScales(TorchFunctionMode):
 
     def __init__(self, scales: list[float], *, record: bool = False) -> None:
         super().__init__()
-        self.scales, self.record, self.calls, self.inside = scales, record, 0, False
+        self.scales, self.record, self.calls = scales, record, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is nn.functional.multi_head_attention_forward and not self.inside:
-            self.inside = True  # its own call of the attention below is to be seen, itself no more
-            try:
-                with self:
-                    return func(*args, **kwargs)
-            finally:
-                self.inside = False
-        if func is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
-            if self.record:
-                query = args[0] if args else kwargs["query"]
-                self.scales.append(query.shape[-1] ** -0.5)
-            elif self.calls < len(self.scales):
-                kwargs["scale"] = self.scales[self.calls]
-            self.calls += 1
+        if func is functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:  # what it calls itself is not seen by a mode
+            with patch.object(functional, "scaled_dot_product_attention", self._attend):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("scale") is None and self.record:
+            self.scales.append(query.shape[-1] ** -0.5)
+        elif kwargs.get("scale") is None and self.calls < len(self.scales):
+            kwargs["scale"] = self.scales[self.calls]
+        self.calls += 1
+        return _ATTENTION(query, *args, **kwargs)
 
 
 def _output_axes(student: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Axis]:
