@@ -14,15 +14,17 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from matta.acceptance import refuse_sparse_gradients, require_nestable, require_real_buffers
 from matta.ambiguity import refuse_ambiguous_axes
 from matta.batches import Batch
-from matta.errors import LayoutError, NestingError
+from matta.errors import LayoutError, NestingError, TracingError
 from matta.layers import Layers, is_module_list, map_layers, translate
 from matta.layout import Axis, Layout
 from matta.plan import Placement, Plan, describe, slices
 from matta.probing import probe_pair
 from matta.slicing import LiveSlice, bind, copy_module
 from matta.tables import known_layout, output_axis
+from matta.tracing import trace_layouts
 from matta.warmstart import warm_start_pair
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -107,12 +109,14 @@ def nest(
         share: "all", "embeddings" (section 4.3.2), "none", or patterns of what is shared.
         warm_start: Put the Student's present weights into the TA, and silence what the TA has
             beyond them, so that both start as good as that Student.
-        example: A batch. With it the nesting is probed by running both modules, and axes that
-            shapes alone leave ambiguous are accepted when the probe confirms them.
+        example: A batch. With it both modules are run: axes that shapes leave ambiguous (embeddings
+            one after the other, flattened images, halves of a gate) are laid out as the flow of the
+            data shows, and the whole nesting is probed.
 
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
-            a rule that matches nothing, or an axis that shapes leave ambiguous.
+            a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
+            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -124,8 +128,12 @@ def nest(
     students = [student] if isinstance(student, nn.Module) else list(student)
     if not students:
         raise NestingError("received an empty list of Students; expected at least one module")
-    rules = Rules(layers or {}, layouts or {}, tuple(private), share)
-    plans = [_plan(each, ta, rules, probed=example is not None) for each in students]
+    for module, role in [*((each, "Student") for each in students), (ta, "TA")]:
+        require_nestable(module, role)
+    for each in students:
+        require_real_buffers(each, ta)
+    rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
+    plans = [_plan(each, ta, rules, _trace(each, ta, example)) for each in students]
     rules.require_all_used()
     if example is not None:
         for each, plan in zip(students, plans, strict=True):
@@ -173,6 +181,7 @@ class Rules:
             raise NestingError(
                 f"share={share!r}; expected 'all', 'embeddings', 'none', or a list of patterns such as [{share!r}]"
             )
+        _require_mappings(layers, layouts)
         self.layers, self.layouts, self.private, self.share = layers, layouts, private, share
         self._unused: dict[tuple[str, str], str] = {}
         for argument, patterns in self._patterns().items():
@@ -214,7 +223,28 @@ class Rules:
         return self.match("share", name, self.share) is None
 
 
-def _plan(student: nn.Module, ta: nn.Module, rules: Rules, *, probed: bool) -> Plan:
+def _require_mappings(layers: Layers, layouts: Mapping[str, int | Layout]) -> None:
+    for argument, rules in (("layers", layers), ("layouts", layouts)):
+        if not isinstance(rules, Mapping):
+            raise NestingError(f"{argument}={rules!r}; expected a mapping from patterns, such as {{'blocks.*': ...}}")
+    for pattern, layout in layouts.items():
+        if not isinstance(layout, int | Layout) or (isinstance(layout, int) and layout < 1):
+            raise NestingError(
+                f"layouts={{{pattern!r}: {layout!r}}}; expected the number of equal segments, or a matta.Layout"
+            )
+
+
+def _trace(student: nn.Module, ta: nn.Module, example: Batch | None) -> Mapping[str, Layout] | None:
+    """The layouts that running both on an example shows; None without an example."""
+    if example is None:
+        return None
+    try:
+        return trace_layouts(student, ta, example)
+    except TracingError:  # the probe has the last word
+        return {}
+
+
+def _plan(student: nn.Module, ta: nn.Module, rules: Rules, traced: Mapping[str, Layout] | None) -> Plan:
     named = dict(student.named_parameters(remove_duplicate=False))
     names = _abbreviated(named)
     for argument in ("layouts", "private", "share"):
@@ -225,16 +255,19 @@ def _plan(student: nn.Module, ta: nn.Module, rules: Rules, *, probed: bool) -> P
     for pattern in found:
         rules.used("layers", pattern)
     rules.seen("layers", _abbreviated(_lists(student)) or "no module lists")
+    for name in private:
+        rules.match("layouts", name, rules.layouts)  # so that `share` can be changed alone
     placements = {}
     declared: set[str] = set()
     for name in shared:
         layout, by_user = _layout(student, name, rules)
-        placements[name] = _place(name, translate(name, maps), student, ta, layout)
+        placements[name] = _place(name, translate(name, maps), student, ta, layout, (traced or {}).get(name))
+        refuse_sparse_gradients(student, placements[name])
         if by_user or _is_known(placements[name], student, ta):
             declared.add(name)
     placements = _tie(named, placements)
     _refuse_overlaps(named, ta, placements)
-    if not probed:
+    if traced is None:
         refuse_ambiguous_axes(student, ta, placements.values(), declared)
     return Plan(placements, tuple(private), tuple(maps))
 
@@ -291,7 +324,9 @@ def _layout_of_weight(owner: nn.Module, name: str, rules: Rules) -> Layout | Non
     return Layout({0: parts})
 
 
-def _place(name: str, ta_name: str, student: nn.Module, ta: nn.Module, layout: Layout | None) -> Placement:
+def _place(
+    name: str, ta_name: str, student: nn.Module, ta: nn.Module, layout: Layout | None, traced: Layout | None
+) -> Placement:
     parameter = student.get_parameter(name)
     target = _ta_parameter(name, ta_name, ta)
     if parameter.ndim != target.ndim:
@@ -308,7 +343,7 @@ def _place(name: str, ta_name: str, student: nn.Module, ta: nn.Module, layout: L
                 f"{name} is {size} long on axis {axis} and the TA's {ta_name} only {ta_size}; expected the TA to be "
                 f"at least as large on each axis; build it larger, or keep it apart with private=[{name!r}]"
             )
-        axes.append(_axis(name, ta_name, student, ta, axis, (size, ta_size), layout))
+        axes.append(_axis(name, ta_name, student, ta, axis, (size, ta_size), layout, traced))
     return Placement(name, ta_name, tuple(axes))
 
 
@@ -337,6 +372,7 @@ def _axis(
     axis: int,
     sizes: tuple[int, int],
     declared: Layout | None,
+    traced: Layout | None,
 ) -> Axis:
     if declared is not None:
         try:
@@ -345,8 +381,11 @@ def _axis(
             raise LayoutError(f"{name}: {error}") from None
     if sizes[0] == sizes[1]:
         return Axis.plain(*sizes)
-    known = _from_table(name, ta_name, student, ta, axis, sizes)
-    return Axis.plain(*sizes) if known is None else known.resolve(axis, *sizes)
+    known = _from_table(name, ta_name, student, ta, axis, sizes) or traced
+    try:
+        return Axis.plain(*sizes) if known is None else known.resolve(axis, *sizes)
+    except LayoutError:  # traced on other blocks than the one it lives in
+        return Axis.plain(*sizes)
 
 
 def _from_table(
