@@ -29,15 +29,15 @@ def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
         >>> [(len(group["params"]), group["precondition"]) for group in shampoo_groups(module)]
         [(2, True), (1, False)]
     """
-    tables = [
-        parameter
+    tables = {
+        id(parameter)
         for each in module.modules()
         if isinstance(each, nn.Embedding | nn.EmbeddingBag)
         for parameter in each.parameters(recurse=False)
-    ]
-    identities = {id(table) for table in tables}
-    others = [parameter for parameter in module.parameters() if id(parameter) not in identities]
-    groups = [{"params": others, "precondition": True}, {"params": _distinct(tables), "precondition": False}]
+    }
+    embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
+    others = [parameter for parameter in module.parameters() if id(parameter) not in tables]
+    groups = [{"params": others, "precondition": True}, {"params": embedded, "precondition": False}]
     return [group for group in groups if group["params"]]
 
 
@@ -92,8 +92,8 @@ class Shampoo(torch.optim.Optimizer):
         graft: Graft = "adam",
         block_size: int = 128,
         max_dim: int = 8192,
-        statistics_every: int = 5,
-        refresh_every: int = 20,
+        statistics_every: int = 10,
+        refresh_every: int = 50,
         root_eps: float = 1e-6,
         process_group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
@@ -169,9 +169,7 @@ class Shampoo(torch.optim.Optimizer):
             OptimizerError: the state is another optimizer's.
             ValueError: the groups differ from this optimizer's (as in every torch optimizer).
         """
-        missing = sorted(
-            self.defaults.keys() - {name for group in state_dict["param_groups"] for name in group}
-        )
+        missing = sorted(self.defaults.keys() - {name for group in state_dict["param_groups"] for name in group})
         if missing:
             raise OptimizerError(
                 f"received a state without {', '.join(missing)}; expected one that Shampoo.state_dict() gave"
@@ -270,9 +268,7 @@ class _Part:
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in self.graft.state_names:
-                state[name] = torch.zeros(
-                    parameter.shape, dtype=_state_dtype(parameter), device=parameter.device
-                )
+                state[name] = torch.zeros(parameter.shape, dtype=_state_dtype(parameter), device=parameter.device)
         return state
 
 
@@ -336,9 +332,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
                 "DistributedDataParallel, or AdamW with FSDP"
             )
         if not parameter.is_floating_point():
-            raise OptimizerError(
-                f"received a parameter of type {parameter.dtype}; expected real floating point"
-            )
+            raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 
 
 _RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
