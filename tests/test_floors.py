@@ -17,7 +17,7 @@ FLOORS = (
     {"batches", "firstorder", "flow", "layers", "layout", "losses", "preconditioner", "schedule"},
     {"objectives", "slicing", "stacking", "tables", "tracing"},
     {"plan", "shampoo"},
-    {"ambiguity", "probing"},
+    {"acceptance", "ambiguity", "probing"},
     {"units", "warmstart"},
     {"assembly", "nesting"},
     {"growing", "submodels"},
