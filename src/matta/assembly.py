@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from matta.errors import SubModelError
-from matta.layers import LayerMap
+from matta.layers import LayerMap, translate
 from matta.layout import Axis, Segment
 from matta.plan import Placement, Plan
 from matta.slicing import LiveSlice, bind, copy_module, skeleton, slices_of
@@ -87,13 +87,16 @@ def _fill_blocks(
     prefix = f"{path}." if path else ""
     for name in [name for name in sources if name.startswith(prefix)]:
         del sources[name]
+    built: dict[tuple[int, str], tuple[nn.Module, dict[str, LiveSlice]]] = {}  # a repeated block stays one
     entries = []
     for position, (index, choice) in enumerate(chosen):
         ta_path = f"{layers.ta}.{index}" if layers.ta else str(index)
-        if choice == "wide":
-            block, found = copy_module(ta.get_submodule(ta_path), {}), _whole(ta, ta_path)
-        else:
-            block, found = _narrow_block(ta, student, plan, layers, index)
+        key = id(ta.get_submodule(ta_path)), choice
+        if key not in built and choice == "wide":
+            built[key] = copy_module(ta.get_submodule(ta_path), {}), _whole(ta, ta_path)
+        elif key not in built:
+            built[key] = _narrow_block(ta, student, plan, layers, index)
+        block, found = built[key]
         _renumber(block, index, position)
         entries.append(block)
         sources.update({f"{prefix}{position}.{name}": live for name, live in found.items()})
@@ -187,16 +190,19 @@ def _narrow_widths(
     """Cut the modules that a narrow width runs through."""
     narrow = {spot for unit in units if choices[unit.name] == "narrow" for spot in unit.spots}
     touched = {spot[0].rpartition(".")[0] for unit in units for spot in unit.spots if spot in narrow}
+    own = slices_of(student)
+    cut: dict[int, nn.Module] = {}
     for path in sorted(touched):
-        names = [name for name in plan.placements if name.rpartition(".")[0] == path]
-        ta_path = plan.placements[names[0]].ta.rpartition(".")[0]
-        all_narrow = all(_chosen(plan.placements[name], narrow) == plan.placements[name].axes for name in names)
-        module = skeleton(student.get_submodule(path))
+        part, ta_path = student.get_submodule(path), translate(path, plan.layers)
+        if id(part) in cut:  # one module under two names
+            _replace(made, ta_path, cut[id(part)])
+            continue
+        module = cut[id(part)] = skeleton(part)
         _replace(made, ta_path, module)
+        names = [name for name in own if name.rpartition(".")[0] == path]
+        all_narrow = all(_chosen(plan.placements[name], narrow) == plan.placements[name].axes for name in names)
         for name in names:
-            axes = _chosen(plan.placements[name], narrow)
-            leaf = name.rpartition(".")[2]
-            live = slices_of(student)[name]
+            axes, live, leaf = _chosen(plan.placements[name], narrow), own[name], name.rpartition(".")[2]
             sources[f"{ta_path}.{leaf}" if ta_path else leaf] = LiveSlice(
                 live.owner, live.name, axes, detach=live.detach
             )

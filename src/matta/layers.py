@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import final
+from typing import TypeGuard, final
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -41,7 +41,7 @@ def place_layers(rule: str | Sequence[int], num_student: int, num_ta: int) -> tu
     """
     if num_student > num_ta:
         raise NestingError(f"the Student has {num_student} blocks and the TA only {num_ta}; give the TA more")
-    if not isinstance(rule, str):
+    if isinstance(rule, Sequence) and not isinstance(rule, str):
         return _explicit(tuple(rule), num_student, num_ta)
     head = num_student - num_student // 2
     rules = {
@@ -101,19 +101,19 @@ def map_layers(
         if other is None or (path not in prefixes and not patterns):
             continue
         rule = layers[patterns[0]] if patterns else None
-        num_student, num_ta = (len(list(each.children())) for each in (module, other))
+        num_student, num_ta = len(module), len(other)
         maps.append(LayerMap(path, translate(path, maps), _indices(path, rule, num_student, num_ta), num_ta))
     return maps, matched
 
 
-def is_module_list(module: nn.Module) -> bool:
+def is_module_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
     """Whether a module is a list of blocks: a ModuleList or Sequential with numbers for names."""
     if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(module, ParametrizationList):
         return False
-    return [name for name, _ in module.named_children()] == [str(i) for i in range(len(module))]
+    return list(module._modules) == [str(i) for i in range(len(module))]  # children() leaves repeated ones out
 
 
-def _counterpart(ta: nn.Module, path: str) -> nn.Module | None:
+def _counterpart(ta: nn.Module, path: str) -> nn.ModuleList | nn.Sequential | None:
     try:
         other = ta.get_submodule(path)
     except AttributeError:

@@ -37,9 +37,9 @@ class LiveSlice:
         self._growing = tuple((dim, axis) for dim, axis in enumerate(axes) if axis.grows)
 
     @property
-    def key(self) -> tuple[int, str, tuple[Axis, ...]]:
-        """What two slices share when they are the same part of the same parameter."""
-        return id(self.owner), self.name, self.axes
+    def key(self) -> tuple[int, tuple[Axis, ...]]:
+        """What two slices share when they are the same part of the same parameter, be it a tied one."""
+        return id(getattr(self.owner, self.name)), self.axes
 
     def read(self, *, contiguous: bool) -> Tensor:
         """The present weights: a view in training, a contiguous copy otherwise."""

@@ -119,10 +119,14 @@ def _split(student: nn.Module, widths: dict[Growth, list[Spot]]) -> Iterator[lis
 
 
 def _stack(student: nn.Module, spots: list[Spot]) -> list[Spot] | None:
-    """The spots in the order of the data, if all lie in one Sequential, the rest before or behind it."""
+    """The spots in the order of the data, if all lie in one Sequential, the rest before or behind it.
+
+    None where they do not, or where one module stands in two places, which have one width then.
+    """
     parents = {spot[0].rpartition(".")[0].rpartition(".")[0] for spot in spots}
     sequential = [path for path in parents if isinstance(student.get_submodule(path), nn.Sequential)]
-    if len(sequential) != 1:
+    paths = {spot[0].rpartition(".")[0] for spot in spots}
+    if len(sequential) != 1 or len({id(student.get_submodule(path)) for path in paths}) < len(paths):
         return None
     inside = [spot for spot in spots if spot[0].rpartition(".")[0].rpartition(".")[0] == sequential[0]]
     outside = [spot for spot in spots if spot not in inside]
@@ -154,5 +158,5 @@ def _name(student: nn.Module, spots: list[Spot]) -> str:
 
 
 def _position(ta: nn.Module) -> Callable[[Unit], int]:
-    order = {name: i for i, (name, _) in enumerate(ta.named_modules())}
+    order = {name: i for i, (name, _) in enumerate(ta.named_modules(remove_duplicate=False))}
     return lambda unit: order.get(unit.name, -1)

@@ -44,8 +44,9 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
         path, _, leaf = name.rpartition(".")
         _silence_extra_inputs(target, placement, student.get_submodule(path), leaf)
         put(target, named[name], placement.axes)
+    used = {id(ta.get_parameter(placement.ta)) for placement in plan.placements.values()}
     for layer_map in plan.layers:
-        _silence_extra_blocks(ta, layer_map, example)
+        _silence_extra_blocks(ta, layer_map, example, used)
     if example is not None:
         _warn_if_different(student, ta, example)
 
@@ -65,14 +66,14 @@ def _silence_extra_inputs(target: Tensor, placement: Placement, owner: nn.Module
     target[mask] = 0
 
 
-def _silence_extra_blocks(ta: nn.Module, layer_map: LayerMap, example: Batch | None) -> None:
+def _silence_extra_blocks(ta: nn.Module, layer_map: LayerMap, example: Batch | None, used: set[int]) -> None:
     blocks = ta.get_submodule(layer_map.ta)
     for index in range(layer_map.num_ta):
         if index in layer_map.indices:
             continue
         block = blocks[index]  # type: ignore[index]
         path = f"{layer_map.ta}.{index}" if layer_map.ta else str(index)
-        if not any(True for _ in block.parameters()):
+        if all(id(parameter) in used for parameter in block.parameters()):  # none, or a block that is repeated
             continue
         found = list(_known_projections(block)) if example is None else _search_projections(ta, block, example)
         if not found and example is None:
