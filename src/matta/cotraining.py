@@ -112,7 +112,7 @@ class CoTraining(nn.Module):
         models = [*self.nested.students, *self._sampled()]
         students = [logits_of(call(model, inputs)) for model in models]
         losses = self.objective.losses(students, ta, labels)
-        weight = self._distill_weight(ta.device)
+        weight = self._distill_weight(losses.ta)
         loss = self.weights.ta * losses.ta
         for student, distill in zip(losses.students, losses.distill, strict=True):
             loss = loss + self.weights.student * student + weight * distill
@@ -147,10 +147,11 @@ class CoTraining(nn.Module):
             teacher.train(was_training)
         return self.objective.teach(logits, labels)
 
-    def _distill_weight(self, device: torch.device) -> Tensor:
+    def _distill_weight(self, loss: Tensor) -> Tensor:
+        """ω₃·ramp(t), in the type of the losses, where they are."""
         if self.ramp is None:
-            return torch.tensor(self.weights.distill, dtype=torch.float64, device=device)
-        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate)
+            return torch.full_like(loss, self.weights.distill, requires_grad=False)
+        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, loss.dtype)
 
     def _sampled(self) -> list[nn.Module]:
         """The sub-model of this step; the same on every process, and again after a resume."""

@@ -48,9 +48,14 @@ def soft_cross_entropy(
     return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
 
 
-def binary_cross_entropy(logits: Float[Tensor, " rows"], probs: Float[Tensor, " rows"]) -> Float[Tensor, ""]:
-    """Eq. 1-3 for two classes and one logit, that of the positive class."""
-    return functional.binary_cross_entropy_with_logits(logits, probs)
+def binary_cross_entropy(
+    logits: Float[Tensor, " rows"], probs: Float[Tensor, " rows"], shares: Float[Tensor, " rows"]
+) -> Float[Tensor, ""]:
+    """Eq. 1-3 for two classes and one logit, that of the positive class.
+
+    `shares` are the weights of the rows in the mean: one over the number of rows kept, and zero.
+    """
+    return functional.binary_cross_entropy_with_logits(logits, probs, weight=shares, reduction="sum")
 
 
 def distillation_loss(

@@ -84,23 +84,30 @@ class Binary(Objective):
     Logits of shape (batch) or (batch, 1). Labels of either shape: 0 or 1, or probabilities.
     """
 
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
     def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
         require_same_shape(students, ta)
-        probs = self._labels(ta, labels)
         ta_logits = self._rows(ta)
+        probs, shares = self._labels(ta_logits, labels)
         soft = ta_logits.detach().sigmoid()
         rows = [self._rows(logits) for logits in students]
         return Losses(
-            students=tuple(binary_cross_entropy(logits, probs) for logits in rows),
-            ta=binary_cross_entropy(ta_logits, probs),
-            distill=tuple(binary_cross_entropy(logits, soft) for logits in rows),
+            students=tuple(binary_cross_entropy(logits, probs, shares) for logits in rows),
+            ta=binary_cross_entropy(ta_logits, probs, shares),
+            distill=tuple(binary_cross_entropy(logits, soft, shares) for logits in rows),
         )
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return binary_cross_entropy(self._rows(logits), self._labels(logits, labels))
+        rows = self._rows(logits)
+        return binary_cross_entropy(rows, *self._labels(rows, labels))
 
     def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
-        return self._rows(logits).sigmoid()
+        probs = self._rows(logits).sigmoid()
+        if labels is None:
+            return probs
+        return probs.masked_fill(labels.reshape(-1) == self.ignore_index, self.ignore_index)
 
     @staticmethod
     def _rows(logits: Tensor) -> Tensor:
@@ -111,16 +118,18 @@ class Binary(Objective):
             )
         return at_least_float32(logits.reshape(-1))
 
-    def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        rows = labels.reshape(-1)
-        if rows.shape[0] != logits.shape[0] or labels.ndim > 2:
+    def _labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels as probabilities, and the weight of each in the mean."""
+        if labels.numel() != logits.numel() or labels.ndim > 2:
             raise LabelError(
                 f"the labels have shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}; expected one "
                 f"label for each example"
             )
-        rows = rows.to(torch.promote_types(logits.dtype, torch.float32))
-        _check(self, rows, _refuse_improbable)
-        return rows
+        rows = labels.reshape(-1).to(logits.dtype)
+        kept = rows != self.ignore_index
+        probs = rows.where(kept, 0.0)
+        _check(self, probs, _refuse_improbable)
+        return probs, kept.to(logits.dtype) / kept.sum().clamp(min=1)
 
 
 @final

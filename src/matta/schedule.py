@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from matta.errors import MattaError
@@ -58,8 +59,8 @@ class Ramp:
             return 0.0
         return min((step - self.start) / self.steps, 1.0) if self.steps else 1.0
 
-    def at_tensor(self, step: Tensor) -> Tensor:
-        """The same for a step counted on a device, in float64, without waiting for the device."""
+    def at_tensor(self, step: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same for a step counted on a device, without waiting for the device."""
         if not self.steps:
-            return (step >= self.start).double()
-        return ((step - self.start).double() / self.steps).clamp(0.0, 1.0)
+            return (step >= self.start).to(dtype)
+        return ((step - self.start).to(dtype) / self.steps).clamp(0.0, 1.0)
