@@ -188,6 +188,13 @@ def copy_back(student: nn.Module, ta: nn.Module, where: Mapping[str, Place]) -> 
 # ------------------------------------------------------------------------ inputs
 
 
+def logits(module: nn.Module, batch: Batch) -> Tensor:
+    """What the module answers to the inputs of the batch."""
+    if isinstance(batch, dict):
+        return module(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+    return module(*batch[0])
+
+
 def integers(generator: torch.Generator, high: int, *shape: int) -> Tensor:
     """Random integers below `high`."""
     return torch.randint(high, shape, generator=generator)

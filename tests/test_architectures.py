@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import matta
 from architectures import Transformer
-from cases import IGNORED, Batch, Case, copy_back, places, plain_student
+from cases import IGNORED, Batch, Case, copy_back, logits, places, plain_student
 from matta.errors import SubModelError
 from matta.submodels import layer_names, live
 from zoo import CASES, case
@@ -511,13 +511,6 @@ def test_an_extracted_model_is_unpickled_where_matta_is_not(name: str, tmp_path:
 
 def _cotraining(case: Case, nested: matta.Nested, weights: matta.Weights = WEIGHTS) -> matta.CoTraining:
     return matta.CoTraining(nested, OBJECTIVES[case.target](), weights=weights).train()
-
-
-def logits(module: nn.Module, batch: Batch) -> Tensor:
-    """What the module answers to the inputs of the batch."""
-    if isinstance(batch, dict):
-        return module(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-    return module(*batch[0])
 
 
 def _labels(batch: Batch) -> Tensor:

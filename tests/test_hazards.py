@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import matta
 from architectures import ConvolutionalNetwork, LanguageModel, SwiGlu, Transformer
-from cases import Batch, Case, copy_back, images, places, plain_student, tokens
+from cases import Batch, Case, copy_back, images, logits, places, plain_student, tokens
 from matta.errors import MattaError, NestingError, ProbeError
 from matta.submodels import live
 from zoo import CASES, case
@@ -149,12 +150,23 @@ UNKNOWN = [each for each in PROBED if each.cuts and each.layouts != {} and not e
 
 
 @pytest.mark.parametrize("case", UNKNOWN, ids=lambda case: case.id)
-def test_a_missing_declaration_is_never_accepted_in_silence(case: Case) -> None:
-    rules = {"layers": case.layers, "private": list(case.private)}
+def test_without_its_declaration_a_nesting_is_refused(case: Case) -> None:
     with pytest.raises(NestingError, match="declare"):
-        matta.nest(*case.build(), **rules)
-    with pytest.raises(ProbeError, match="layouts="):
-        matta.nest(*case.build(), **rules, example=case.batch())
+        matta.nest(*case.build(), layers=case.layers, private=list(case.private))
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.cuts], ids=lambda case: case.id)
+def test_with_an_example_instead_of_a_declaration_a_nesting_is_right_or_refused(case: Case) -> None:
+    student, ta = case.build()
+    batch = case.batch()
+    try:
+        nested = matta.nest(student, ta, layers=case.layers, private=list(case.private), example=batch)
+    except (NestingError, ProbeError) as error:
+        remedy = str(error)
+        assert "layouts=" in remedy
+    else:
+        plain = plain_student(case, student, ta)
+        assert torch.equal(logits(nested.student.eval(), batch), logits(plain.eval(), batch))
 
 
 # ------------------------------------------------------------------------ tied weights
@@ -335,20 +347,22 @@ def test_the_whole_step_of_the_fixed_pair_compiles(backend: str) -> None:
 # ------------------------------------------------------------------------ strided weights
 
 
+def _tower(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(sizes)))
+
+
 def test_the_live_model_equals_the_extracted_one_for_one_row_and_one_column() -> None:
+    """With views instead of copies, many of these shapes differ in the last bit (float32, one row)."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        width, more, features = (int(x) for x in torch.randint(2, 70, (3,), generator=generator))
-        student, ta = (
-            nn.Sequential(nn.Linear(features, size), nn.ReLU(), nn.Linear(size, 1)) for size in (width, width + more)
-        )
-        nested = matta.nest(student, ta)
-        extracted, live = matta.extract(nested).eval(), nested.student.eval()
+    for _ in range(60):
+        a, b, more_a, more_b = (int(x) for x in torch.randint(4, 300, (4,), generator=generator))
+        nested = matta.nest(_tower(8, a, b, 1), _tower(8, a + more_a, b + more_b, 1), layouts={"*": 1})
+        extracted, live_student = matta.extract(nested).eval(), nested.student.eval()
         for rows in (1, 7):
-            x = torch.randn(rows, features, generator=generator)
-            assert torch.equal(live(x), extracted(x)), (features, width, more, rows)
+            x = torch.randn(rows, 8, generator=generator)
+            assert torch.equal(live_student(x), extracted(x)), (a, b, more_a, more_b, rows)
             with torch.no_grad():
-                assert torch.equal(live(x), extracted(x)), (features, width, more, rows)
+                assert torch.equal(live_student(x), extracted(x)), (a, b, more_a, more_b, rows)
 
 
 # ------------------------------------------------------------------------ bf16 autocast
