@@ -62,7 +62,9 @@ def test_logits_are_the_tensor_or_called_so(output: Any) -> None:
     assert logits_of(output) is X
 
 
-@pytest.mark.parametrize(("batch", "what"), [((X, Y, Y), "tuple of 3"), ([X], "list of 1"), (X, "Tensor"), (None, "None")])
+@pytest.mark.parametrize(
+    ("batch", "what"), [((X, Y, Y), "tuple of 3"), ([X], "list of 1"), (X, "Tensor"), (None, "None")]
+)
 def test_what_is_no_batch_is_refused(batch: Any, what: str) -> None:
     with pytest.raises(LabelError, match=rf"received a batch of type .*{what}.*; expected a mapping .*or a pair"):
         split_labels(batch)

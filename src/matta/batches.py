@@ -6,7 +6,8 @@ arguments, or a pair (inputs, labels) with inputs a tensor or a tuple of positio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +45,19 @@ def call(module: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return module(*inputs)
     return module(inputs)
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode for a while; each of their parts then has its own mode again."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def logits_of(output: Any) -> Tensor:

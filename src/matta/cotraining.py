@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from matta.batches import Batch, call, logits_of, split_labels
+from matta.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.errors import LabelError
 from matta.nesting import Nested
 from matta.objectives import Objective
@@ -138,13 +138,8 @@ class CoTraining(nn.Module):
                     f"the second of a pair, or CoTraining(teacher=...) to make them"
                 )
             return labels
-        was_training = teacher.training
-        teacher.eval()
-        try:
-            with torch.no_grad():
-                logits = logits_of(call(teacher, inputs))
-        finally:
-            teacher.train(was_training)
+        with eval_mode(teacher), torch.no_grad():
+            logits = logits_of(call(teacher, inputs))
         return self.objective.teach(logits, labels)
 
     def _distill_weight(self, loss: Tensor) -> Tensor:

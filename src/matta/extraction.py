@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from matta.batches import Batch, call, split_labels
+from matta.batches import Batch, call, eval_mode, split_labels
 from matta.nesting import Nested
 from matta.slicing import materialize
 from matta.submodels import SubModel, live
@@ -41,20 +41,17 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
     count = 0
-    try:
-        for batch in batches if norms else ():
-            call(module, split_labels(batch)[0])
-            count += 1
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for part, mode in modes.items():
-            part.training = mode
+    with eval_mode(module):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        try:
+            for batch in batches if norms else ():
+                call(module, split_labels(batch)[0])
+                count += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return count

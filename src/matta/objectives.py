@@ -161,9 +161,11 @@ class Classification(Objective):
 
     def teach(self, logits: Tensor, labels: Tensor | None) -> Tensor:
         probs = log_probabilities(logits).exp()
-        if labels is None or labels.is_floating_point():
+        if labels is None:
             return probs
-        return probs.masked_fill((labels == self.ignore_index).unsqueeze(-1), self.ignore_index)
+        ignored = labels == self.ignore_index
+        ignored = ignored.all(-1, keepdim=True) if labels.is_floating_point() else ignored.unsqueeze(-1)
+        return probs.masked_fill(ignored, self.ignore_index)
 
     def _cross_entropy(self, log_probs: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
         if targets.is_floating_point():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matta.batches import Batch, call, logits_of, split_labels
+from matta.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.errors import NestingError
 from matta.layers import LayerMap
 from matta.plan import Placement, Plan
@@ -123,21 +123,18 @@ def _capture(ta: nn.Module, block: nn.Module, example: Batch) -> tuple[Any, Any]
     """What the block is called with when the TA runs on the example."""
     seen: list[tuple[Any, Any]] = []
     handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    was_training = ta.training
     try:
-        with torch.no_grad():
-            call(ta.eval(), split_labels(example)[0])
+        with eval_mode(ta), torch.no_grad():
+            call(ta, split_labels(example)[0])
     finally:
         handle.remove()
-        ta.train(was_training)
     return seen[0] if seen else None
 
 
 @torch.no_grad()
 def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
-    was_training = block.training
-    found = block.eval()(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    block.train(was_training)
+    with eval_mode(block):
+        found = block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     found = found[0] if isinstance(found, tuple) else found
     given = args[0] if args else next(iter(kwargs.values()))
     return isinstance(found, Tensor) and found.shape == given.shape and torch.allclose(found, given, atol=1e-5)
@@ -146,11 +143,8 @@ def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
 @torch.no_grad()
 def _warn_if_different(student: nn.Module, ta: nn.Module, example: Batch) -> None:
     inputs = split_labels(example)[0]
-    logits = []
-    for module in (student, ta):
-        was_training = module.training
-        logits.append(logits_of(call(module.eval(), inputs)))
-        module.train(was_training)
+    with eval_mode(student, ta):
+        logits = [logits_of(call(module, inputs)) for module in (student, ta)]
     error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-12))
     if not error <= _TOLERANCE:
         warnings.warn(

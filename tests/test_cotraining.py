@@ -1,0 +1,267 @@
+"""The training step: the sum of the losses, its ramp, its Teacher, several Students and sampled sub-models."""
+
+from __future__ import annotations
+
+import copy
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import matta
+from matta.errors import LabelError
+from matta.objectives import Binary, Classification
+
+X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def _tower(width: int, outputs: int = 2) -> nn.Sequential:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Dropout(0.0), nn.Linear(width, outputs)).double()
+
+
+def _cotraining(nested: matta.Nested | None = None, **arguments: Any) -> matta.CoTraining:
+    return matta.CoTraining(nested or matta.nest(_tower(4), _tower(7)), Classification(), **arguments).train()
+
+
+def _grads(cotrain: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in cotrain.named_parameters() if p.grad is not None}
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    cotrain = _cotraining(weights=matta.Weights(student=0.7, ta=1.3, distill=0.3))
+    out = cotrain((X, Y))
+    student, ta = functional.cross_entropy(out.student_logits, Y), functional.cross_entropy(out.ta_logits, Y)
+    distill = functional.cross_entropy(out.student_logits, out.ta_logits.softmax(-1))
+    torch.testing.assert_close(out.loss.detach(), 0.7 * student + 1.3 * ta + 0.3 * distill, rtol=1e-14, atol=0)
+    for found, expected in ((out.student_loss, student), (out.ta_loss, ta), (out.distill_loss, distill)):
+        torch.testing.assert_close(found, expected)
+    assert out.distill_weight.item() == 0.3
+    torch.testing.assert_close(out.student_logits, cotrain.nested.student(X))
+    torch.testing.assert_close(out.ta_logits, cotrain.nested.ta(X))
+
+
+def test_only_the_loss_carries_a_graph() -> None:
+    out = _cotraining()((X, Y))
+    assert out.loss.requires_grad
+    rest = (out.student_loss, out.ta_loss, out.distill_loss, out.distill_weight, out.student_logits, out.ta_logits)
+    assert not any(each.requires_grad for each in rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ramp", [None, matta.Ramp(start=0, steps=3)])
+def test_the_loss_is_of_the_type_of_the_model(dtype: torch.dtype, ramp: matta.Ramp | None) -> None:
+    out = _cotraining(ramp=ramp).to(dtype)((X.to(dtype), Y))
+    assert {out.loss.dtype, out.ta_loss.dtype, out.distill_weight.dtype} == {dtype}
+
+
+def test_the_ramp_follows_the_optimizer_steps_in_training_alone() -> None:
+    cotrain = _cotraining(ramp=matta.Ramp(start=1, steps=2), weights=matta.Weights(distill=0.5), accumulate=2)
+    seen = []
+    for _ in range(8):
+        seen.append(cotrain((X, Y)).distill_weight.item())
+        cotrain.eval()
+        assert cotrain((X, Y)).distill_weight.item() == cotrain((X, Y)).distill_weight.item()
+        cotrain.train()
+    assert seen == [0.0, 0.0, 0.0, 0.0, 0.25, 0.25, 0.5, 0.5]
+    assert cotrain.step.item() == 8
+
+
+def test_before_the_ramp_nothing_is_distilled() -> None:
+    late, never = _cotraining(ramp=matta.Ramp(start=5, steps=9)), _cotraining(weights=matta.Weights(distill=0))
+    for cotrain in (late, never):
+        cotrain((X, Y)).loss.backward()
+    for name, gradient in _grads(late).items():
+        assert torch.equal(gradient, _grads(never)[name])
+
+
+def test_the_state_resumes_exactly() -> None:
+    def train(cotrain: matta.CoTraining, steps: int) -> None:
+        for _ in range(steps):
+            cotrain.zero_grad()
+            cotrain((X, Y)).loss.backward()
+            with torch.no_grad():
+                for parameter in cotrain.nested.parameters():
+                    parameter -= 0.1 * parameter.grad
+
+    def make() -> matta.CoTraining:
+        nested = matta.nest(_tower(4), _tower(7), private=["3.bias"])
+        return _cotraining(nested, ramp=matta.Ramp(start=1, steps=5), sample=matta.random_sub_model(nested))
+
+    whole, first, second = make(), make(), make()
+    train(whole, 6)
+    train(first, 3)
+    assert not any(name.startswith("nested.students.0.0") for name in first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.step.item() == 3
+    train(second, 3)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_batches_by_name_and_by_position_are_the_same(names: bool) -> None:
+    class Named(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.tower = _tower(width)
+
+        def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.tower(x * scale), "other": x}
+
+    cotrain = _cotraining(matta.nest(Named(4), Named(7)))
+    scale = torch.tensor(2.0)
+    batch = {"x": X, "scale": scale, "labels": Y} if names else ((X, scale), Y)
+    torch.testing.assert_close(cotrain(batch).loss, _cotraining()((2 * X, Y)).loss)
+
+
+# ------------------------------------------------------------------------ Teacher
+
+
+def test_a_teacher_labels_on_the_fly_without_gradient_and_in_eval_mode() -> None:
+    teacher = nn.Sequential(_tower(9), nn.Dropout(0.9)).train()
+    cotrain = _cotraining(teacher=teacher)
+    out = cotrain((X, None))
+    labels = teacher.eval()(X).softmax(-1).detach()
+    torch.testing.assert_close(out.loss, _cotraining()((X, labels)).loss)
+    teacher.train()
+    cotrain((X, None)).loss.backward()
+    assert teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert {*map(id, cotrain.parameters())}.isdisjoint(map(id, teacher.parameters()))
+    assert cotrain.state_dict().keys() == _cotraining().state_dict().keys()
+
+
+def test_a_teacher_keeps_the_modes_of_its_parts() -> None:
+    teacher = nn.Sequential(nn.BatchNorm1d(3), _tower(9)).double().train()
+    teacher[0].eval()
+    _cotraining(teacher=teacher)((X, None))
+    assert [part.training for part in (teacher, teacher[0], teacher[1])] == [True, False, True]
+
+
+def test_a_teacher_leaves_out_what_the_labels_ignore() -> None:
+    teacher, ignored = _tower(9), torch.tensor([0, -100, 1, 0, -100, 1])
+    kept = ignored != -100
+    found, expected = _cotraining(teacher=teacher)((X, ignored)), _cotraining(teacher=teacher)((X[kept], None))
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_a_teacher_moves_with_the_pair() -> None:
+    teacher = _tower(9)
+    _cotraining(teacher=teacher).to(torch.float32)((X.float(), None))
+    assert teacher[0].weight.dtype == torch.float32
+
+
+def test_a_batch_of_names_without_labels_is_labelled_by_the_teacher() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    pair = [Named(*_tower(width)) for width in (4, 7)]
+    cotrain = _cotraining(matta.nest(*pair), teacher=Named(*_tower(9)))
+    assert torch.isfinite(cotrain({"x": X}).loss)
+
+
+# ------------------------------------------------------------------------ several Students, sampled sub-models
+
+
+def test_several_students_each_have_their_losses() -> None:
+    weights = matta.Weights(student=0.7, ta=1.3, distill=0.3)
+    cotrain = _cotraining(matta.nest([_tower(2), _tower(4)], _tower(7)), weights=weights)
+    out = cotrain((X, Y))
+    assert [tuple(logits.shape) for logits in out.all_student_logits] == [(6, 2)] * 2
+    expected = 1.3 * out.ta_loss
+    for student, distill in zip(out.student_losses, out.distill_losses, strict=True):
+        expected = expected + 0.7 * student + 0.3 * distill
+    torch.testing.assert_close(out.loss.detach(), expected)
+    one = _cotraining(matta.nest(_tower(4), _tower(7)), weights=weights)((X, Y))
+    torch.testing.assert_close(out.student_losses[1], one.student_loss)
+
+
+def test_a_sampled_sub_model_is_one_more_student_in_training() -> None:
+    nested = matta.nest(_tower(4), _tower(7))
+    plain = _cotraining(nested)((X, Y))
+    narrow = _cotraining(nested, sample=lambda _: matta.narrow(nested))
+    torch.testing.assert_close(narrow((X, Y)).loss, plain.loss + plain.student_loss + plain.distill_loss)
+    wide = _cotraining(nested, sample=lambda _: matta.wide(nested))((X, Y))
+    entropy = functional.cross_entropy(plain.ta_logits, plain.ta_logits.softmax(-1))
+    torch.testing.assert_close(wide.loss, plain.loss + plain.ta_loss + entropy)
+    assert len(wide.student_losses) == 1
+    torch.testing.assert_close(narrow.eval()((X, Y)).loss, plain.loss)
+
+
+def test_sampling_is_repeated_after_a_resume_and_varies() -> None:
+    nested = matta.nest(_tower(4), _tower(7))
+    draws: list[matta.SubModel] = []
+
+    def sample(random: Random) -> matta.SubModel:
+        draws.append(matta.random_sub_model(nested)(random))
+        return draws[-1]
+
+    cotrain = _cotraining(nested, sample=sample)
+    for _ in range(12):
+        cotrain((X, Y))
+    first, draws[:] = list(draws), []
+    cotrain.step.zero_()
+    for _ in range(12):
+        cotrain((X, Y))
+    assert draws == first
+    assert len(set(first)) == 2
+
+
+# ------------------------------------------------------------------------ copies
+
+
+def test_a_copy_is_independent() -> None:
+    cotrain = _cotraining(sample=lambda _: matta.SubModel({}, default="wide"))
+    before = cotrain((X, Y)).loss
+    copied = copy.deepcopy(cotrain)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.count_nonzero(copied.nested.student(X)) == 0
+    assert torch.count_nonzero(copied((X, Y)).all_student_logits[0]) == 0
+    torch.testing.assert_close(cotrain((X, Y)).loss, before)
+    assert {*map(id, copied.parameters())}.isdisjoint(map(id, cotrain.parameters()))
+
+
+# ------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((X, None), r"labels of the batch are NoneType; expected a tensor.*CoTraining\(teacher=...\)"),
+        ({"input": X}, r"labels of the batch are NoneType"),
+        ((X, [0, 1]), r"labels of the batch are list"),
+        ((X, Y, Y), r"tuple of 3; expected a mapping"),
+        (X, r"type Tensor; expected a mapping"),
+        ((X, Y + 5), r"a label is 6; expected 0 to 1"),
+        ((X, Y[:3]), r"shape \(3,\)"),
+    ],
+)
+def test_a_batch_without_usable_labels_is_refused_and_is_no_step(batch: Any, message: str) -> None:
+    cotrain = _cotraining()
+    with pytest.raises(LabelError, match=message):
+        cotrain(batch)
+    assert cotrain.step.item() == 0
+
+
+def test_a_module_that_returns_no_logits_is_refused() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return super().forward(input), None
+
+    cotrain = matta.CoTraining(matta.nest(Pair(3, 1), Pair(3, 1)), Binary())
+    with pytest.raises(LabelError, match="returned tuple without logits"):
+        cotrain((X.float(), Y))
+
+
+def test_models_of_different_classes_are_refused() -> None:
+    nested = matta.nest(_tower(4, 2), _tower(7, 3), layouts={"3.*": 1})
+    with pytest.raises(LabelError, match=r"\(6, 2\) and the TA's \(6, 3\)"):
+        _cotraining(nested)((X, Y))

@@ -1,0 +1,224 @@
+"""Objectives against torch.nn.functional and Transformers, with hard and soft labels, ignored ones and wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from matta.errors import LabelError
+from matta.objectives import Binary, CausalLM, Classification, Losses, Objective
+
+BATCH, TIME, CLASSES = 4, 5, 6
+OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "binary": (Binary, (BATCH,)),
+    "binary-column": (Binary, (BATCH, 1)),
+    "classes": (Classification, (BATCH, CLASSES)),
+    "positions": (Classification, (BATCH, TIME, CLASSES)),
+    "tokens": (CausalLM, (BATCH, TIME, CLASSES)),
+}
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _labels(name: str, *, soft: bool, seed: int = 7) -> Tensor:
+    shape = OBJECTIVES[name][1]
+    if name.startswith("binary"):
+        probs = _randn(*shape, seed=seed).sigmoid()
+        return probs if soft else probs.round()
+    probs = _randn(*shape, seed=seed).softmax(-1)
+    return probs if soft else probs.argmax(-1)
+
+
+def _reference(name: str, logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Cross-entropy by torch, of the rows that are left after taking the ignored ones out by hand."""
+    if name.startswith("binary"):
+        kept = labels.ravel() != ignored
+        return functional.binary_cross_entropy_with_logits(logits.ravel()[kept], labels.ravel()[kept].to(logits))
+    if name == "tokens":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    rows = logits.reshape(-1, CLASSES)
+    labels = labels.reshape(-1, CLASSES) if labels.is_floating_point() else labels.ravel()
+    kept = (labels != ignored).reshape(len(rows), -1).any(-1)
+    return functional.cross_entropy(rows[kept], labels[kept])
+
+
+def _soft(name: str, logits: Tensor) -> Tensor:
+    """The labels that a model's logits make: shifted so that CausalLM meets those of the same position."""
+    if name.startswith("binary"):
+        return logits.sigmoid()
+    probs = logits.softmax(-1)
+    return torch.cat([probs[:, :1], probs[:, :-1]], 1) if name == "tokens" else probs
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_three_losses_are_torchs_cross_entropies(name: str, soft: bool) -> None:
+    make, shape = OBJECTIVES[name]
+    students, ta = [_randn(*shape, seed=1), _randn(*shape, seed=2)], _randn(*shape, seed=3)
+    labels = _labels(name, soft=soft)
+    found = make().losses(students, ta, labels)
+    torch.testing.assert_close(found.ta, _reference(name, ta, labels))
+    for index, student in enumerate(students):
+        torch.testing.assert_close(found.students[index], _reference(name, student, labels))
+        torch.testing.assert_close(found.distill[index], _reference(name, student, _soft(name, ta)))
+        torch.testing.assert_close(make().cross_entropy(student, labels), found.students[index])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("ignored", [-100, -7])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ignored_positions_are_left_out_of_all_three(name: str, ignored: int, soft: bool) -> None:
+    make, shape = OBJECTIVES[name]
+    student, ta, labels = _randn(*shape, seed=1), _randn(*shape, seed=2), _labels(name, soft=soft)
+    labels[0], labels[-1, ...] = ignored, ignored
+    found = make(ignore_index=ignored).losses([student], ta, labels)
+    taught = _soft(name, ta).clone()
+    taught[0], taught[-1] = ignored, ignored
+    torch.testing.assert_close(found.students[0], _reference(name, student, labels, ignored))
+    torch.testing.assert_close(found.ta, _reference(name, ta, labels, ignored))
+    torch.testing.assert_close(found.distill[0], _reference(name, student, taught, ignored))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_that_is_all_ignored_gives_zero_and_no_gradient(name: str, soft: bool) -> None:
+    make, shape = OBJECTIVES[name]
+    student, ta = _randn(*shape, seed=1).requires_grad_(), _randn(*shape, seed=2).requires_grad_()
+    found = make().losses([student], ta, torch.full_like(_labels(name, soft=soft), -100))
+    assert [each.item() for each in (*found.students, found.ta, *found.distill)] == [0.0, 0.0, 0.0]
+    (found.students[0] + found.ta + found.distill[0]).backward()
+    for logits in (student, ta):
+        assert logits.grad is not None
+        assert torch.count_nonzero(logits.grad) == 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_empty_batch_gives_zero(name: str) -> None:
+    make, shape = OBJECTIVES[name]
+    none, labels = torch.zeros(0, *shape[1:]), _labels(name, soft=False)[:0]
+    found = make().losses([none], none, labels)
+    assert [each.item() for each in (*found.students, found.ta, *found.distill)] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_distillation_moves_the_student_alone(name: str) -> None:
+    make, shape = OBJECTIVES[name]
+    student, ta = _randn(*shape, seed=1).requires_grad_(), _randn(*shape, seed=2).requires_grad_()
+    make().losses([student], ta, _labels(name, soft=False)).distill[0].backward()
+    assert ta.grad is None
+    assert student.grad is not None
+    assert torch.count_nonzero(student.grad) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_logits_of_half_precision_give_losses_of_float32(name: str, soft: bool, dtype: torch.dtype) -> None:
+    make, shape = OBJECTIVES[name]
+    student, ta = _randn(*shape, seed=1).to(dtype), _randn(*shape, seed=2).to(dtype)
+    labels = _labels(name, soft=soft)
+    found = make().losses([student], ta, labels)
+    expected = make().losses([student.double()], ta.double(), labels)
+    for one, other in zip((*found.students, found.ta, *found.distill), _all(expected), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other.float())
+
+
+def _all(losses: Losses) -> tuple[Tensor, ...]:
+    return *losses.students, losses.ta, *losses.distill
+
+
+def test_a_causal_language_model_has_the_loss_of_transformers() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=CLASSES, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(CLASSES, (BATCH, TIME))
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, -100)
+    theirs = model(input_ids=tokens, labels=labels)
+    ours = CausalLM().cross_entropy(theirs.logits, labels)
+    torch.testing.assert_close(ours, theirs.loss)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_a_teacher_teaches_is_its_own_distribution(name: str) -> None:
+    make, shape = OBJECTIVES[name]
+    teacher, student = _randn(*shape, seed=3), _randn(*shape, seed=4)
+    found = make().cross_entropy(student, make().teach(teacher, None))
+    torch.testing.assert_close(found, make().losses([student], teacher, _labels(name, soft=False)).distill[0])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_the_labels_ignore_is_not_taught(name: str, soft: bool) -> None:
+    make, shape = OBJECTIVES[name]
+    teacher, student, labels = _randn(*shape, seed=3), _randn(*shape, seed=4), _labels(name, soft=soft)
+    labels[1] = -100
+    found = make().cross_entropy(student, make().teach(teacher, labels))
+    expected = make().losses([student], teacher, labels).distill[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16])
+def test_hard_labels_of_any_type(kind: torch.dtype) -> None:
+    logits, labels = _randn(BATCH), torch.tensor([0, 1, 1, 0]).to(kind)
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.double())
+    torch.testing.assert_close(Binary().cross_entropy(logits, labels), expected)
+    if not kind.is_floating_point:
+        two = _randn(BATCH, 2)
+        expected = functional.cross_entropy(two, labels.long())
+        torch.testing.assert_close(Classification().cross_entropy(two, labels), expected)
+
+
+def test_a_loss_of_ones_own_needs_three_methods() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Objective()  # type: ignore[abstract]
+
+
+L, B = (BATCH, CLASSES), (BATCH,)
+
+
+@pytest.mark.parametrize(
+    ("objective", "logits", "labels", "message"),
+    [
+        (Binary(), B, torch.tensor([0, 1, 2, 0]), r"between 0 and 2; expected 0 or 1, or probabilities.*clip"),
+        (Binary(), B, torch.tensor([0.1, -0.2, 0.3, 1]), r"between -0.2 and 1; expected"),
+        (Binary(), B, torch.full(B, float("nan")), r"between nan and nan.*look for NaN"),
+        (Binary(), B, torch.zeros(3), r"shape \(3,\) and the logits \(4,\); expected one label for each"),
+        (Binary(), B, torch.zeros(2, 2, 1), r"\(2, 2, 1\).*expected one label for each"),
+        (Binary(), L, torch.zeros(B), r"\(4, 6\); expected \(batch\) or \(batch, 1\).*use Classification"),
+        (Classification(), L, torch.tensor([0, 6, 1, 2]), r"a label is 6; expected 0 to 5.*or the ignore_index"),
+        (Classification(), L, torch.tensor([0, -1, 1, 2]), r"a label is -1; expected 0 to 5"),
+        (Classification(), L, torch.zeros(3, dtype=torch.long), r"shape \(3,\).*expected integers of shape \(4,\), or"),
+        (Classification(), L, torch.zeros(BATCH), r"torch.float32 of shape \(4,\).*or probabilities of shape \(4, 6\)"),
+        (Classification(), L, torch.randn(L), r"between -.*; expected 0 or 1, or probabilities"),
+        (Classification(), L, torch.rand(L) / CLASSES / 2, r"sums to 1 with an error of 0\.\d+; expected.*softmax"),
+        (Classification(), L, torch.full(L, float("nan")), r"nan.*look for NaN"),
+        (Classification(), B, torch.zeros((), dtype=torch.long), r"the logits of shape \(4,\)"),
+        (CausalLM(), (2, 3, 4), torch.zeros(2, 4, dtype=torch.long), r"\(2, 4\) and the logits \(2, 3, 4\); expected"),
+        (CausalLM(), L, torch.zeros(L, dtype=torch.long), r"expected \(batch, time\) and \(batch, time, vocabulary\)"),
+        (CausalLM(), (2, 3, 4), torch.full((2, 3), 4), r"a label is 4; expected 0 to 3"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(objective: Any, logits: Any, labels: Tensor, message: str) -> None:
+    ta = torch.zeros(logits)
+    with pytest.raises(LabelError, match=message):
+        objective.cross_entropy(ta, labels)
+    with pytest.raises(LabelError, match=message):
+        objective.losses([ta], ta, labels)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_logits_of_different_shapes_are_refused(name: str) -> None:
+    make, shape = OBJECTIVES[name]
+    more = (shape[0] + 1, *shape[1:])
+    with pytest.raises(LabelError, match=r"Student's logits have shape .* and the TA's .*; expected the same"):
+        make().losses([torch.zeros(shape), torch.zeros(more)], torch.zeros(shape), _labels(name, soft=False))
