@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import matta
 from matta.errors import OptimizerError
 from matta.preconditioner import Factors, Refresher, inverse_fourth_root, refresh_wave
 from matta.shampoo import Shampoo, shampoo_groups
@@ -145,9 +146,7 @@ def test_a_convolution_is_a_matrix_of_its_outputs() -> None:
     ],
 )
 def test_what_is_not_preconditioned_gets_the_first_order_step(graft: str, torch_optimizer: Any) -> None:
-    ours, theirs = (
-        [nn.Parameter(torch.ones(shape)) for shape in ((5,), (), (9, 4), (3, 20))] for _ in range(2)
-    )
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in ((5,), (), (9, 4), (3, 20))] for _ in range(2))
     groups = [{"params": [ours[0], ours[1], ours[3]]}, {"params": [ours[2]], "precondition": False}]
     decay = 0.1 if graft == "adam" else 0.0
     optimizer, other = (
@@ -176,6 +175,16 @@ def test_a_modules_embeddings_and_what_is_tied_to_them_are_not_preconditioned() 
         (0.5, False),
         (1e-3, True),
     ]
+
+
+def test_a_nested_models_tables_are_the_tas() -> None:
+    nested = matta.nest(
+        nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 3)), nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
+    )
+    matrices, tables = shampoo_groups(nested)
+    assert [id(p) for p in matrices["params"]] == [id(nested.ta[1].weight), id(nested.ta[1].bias)]
+    assert [id(p) for p in tables["params"]] == [id(nested.ta[0].weight)]
+    Shampoo(nested)
 
 
 def test_a_repeated_parameter_moves_once() -> None:
@@ -391,9 +400,7 @@ def test_a_closure_gives_the_loss() -> None:
     assert (parameter < 1).all()
 
 
-@pytest.mark.parametrize(
-    ("graft", "lr"), [("adam", 0.003), ("adagrad", 0.05), ("adagrad", 0.2), ("sgd", 0.1)]
-)
+@pytest.mark.parametrize(("graft", "lr"), [("adam", 0.003), ("adagrad", 0.05), ("adagrad", 0.2), ("sgd", 0.1)])
 def test_it_learns_and_adagrad_bears_the_rates_of_a_stream(graft: Any, lr: float) -> None:
     model = tower()
     optimizer = Shampoo(model, lr, graft=graft)
@@ -463,9 +470,7 @@ def test_a_root_inverts_its_factor() -> None:
     root = inverse_fourth_root(factor, eps=1e-12)
     assert root is not None
     scaled = factor / torch.linalg.eigvalsh(factor)[-1]
-    torch.testing.assert_close(
-        torch.linalg.matrix_power(root, 4) @ scaled, torch.eye(6).double(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(torch.linalg.matrix_power(root, 4) @ scaled, torch.eye(6).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 10, 20, 50])

@@ -296,9 +296,9 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
             )
     if not gradients:
         return True
-    device = gradients[0].device
-    norms = [torch.linalg.vector_norm(each, dtype=_state_dtype(each)).to(device) for each in gradients]
-    return math.isfinite(torch.stack([norm.float() for norm in norms]).sum())
+    # float16 would overflow in its own norm
+    norms = torch._foreach_norm([each.float() if each.dtype == torch.float16 else each for each in gradients])
+    return math.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]).sum())
 
 
 def _distinct(params: Iterable[Any]) -> list[Any]:

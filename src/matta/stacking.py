@@ -84,7 +84,7 @@ class Member:
         """Copies the gradient's blocks into the stack."""
         assert self.parameter.grad is not None
         blocks = self.grid.cut(self.parameter.grad.reshape(self.grid.shape))
-        self.gradient.view(*self.grid.counts, *self.grid.block_shape).copy_(blocks)
+        self.gradient.view(blocks.shape).copy_(blocks)
 
     def move(self, update_BMN: Tensor, weight_decay: float) -> None:
         """Decays the parameter and adds the blocks of an update to it."""
