@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Where each public name is defined; None: the name is a module of its own.
 _DEFINED_IN: dict[str, str | None] = {
     "CoTraining": "cotraining",
+    "Evaluation": "evaluation",
     "Layout": "layout",
     "MattaError": "errors",
     "Nested": "nesting",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from matta.checkpoints import save as save
     from matta.cotraining import CoTraining as CoTraining
     from matta.errors import MattaError as MattaError
+    from matta.evaluation import Evaluation as Evaluation
     from matta.extraction import extract as extract
     from matta.extraction import recalibrate as recalibrate
     from matta.fitting import fit as fit

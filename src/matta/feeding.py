@@ -1,0 +1,143 @@
+"""Batches for a run: pass after pass over the data, and the exact batch at which a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from matta.batches import Batch
+from matta.errors import RunError
+from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
+
+
+@final
+class Feed:
+    """What a run has seen of its data, and what comes next.
+
+    A pass is replayed by giving the random generators the states that they had at its beginning, so
+    that a shuffled DataLoader deals the same order again, and leaving out the batches already seen.
+    Of map-style data those are not even loaded, but for the last.
+
+    Several processes share the batches: DataLoaders as Accelerate shards them; of any other iterable
+    each process takes every n-th batch.
+
+    Raises:
+        RunError: the data is no iterable of batches, or an iterator, which can be passed over once, is asked
+            for several passes.
+    """
+
+    def __init__(self, data: Iterable[Batch], accelerator: Any, num_passes: int | None) -> None:
+        if not isinstance(data, Iterable):
+            raise RunError(
+                f"received data of type {type(data).__name__}; expected batches: a DataLoader, a list, or any iterable "
+                f"of them"
+            )
+        is_iterator = isinstance(data, Iterator)
+        if is_iterator and num_passes is not None and num_passes > 1:
+            raise RunError(
+                f"received an iterator and epochs={num_passes}, and an iterator can be passed over once; "
+                f"expected a DataLoader or a list, or steps= in place of epochs="
+            )
+        self.device: torch.device = accelerator.device
+        self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
+        self.is_sharded = self.num_processes > 1 and isinstance(data, DataLoader)
+        self.data = accelerator.prepare_data_loader(data) if self.is_sharded else data
+        self.generators = generators_of(data)
+        self.num_passes = 1 if is_iterator else num_passes
+        self.epoch, self.batch = 0, 0
+        self._start: dict[str, Any] = {}
+        self._resume_at: dict[str, Any] | None = None
+
+    def num_batches(self) -> int | None:
+        """Batches of a pass for this process, where the data tells."""
+        try:
+            length = len(self.data)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        return length if self.is_sharded else length // self.num_processes
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that are left, on the device.
+
+        Raises:
+            RunError: a pass has no batches, or not the ones to be left out after a resume.
+        """
+        while self.num_passes is None or self.epoch < self.num_passes:
+            for batch in self._resumed_pass() if self._resume_at else self._new_pass():
+                self.batch += 1
+                yield self._to_device(batch)
+            if not self.batch:
+                raise RunError("the data gave no batch; expected at least one: is drop_last larger than the data?")
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """Where the run is; to be taken between two batches."""
+        return {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which `state` was taken."""
+        self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["start"]
+        self._resume_at = state["now"]
+
+    def _random_states(self) -> dict[str, Any]:
+        return {"global": random_state(), "generators": [each.get_state() for each in self.generators]}
+
+    def _set_random_states(self, states: dict[str, Any]) -> None:
+        set_random_state(states["global"])
+        set_generator_states(self.generators, states["generators"])
+
+    def _new_pass(self) -> Iterator[Batch]:
+        self._start = self._random_states()
+        return self._deal(0)
+
+    def _resumed_pass(self) -> Iterator[Batch]:
+        """The rest of a pass. The last batch seen is drawn again: drawing it seeds the samplers."""
+        at, self._resume_at = self._resume_at, None
+        assert at is not None
+        if not self.batch:
+            self._set_random_states(at)
+            return self._new_pass()
+        self._set_random_states(self._start)
+        batches = self._deal(self.batch - 1)
+        if next(batches, None) is None:
+            raise RunError(
+                f"the data ended before batch {self.batch}, where the run had stopped in epoch {self.epoch}; "
+                f"expected the data that the run was begun with"
+            )
+        set_random_state(at["global"])  # those of the samplers are where replaying the pass has brought them
+        return batches
+
+    def _deal(self, num_skipped: int) -> Iterator[Batch]:
+        """This process's batches of a pass but the first few."""
+        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
+        if num_skipped and isinstance(self.data, DataLoader) and _is_map_style(self.data):
+            from accelerate import skip_first_batches
+
+            return iter(skip_first_batches(self.data, num_skipped))
+        batches = iter(self.data)
+        if self.num_processes > 1 and not self.is_sharded:
+            batches = _every_nth(batches, self.num_processes, self.rank)
+        return islice(batches, num_skipped, None)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self.device, non_blocking=True)
+
+
+def _is_map_style(data: DataLoader[Any]) -> bool:
+    return not isinstance(data.dataset, IterableDataset) and data.batch_sampler is not None
+
+
+def _every_nth(batches: Iterator[Batch], count: int, index: int) -> Iterator[Batch]:
+    """One of each full group of `count` batches, so that all processes take equally many."""
+    while len(group := list(islice(batches, count))) == count:
+        yield group[index]

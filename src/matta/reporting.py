@@ -1,0 +1,118 @@
+"""What a run shows while it goes on: a progress bar, and scalars for TensorBoard.
+
+Losses stay on the device until something is shown; only then does the host wait for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from matta.cotraining import CoTrainingOutput
+from matta.errors import RunError
+
+REFRESH_SECONDS: Final = 0.5
+LOSSES: Final = ("student", "ta", "distill")
+
+
+def require_installed(package: str) -> None:
+    """Refuse to go on without a package of the `fit` extra.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        __import__(package)
+    except ModuleNotFoundError:
+        raise RunError(f"matta.fit needs {package}, which is not installed; pip install 'matta[fit]'") from None
+
+
+@final
+class Losses:
+    """The losses of the steps since they were last read, still on the device."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, float] = {}
+        self.latest: tuple[Tensor, ...] = ()
+        self._unread: list[tuple[Tensor, ...]] = []
+
+    def add(self, out: CoTrainingOutput) -> None:
+        """Take in a batch; nothing is computed."""
+        self.latest = (out.student_loss, out.ta_loss, out.distill_loss, out.distill_weight)
+        self._unread.append(self.latest[:3])
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading (the last ones again if there was nothing new)."""
+        if self._unread:
+            means = torch.stack([torch.stack(each) for each in self._unread]).double().mean(0)
+            self.means = dict(zip(LOSSES, means.tolist(), strict=True))
+            self._unread = []
+        return self.means
+
+
+@final
+class Bar:
+    """The progress bar, on standard error."""
+
+    def __init__(self, total: int | None, step: int) -> None:
+        require_installed("rich")
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        # A thread of its own would take the interpreter from the loop.
+        self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        self._task = self._progress.add_task("", total=total, completed=step, shown="")
+        self._next = 0.0
+        self._progress.start()
+
+    def is_due(self) -> bool:
+        """Whether the bar has stood still for long enough."""
+        return time.monotonic() >= self._next
+
+    def show(self, step: int, latest: Sequence[Tensor]) -> None:
+        """Draw the bar, with the losses of a batch and the distillation weight (see `Losses.latest`)."""
+        shown = "  ".join(f"{name} {float(loss):.4f}" for name, loss in zip(LOSSES, latest, strict=False))
+        weight = f"  ω {float(latest[-1]):.2f}" if latest else ""
+        self._progress.update(self._task, completed=step, shown=shown + weight)
+        self._progress.refresh()
+        self._next = time.monotonic() + REFRESH_SECONDS
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
+@final
+class Scalars:
+    """TensorBoard's record of a run; what an interrupted run wrote beyond `step` is purged."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        require_installed("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put what was recorded on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Put everything on disk and end."""
+        self._writer.close()

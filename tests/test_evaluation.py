@@ -1,0 +1,62 @@
+"""`matta.Evaluation`: the values of every model, against torchmetrics and losses worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+
+import matta
+from matta.errors import RunError
+
+
+def tower(width: int, outputs: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, outputs))
+
+
+def data(outputs: int = 1, sizes: tuple[int, ...] = (8, 8, 3)) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    labels = [torch.randint(max(outputs, 2), (size,), generator=generator) for size in sizes]
+    inputs = [torch.randn(size, 5, generator=generator) for size in sizes]
+    return [(x, y if outputs > 1 else y.float()) for x, y in zip(inputs, labels, strict=True)]
+
+
+def nested(outputs: int = 1) -> matta.Nested:
+    torch.manual_seed(0)
+    return matta.nest([tower(3, outputs), tower(4, outputs)], tower(8, outputs))
+
+
+def test_losses_and_metrics_of_every_model() -> None:
+    pair = nested()
+    judge = matta.Evaluation(data=data(), objective=matta.objectives.Binary(), metrics={"auroc": BinaryAUROC()},
+                             models={"mixed": matta.wide(pair)})  # fmt: skip
+    values = judge(pair)
+    x, y = (torch.cat(each) for each in zip(*data(), strict=True))
+    assert pair.training
+    modules = {"student": matta.extract(pair), "student_1": pair.students[1], "ta": pair.ta, "mixed": pair.ta}
+    assert values.keys() == {f"{model}_{name}" for model in modules for name in ("loss", "auroc")}
+    for name, module in modules.items():
+        logits = module.eval()(x).squeeze(-1).detach()
+        loss = functional.binary_cross_entropy_with_logits(logits, y)
+        assert values[f"{name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert values[f"{name}_auroc"] == pytest.approx(BinaryAUROC()(logits, y.long()).item())
+    assert judge(pair) == values
+
+
+def test_classes() -> None:
+    pair = nested(outputs=4)
+    judge = matta.Evaluation(data=data(4), metrics={"accuracy": MulticlassAccuracy(4, average="micro")})
+    x, y = (torch.cat(each) for each in zip(*data(4), strict=True))
+    right = pair.eval().ta(x).argmax(-1) == y
+    assert judge(pair)["ta_accuracy"] == pytest.approx(right.float().mean().item())
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    with pytest.raises(RunError, match="neither an objective nor metrics; expected at least one"):
+        matta.Evaluation(data=data())
+    with pytest.raises(RunError, match="type list_iterator, which can be passed over only once; expected a DataLoader"):
+        matta.Evaluation(data=iter(data()), objective=matta.objectives.Binary())
+    with pytest.raises(RunError, match="the evaluation data gave no batch"):
+        matta.Evaluation(data=[], objective=matta.objectives.Binary())(nested())
