@@ -46,12 +46,9 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file({name: tensor.contiguous() for name, tensor in _tensors(nested).items()}, made / WEIGHTS)
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "digest": _digest(made / WEIGHTS),
-            "students": [_plan_to_json(plan) for plan in nested.plans],
-        }
+        students = [_plan_to_json(plan) for plan in nested.plans]
+        digest = _digest(made / WEIGHTS, students)
+        description = {"format": FORMAT, "version": VERSION, "digest": digest, "students": students}
         (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
         made.chmod(0o755)
         _move(made, target)
@@ -127,9 +124,10 @@ def _move(made: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+def _digest(weights: Path, students: list[dict[str, Any]]) -> str:
+    plans = hashlib.blake2b(json.dumps(students).encode())
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, lambda: plans).hexdigest()
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -160,9 +158,9 @@ def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...
 def _read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
-        if _digest(path) != description.get("digest"):
+        if _digest(path, description["students"]) != description.get("digest"):
             raise CheckpointError(
-                f"{path} is damaged: its digest is not the one saved; take another copy of the folder"
+                f"{folder} is damaged: the digest of weights and plan is not the one saved; take another copy of it"
             )
         return load_file(path)
     except (OSError, SafetensorError) as error:
