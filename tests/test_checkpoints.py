@@ -265,7 +265,7 @@ def test_an_edited_plan_is_refused_even_where_it_would_fit(saved: Path, edit: st
         (lambda: [nn.Linear(3, 2), Net(6, 3)], r"does not fit the modules"),
         (lambda: [Net()], r"received 1 modules for a nesting of 1 Student\(s\); expected load\(path, nested\)"),
         (lambda: [Net(), Net(), Net()], r"received 3 modules"),
-        (lambda: [], r"received 0 modules"),
+        (list, r"received 0 modules"),
         (lambda: [_nested(width=7)], r"another nesting than the one given: blocks.0.0.weight was saved in .*nested in"),
         (lambda: [matta.nest(nn.Linear(3, 2), nn.Linear(3, 2))], r"another nesting than the one given"),
         (lambda: [matta.nest([Net(), Net()], Net())], r"1 Student\(s\) against 2"),

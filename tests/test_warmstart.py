@@ -1,0 +1,181 @@
+"""A warm start: before the first step Student and TA compute what the trained Student computed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import matta
+from matta.errors import NestingError
+
+X, Y = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
+
+
+def _tower(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Linear(5, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
+
+
+class Residual(nn.Module):
+    """Blocks around an identity; `name` is what the output projection of a block is called."""
+
+    def __init__(self, depth: int, width: int, name: str = "c_proj", norm: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(depth)
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList(Block(width, name, norm) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, name: str, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6) if norm else nn.Identity()
+        self.up = nn.Linear(6, width)
+        self.output = name
+        self.add_module(name, nn.Linear(width, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + getattr(self, self.output)(functional.gelu(self.up(self.norm(x))))
+
+
+def _gpt2(**changes: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(len(changes))
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 16, "vocab_size": 11, "n_positions": 8, **changes}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def _logits(module: nn.Module, batch: Any) -> Tensor:
+    out = module.eval()(**{k: v for k, v in batch.items() if k != "labels"}) if isinstance(batch, dict) else module(X)
+    return out.logits if isinstance(batch, dict) else out
+
+
+TOKENS = {"input_ids": torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(1))}
+PAIRS: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
+    "mlp-width": (lambda: _tower(4), lambda: _tower(9), {}, (X, Y)),
+    "residual-width": (lambda: Residual(2, 4), lambda: Residual(2, 7), {}, (X, Y)),
+    "residual-depth": (lambda: Residual(2, 4), lambda: Residual(4, 7), {"layers": {"blocks": "even"}}, (X, Y)),
+    "residual-ends": (lambda: Residual(2, 4), lambda: Residual(3, 4), {"layers": {"blocks": "ends"}}, (X, Y)),
+    "gpt2-width": (_gpt2, lambda: _gpt2(n_inner=24), {}, TOKENS),
+    "gpt2-depth": (_gpt2, lambda: _gpt2(n_layer=4, n_inner=24), {"layers": {"transformer.h": "even"}}, TOKENS),
+}
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_student_and_ta_start_as_the_student_was(name: str, with_example: bool) -> None:
+    make_student, make_ta, rules, batch = PAIRS[name]
+    student, ta = make_student(), make_ta()
+    before, weights = _logits(student, batch), copy.deepcopy(student.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nested = matta.nest(student, ta, warm_start=True, example=batch if with_example else None, **rules)
+    torch.testing.assert_close(_logits(nested.student, batch), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(nested.ta, batch), before, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weights[key], value) for key, value in student.state_dict().items())
+    extracted = matta.extract(nested).state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in extracted.items())
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_only_the_ta_has_still_learns(name: str, with_example: bool) -> None:
+    make_student, make_ta, rules, batch = PAIRS[name]
+    nested = matta.nest(make_student(), make_ta(), warm_start=True, example=batch if with_example else None, **rules)
+    inside = {key: torch.zeros_like(p, dtype=torch.bool) for key, p in nested.ta.named_parameters()}
+    for placement in nested.plan.placements.values():
+        if placement.ta in inside:
+            inside[placement.ta][
+                torch.meshgrid(*(torch.tensor(a.positions()) for a in placement.axes), indexing="ij")
+            ] = True
+    _logits(nested.ta, batch).square().sum().backward()
+    gradients = {key: p.grad for key, p in nested.ta.named_parameters() if p.grad is not None}
+    assert sum(float(gradient[~inside[key]].abs().sum()) for key, gradient in gradients.items()) > 0
+
+
+def test_a_projection_of_an_unknown_name_needs_an_example() -> None:
+    pair = Residual(2, 4, "finish", norm=True), Residual(3, 4, "finish", norm=True)
+    with pytest.raises(NestingError, match=r"extra block blocks.2 \(Block\) an identity.*c_proj.*pass example=batch"):
+        matta.nest(*copy.deepcopy(pair), layers={"blocks": "first"}, warm_start=True)
+    before = pair[0](X)
+    nested = matta.nest(*pair, layers={"blocks": "first"}, warm_start=True, example=(X, Y))
+    torch.testing.assert_close(nested.ta(X), before)
+    extra = nested.ta.blocks[2]
+    assert torch.count_nonzero(extra.finish.weight) == 0
+    assert torch.count_nonzero(extra.up.weight) == extra.up.weight.numel()
+    assert torch.count_nonzero(extra.norm.weight) == extra.norm.weight.numel()
+
+
+def test_a_wider_hidden_state_starts_the_student_exactly_and_warns_of_the_ta() -> None:
+    student, ta = _gpt2(), _gpt2(n_embd=12, n_head=3, n_inner=24)
+    before = _logits(student, TOKENS)
+    with pytest.warns(UserWarning, match=r"differ from the Student's by .*norms over a wider hidden state"):
+        nested = matta.nest(student, ta, warm_start=True, example=TOKENS)
+    torch.testing.assert_close(_logits(nested.student, TOKENS), before)
+
+
+def test_a_wider_mlp_that_is_not_residual_warns_where_depth_is_added() -> None:
+    def deep(depth: int) -> nn.Module:
+        torch.manual_seed(depth)
+        return nn.Sequential(nn.Linear(5, 6), nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth))), nn.Linear(6, 2))
+
+    student = deep(2)
+    before = student(X)
+    with pytest.warns(UserWarning, match=r"not residual; the Student itself starts exactly where it was"):
+        nested = matta.nest(student, deep(3), layers={"1": "first"}, warm_start=True, example=(X, Y))
+    assert torch.equal(nested.student.eval()(X), before)
+
+
+def test_without_a_warm_start_the_ta_is_untouched() -> None:
+    ta = _tower(9)
+    before = copy.deepcopy(ta.state_dict())
+    nested = matta.nest(_tower(4), ta, example=(X, Y))
+    assert all(torch.equal(before[name], tensor) for name, tensor in ta.state_dict().items())
+    assert torch.equal(nested.student[0].weight, before["0.weight"][:4])
+
+
+def test_modes_and_gradients_are_as_before() -> None:
+    student, ta = _tower(4).train(), _tower(9).train()
+    ta[2].eval()
+    nested = matta.nest(student, ta, warm_start=True, example=(X, Y))
+    assert ta.training
+    assert not ta[2].training
+    assert student.training
+    assert all(parameter.grad is None for parameter in nested.parameters())
+
+
+def test_tied_weights_and_private_ones_start_as_they_were() -> None:
+    student, ta = _gpt2(), _gpt2(n_inner=24)
+    before = _logits(student, TOKENS)
+    nested = matta.nest(student, ta, private=["transformer.ln_f.*"], warm_start=True)
+    torch.testing.assert_close(_logits(nested.student, TOKENS), before)
+    assert nested.ta.lm_head.weight is nested.ta.transformer.wte.weight
+
+
+def test_a_block_that_is_repeated_is_not_silenced() -> None:
+    class Looped(Residual):
+        def __init__(self, depth: int, width: int) -> None:
+            super().__init__(1, width)
+            self.blocks = nn.ModuleList([self.blocks[0]] * depth)
+
+    student = Looped(2, 4)
+    before = student(X)
+    with pytest.warns(UserWarning, match="differ from the Student's"):
+        nested = matta.nest(student, Looped(3, 7), layers={"blocks": "first"}, warm_start=True, example=(X, Y))
+    assert torch.equal(nested.student.eval()(X), before)
