@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figures = measure(num_rounds=10 if options.quick else 60, steps=200)
+    figures = measure(num_rounds=10 if options.quick else 40, steps=200)
     if options.json:
         print(json.dumps(figures))
         return

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import matta
 from matta.errors import CheckpointError, RunError
@@ -74,6 +74,19 @@ def shuffled(dataset: Dataset[Pair] | None = None, generator: torch.Generator | 
 
 def seeded() -> DataLoader[Pair]:
     return shuffled(generator=torch.Generator().manual_seed(3))
+
+
+def worked() -> DataLoader[Pair]:
+    return DataLoader(TensorDataset(*examples()), batch_size=8, shuffle=True, num_workers=1)
+
+
+class Stream(IterableDataset[Pair]):
+    def __iter__(self) -> Iterator[Pair]:
+        return zip(*examples(), strict=True)
+
+
+def streamed() -> DataLoader[Pair]:
+    return DataLoader(Stream(), batch_size=8)
 
 
 def noisy() -> DataLoader[Pair]:
@@ -184,8 +197,15 @@ def test_bf16_is_the_forward_under_autocast() -> None:
     assert not torch.equal(ours.nested.ta.first.weight, full.nested.ta.first.weight)
 
 
-@pytest.mark.parametrize("make_data", [batches, endless, shuffled, seeded, noisy])
-@pytest.mark.parametrize(("accumulate", "stop"), [(1, 8), (1, 11), (2, 16), (2, 23)])
+@pytest.mark.parametrize(
+    ("make_data", "accumulate", "stop"),
+    [
+        *itertools.product([batches, endless, shuffled, seeded, noisy], [1], [8, 11]),
+        *itertools.product([batches, endless, shuffled, seeded, noisy], [2], [16, 23]),
+        (worked, 1, 8),
+        (streamed, 1, 8),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     make_data: Callable[[], Iterable[Pair]], accumulate: int, stop: int, tmp_path: Path
 ) -> None:
@@ -301,7 +321,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         Setup().fit(batches(), accumulate=2, run=tmp_path / "run", resume=True, seed=1)
     with pytest.raises(RunError, match="begun with scheduler=True, and now it is False"):
         Setup().fit(batches(), scheduler=None, run=tmp_path / "run", resume=True, seed=1)
-    with pytest.raises(RunError, match="the data ended before batch 4, .* epoch 0; expected the data that the run was begun with"):
+    with pytest.raises(RunError, match="the data ended before batch 4, .* epoch 0; expected the data that the run"):
         Setup().fit(batches()[:2], steps=9, run=tmp_path / "run", resume=True, seed=1)
     file = next((tmp_path / "run").glob("checkpoint-*")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:99])

@@ -139,8 +139,9 @@ def fit(
     launch` on several processes, each of which takes its own batches.
 
     With `run` the run survives: killed at whatever moment, the same call with `resume=True` goes on from the
-    newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (on a CPU, and
-    for data that is dealt the same again). That call may also be the first one. On Ctrl-C the present step is
+    newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (where the device
+    computes the same again, and the data is the same; random numbers that a dataset draws in DataLoader workers
+    are not replayed). That call may also be the first one. On Ctrl-C the present step is
     ended and a checkpoint written before KeyboardInterrupt is raised (one process; a second Ctrl-C does not
     wait). The folder ends with the nesting in `nested` and the best one in `best`, for `matta.load`.
 
@@ -204,6 +205,7 @@ def fit(
     )
     _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run, resume)
     folder = None if run is None else RunFolder(run, resume=resume)
+    accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
     training = _Training(cotrain, optimizer, scheduler, feed, settings, evaluate, folder, accelerator)
@@ -348,6 +350,7 @@ class _Training:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
                 self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
 
     def _distributed(self) -> torch.nn.Module:
         return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
