@@ -152,10 +152,11 @@ class Shampoo(torch.optim.Optimizer):
         if not _all_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
             self.num_skipped += 1
             return loss
+        sharing = self._sharing_group()
         for index, group in enumerate(self.param_groups):
             if index not in self._parts:
                 self._parts[index] = _Part(group, self.state)
-            self._parts[index].step(group, self._sharing_group())
+            self._parts[index].step(group, sharing)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
