@@ -167,8 +167,9 @@ def fit(
         checkpoint_every: Steps between checkpoints.
         log_every: Steps over which the losses are averaged for TensorBoard and the result.
         max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
-            weight; this many of them in a row are an error. The check makes the host wait for each step's
-            loss; None leaves it out, and then nothing in the loop waits for the device.
+            weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
+            The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
+            waits for the device.
         tensorboard: Write scalars into the run folder.
         progress: Show a progress bar with the losses of the present batch.
         accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed.

@@ -21,7 +21,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -32,7 +32,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     numpy.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype("uint32")}})
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager
