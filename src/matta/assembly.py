@@ -28,7 +28,8 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     hidden = next((unit for unit in units if unit.name == HIDDEN), None)
     if hidden is not None:
         choices = _follow_hidden(units, choices)
-    narrow = hidden is not None and choices[HIDDEN] == "narrow"
+    widths = [choices[unit.name] for unit in units if not unit.is_block]
+    narrow = bool(widths) and set(widths) == {"narrow"}
     made, sources = _student_base(student) if narrow else _ta_base(ta)
     for layers in block_lists(student, plan):
         blocks = [unit for unit in units if unit.layers == layers]

@@ -175,7 +175,7 @@ def _random(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(_SEED)
     for parameter in filter(_is_random, module.parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-        width = parameter[0].numel() if parameter.ndim > 1 else 16
+        width = parameter.shape[1:].numel() if parameter.ndim > 1 else 16
         parameter.add_(noise / max(width, 1) ** 0.5)
     return module
 
@@ -218,7 +218,11 @@ def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement
 @torch.no_grad()
 def put(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
     """Write the Student's parameter into its slice of the TA's."""
-    index = torch.meshgrid(*(torch.tensor(axis.positions()) for axis in axes), indexing="ij") if axes else ()
+    index = (
+        torch.meshgrid(*(torch.tensor(axis.positions(), dtype=torch.long) for axis in axes), indexing="ij")
+        if axes
+        else ()
+    )
     target[tuple(each.to(target.device) for each in index)] = value.to(target.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import final
 from torch import nn
 
 from matta.ambiguity import Growth
-from matta.layers import LayerMap
+from matta.layers import LayerMap, translate
 from matta.plan import Placement, Plan
 from matta.tables import axis_role, is_patchable
 
@@ -49,7 +49,7 @@ def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...
     patchable = all(
         is_patchable(student.get_submodule(spot[0].rpartition(".")[0])) for spots in crossing.values() for spot in spots
     )
-    if crossing and (open_in_blocks or not patchable):
+    if crossing and (open_in_blocks or not patchable or _has_wide_buffers(student, ta, plan)):
         units = [Unit(HIDDEN)]
     else:
         units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, crossing)]
@@ -77,6 +77,16 @@ def _holds_blocks(student: nn.Module, plan: Plan, layers: LayerMap) -> bool:
     if any(True for entry in entries for _ in entry.children()):
         return all(any(True for _ in entry.parameters()) for entry in entries)
     return layers.num_ta != len(layers.indices) and not any(plan.placements[name].grows for name in own)
+
+
+def _has_wide_buffers(student: nn.Module, ta: nn.Module, plan: Plan) -> bool:
+    """Whether a module that cannot be cut keeps a buffer as long as a width, such as a mask over channels."""
+    sizes = {name: buffer.shape for name, buffer in ta.named_buffers()}
+    return any(
+        sizes.get(translate(name, plan.layers), buffer.shape) != buffer.shape
+        and not is_patchable(student.get_submodule(name.rpartition(".")[0]))
+        for name, buffer in student.named_buffers()
+    )
 
 
 def _prefix(path: str) -> str:

@@ -1,0 +1,164 @@
+"""Live modules: what they show, what they copy, and that a plain module comes out of them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from matta.errors import NestingError
+from matta.layout import Axis, Layout
+from matta.slicing import LiveSlice, bind, copy_module, is_live, live_parameters, materialize, skeleton, slices_of
+
+X = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+
+
+def _live() -> tuple[nn.Linear, nn.Module, nn.Linear]:
+    """An owner, a live `Linear(2, 3)` over its rows 0, 1 and 4, and the module it was copied from."""
+    torch.manual_seed(0)
+    owner, plain = nn.Linear(2, 6), nn.Linear(2, 3)
+    axis = Layout.concat([(2, 4), (1, 2)]).resolve(0, 3, 6)
+    made = copy_module(plain, {})
+    slices = {"weight": (axis, Axis.plain(2, 2)), "bias": (axis,)}
+    bind(made, {name: LiveSlice(owner, name, axes) for name, axes in slices.items()})
+    return owner, made, plain
+
+
+def test_a_live_module_shows_the_owners_present_weights() -> None:
+    owner, live, _ = _live()
+    for _ in range(2):
+        assert torch.equal(live.weight, owner.weight[[0, 1, 4]])
+        with torch.no_grad():
+            owner.weight.add_(1)
+    owner.weight = nn.Parameter(torch.zeros(6, 2))
+    assert torch.count_nonzero(live.weight) == 0
+
+
+def test_gradients_go_to_the_owner_alone() -> None:
+    owner, live, plain = _live()
+    live(X).sum().backward()
+    assert owner.weight.grad is not None
+    assert owner.weight.grad.abs().sum(1).nonzero().ravel().tolist() == [0, 1, 4]
+    assert plain.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("training", "grad", "is_copy"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_slices_are_views_in_training_and_contiguous_copies_outside(training: bool, grad: bool, is_copy: bool) -> None:
+    owner, made = nn.Linear(4, 3), copy_module(nn.Linear(2, 3), {})
+    bind(made, {"weight": LiveSlice(owner, "weight", (Axis.plain(3, 3), Axis.plain(2, 4)))})
+    made.train(training)
+    with torch.set_grad_enabled(grad):
+        weight = made.weight
+    assert (weight.data_ptr() != owner.weight.data_ptr()) is is_copy
+    assert weight.is_contiguous() is is_copy
+    assert torch.equal(weight, owner.weight[:, :2])
+
+
+def test_a_detached_slice_passes_no_gradient() -> None:
+    owner = nn.Linear(2, 3)
+    live = LiveSlice(owner, "weight", (Axis.plain(2, 3), Axis.plain(2, 2)), detach=True)
+    assert not live.read(contiguous=False).requires_grad
+    assert not live.own().requires_grad
+    assert owner.weight.requires_grad
+
+
+def test_a_live_module_lists_its_weights_but_its_parents_do_not() -> None:
+    _, live, plain = _live()
+    assert [name for name, _ in live.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [tuple(p.shape) for p in live.parameters()] == [tuple(p.shape) for p in plain.parameters()]
+    assert [name for name, _ in live.named_parameters(prefix="x")] == ["x.weight", "x.bias"]
+    assert not list(nn.ModuleList([live]).parameters())
+    assert live.state_dict().keys() == plain.state_dict().keys()
+    assert is_live(live)
+    assert not is_live(plain)
+
+
+def test_a_plain_copy_has_weights_of_its_own() -> None:
+    owner, live, _ = _live()
+    made = materialize(live)
+    assert type(made) is nn.Linear
+    assert "_live_slices" not in made.__dict__
+    assert torch.equal(made.eval()(X), live.eval()(X))
+    with torch.no_grad():
+        owner.weight.zero_()
+    assert torch.count_nonzero(made.weight) == made.weight.numel()
+    assert is_live(live)
+
+
+def test_a_skeleton_is_the_structure_without_weights() -> None:
+    _, live, _ = _live()
+    made = skeleton(live)
+    assert type(made) is nn.Linear
+    assert dict(made._parameters) == {"weight": None, "bias": None}
+
+
+def test_the_class_keeps_its_name_and_its_checks() -> None:
+    _, live, plain = _live()
+    assert type(live).__name__ == "Linear"
+    assert type(live).__qualname__ == type(plain).__qualname__
+    assert isinstance(live, nn.Linear)
+    assert repr(live) == repr(plain)
+
+
+def test_a_copied_module_shares_parameters_and_owns_buffers() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    own = nn.Parameter(torch.zeros(2))
+    made = copy_module(module, {"0.bias": own})
+    assert made[0].weight is module[0].weight
+    assert made[0].bias is own
+    assert made[1].running_mean is not module[1].running_mean
+    assert type(made[0]) is nn.Linear
+
+
+def test_recurrent_modules_read_their_flat_weights_afresh() -> None:
+    torch.manual_seed(0)
+    owner, plain = nn.LSTM(2, 5), nn.LSTM(2, 3)
+    made = copy_module(plain, {})
+    axes = {name: Layout.equal(4).resolve(0, 12, 20) for name, _ in plain.named_parameters()}
+    bind(
+        made,
+        {
+            name: LiveSlice(owner, name, (axes[name], *(Axis.plain(s, t) for s, t in zip(p.shape[1:], o.shape[1:]))))
+            for (name, p), o in zip(plain.named_parameters(), owner.parameters(), strict=True)
+        },
+    )
+    assert torch.equal(made._flat_weights[0], owner.weight_ih_l0.unflatten(0, (4, 5))[:, :3].flatten(0, 1))
+    assert torch.equal(materialize(made).eval()(X)[0], made.eval()(X)[0])
+
+
+def test_a_copy_of_owner_and_live_module_belong_together() -> None:
+    owner, live, _ = _live()
+    both = copy.deepcopy(nn.ModuleList([owner, live]))
+    with torch.no_grad():
+        both[0].weight.zero_()
+    assert torch.count_nonzero(both[1].weight) == 0
+    assert torch.count_nonzero(live.weight) == live.weight.numel()
+
+
+def test_tied_names_are_listed_once_and_tied_again() -> None:
+    owner = nn.Linear(2, 4)
+    pair = copy_module(nn.ModuleList([nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False)]), {})
+    axes = (Axis.plain(3, 4), Axis.plain(2, 2))
+    bind(pair, {f"{i}.weight": LiveSlice(owner, "weight", axes) for i in range(2)})
+    assert [name for name, _ in live_parameters(pair)] == ["0.weight"]
+    assert [name for name, _ in live_parameters(pair, once=False)] == ["0.weight", "1.weight"]
+    assert set(slices_of(pair)) == {"0.weight", "1.weight"}
+    made = materialize(pair)
+    assert made[0].weight is made[1].weight
+
+
+def test_what_the_slices_cannot_replace_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    module.hidden = {"gain": nn.Parameter(torch.ones(2))}  # type: ignore[assignment]
+    with pytest.raises(NestingError, match=r"Linear keeps parameters in its attribute 'hidden'.*ParameterList"):
+        bind(module, {})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    with pytest.raises(NestingError, match=r"Linear cannot be copied by copy.deepcopy.*use torch.nn.utils.param"):
+        copy_module(nn.utils.weight_norm(nn.Linear(2, 2)), {})
