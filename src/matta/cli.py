@@ -39,7 +39,10 @@ class Command:
     extra: str  # the extra of the package that it needs
 
 
-GROUPS = {"study": "repeat an experiment of the paper on public data"}
+GROUPS = {
+    "study": "repeat an experiment of the paper on public data",
+    "figure": "draw what a run has learnt",
+}
 
 COMMANDS = (
     Command(
@@ -47,6 +50,13 @@ COMMANDS = (
         summary="rank films for users: Student, TA and all sizes between, against a tuned baseline",
         settings="matta.studies.settings:RelevanceSettings",
         run="matta.studies.relevance:run",
+        extra="study",
+    ),
+    Command(
+        words=("figure", "preconditioner"),
+        summary="Shampoo's factor of a layer as a heat map, with the Student's edge (Fig. 4)",
+        settings="matta.studies.settings:PreconditionerSettings",
+        run="matta.figures:preconditioner",
         extra="study",
     ),
 )

@@ -23,11 +23,13 @@ from matta.checkpoints import save
 from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
 from matta.evaluation import evaluating
+from matta.factors import save_factors
 from matta.feeding import Feed
 from matta.nesting import Nested
 from matta.randomness import random_state_kept
 from matta.reporting import Bar, Losses, Scalars, require_installed
 from matta.runs import RunFolder
+from matta.shampoo import Shampoo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -431,6 +433,8 @@ class _Training:
         self._save()
         if self.folder is not None and self.accelerator.is_main_process:
             save(self.cotrain.nested, self.folder.path / "nested")
+            if isinstance(self.optimizer, Shampoo):
+                save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:

@@ -4,6 +4,7 @@
     checkpoint-00001000/ model.safetensors and training.pt, the newest complete one
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
+    preconditioner.safetensors  Shampoo's factors at the end, where it was used (matta figure preconditioner)
     tensorboard/         scalars
 
 A checkpoint is written under another name and renamed when it is complete: whenever a run is killed,
