@@ -80,7 +80,7 @@ def test_checkpointing_by_transformers_gives_the_same_gradients(reentrant: bool)
         student, ta = chosen.build()
         if checkpointing:
             for module in (student, ta):
-                module.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                module.activation_checkpointing_enable({"use_reentrant": reentrant})
         cotrain = matta.CoTraining(chosen.nested(student, ta), matta.objectives.CausalLM()).train()
         cotrain(chosen.batch()).loss.backward()
         found.append(_gradients(cotrain))
