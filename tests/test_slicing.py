@@ -122,7 +122,7 @@ def test_recurrent_modules_read_their_flat_weights_afresh() -> None:
     bind(
         made,
         {
-            name: LiveSlice(owner, name, (axes[name], *(Axis.plain(s, t) for s, t in zip(p.shape[1:], o.shape[1:]))))
+            name: LiveSlice(owner, name, (axes[name], *map(Axis.plain, p.shape[1:], o.shape[1:])))
             for (name, p), o in zip(plain.named_parameters(), owner.parameters(), strict=True)
         },
     )

@@ -1,0 +1,132 @@
+"""What a sub-model is put together from: structure, configs, numbers of layers, ties and buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matta
+from matta.slicing import is_live, slices_of
+
+
+def _gpt2(depth: int, inner: int) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(depth)
+    config = transformers.GPT2Config(n_embd=8, n_layer=depth, n_head=2, n_inner=inner, vocab_size=11, n_positions=8)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def _nested() -> matta.Nested:
+    return matta.nest(_gpt2(2, 12), _gpt2(4, 20), layers={"transformer.h": "ends"}).eval()
+
+
+def _spec(nested: matta.Nested, choices: str) -> matta.SubModel:
+    kinds = {"w": "wide", "n": "narrow", "s": "skip"}
+    return matta.SubModel(dict(zip(matta.layer_names(nested), (kinds[each] for each in choices), strict=True)))
+
+
+@pytest.mark.parametrize("choices", ["wnnw", "wsnw", "nssn", "ssww", "wwww", "nnnn", "ssss"])
+def test_configs_and_block_numbers_follow_the_blocks_that_are_there(choices: str) -> None:
+    nested = _nested()
+    made: Any = matta.extract(nested, _spec(nested, choices))
+    kept = [each for each in choices if each != "s"]
+    assert made.config.n_layer == len(made.transformer.h) == len(kept)
+    assert [block.attn.layer_idx for block in made.transformer.h] == list(range(len(kept)))
+    assert [block.mlp.c_fc.nf for block in made.transformer.h] == [{"w": 20, "n": 12}[each] for each in kept]
+    assert made.lm_head.weight is made.transformer.wte.weight
+    assert made.transformer.config is made.config
+    assert nested.ta.config.n_layer == 4
+    assert nested.student.config.n_layer == 2
+
+
+@pytest.mark.parametrize("choices", ["wnnw", "wsnw", "nssn"])
+def test_blocks_are_those_of_the_ta(choices: str) -> None:
+    nested = _nested()
+    live: Any = matta.live(nested, _spec(nested, choices))
+    kept = [(index, each) for index, each in enumerate(choices) if each != "s"]
+    for block, (index, each) in zip(live.transformer.h, kept, strict=True):
+        whole = nested.ta.transformer.h[index].mlp.c_fc.weight
+        assert torch.equal(block.mlp.c_fc.weight, whole if each == "w" else whole[:, :12])
+    assert all(is_live(part) for part in live.modules())
+    owners = {id(part) for part in nested.ta.modules()}
+    assert {id(each.owner) for each in slices_of(live).values()} <= owners
+
+
+def test_a_uniform_model_is_saved_and_loaded_by_its_stock_class(tmp_path: Any) -> None:
+    import transformers
+
+    nested = _nested()
+    made: Any = matta.extract(nested, _spec(nested, "wsww")).eval()
+    made.config.n_inner = 20
+    made.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(input_ids=tokens).logits, made(input_ids=tokens).logits)
+
+
+class Normed(nn.Module):
+    """Blocks with statistics, between a stem and a head with their own."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 4)) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_buffers_are_copies_of_those_of_the_blocks_they_come_from() -> None:
+    nested = matta.nest(Normed(4, 2), Normed(6, 2))
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    nested.student.train()(x)
+    nested.ta.train()(2 * x)
+    made: Any = matta.live(nested, matta.SubModel({"blocks.0": "wide"}))
+    found, sources = [block[1].running_mean for block in made.blocks], (nested.ta, nested.student)
+    for buffer, source, index in zip(found, sources, (0, 1), strict=True):
+        original = source.get_submodule(f"blocks.{index}.1").running_mean
+        assert torch.equal(buffer, original)
+        assert buffer.data_ptr() != original.data_ptr()
+
+
+def test_a_block_in_several_places_stays_one() -> None:
+    class Looped(Normed):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__(width, 1)
+            self.blocks = nn.ModuleList([self.blocks[0]] * depth)
+
+    nested = matta.nest(Looped(4, 2), Looped(6, 3), layers={"blocks": "first"}).eval()
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for spec, parts in ((matta.narrow(nested), 1), (matta.wide(nested), 1), (matta.wide_narrow_wide(nested, 1), 2)):
+        made: Any = matta.extract(nested, spec).eval()
+        assert len({id(block) for block in made.blocks}) == parts
+        assert len(made.blocks) == 3
+        assert torch.equal(made(x), matta.live(nested, spec).eval()(x))
+
+
+def test_weights_tied_in_the_ta_are_tied_in_every_sub_model() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table, self.mix, self.head = nn.Embedding(7, width), nn.Linear(width, width), nn.Linear(width, 7)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.mix(self.table(ids)))
+
+    nested, ids = matta.nest(Tied(4), Tied(6)).eval(), torch.tensor([1, 2])
+    for k in range(len(matta.layer_names(nested)) + 1):
+        made: Any = matta.extract(nested, matta.wide_narrow_wide(nested, k)).eval()
+        assert made.head.weight is made.table.weight
+        assert type(made.table) is nn.Embedding
+    assert torch.equal(made(ids), nested.ta(ids))
+    assert torch.equal(matta.extract(nested, matta.narrow(nested)).eval()(ids), nested.student(ids))

@@ -1,0 +1,207 @@
+"""The probe: right declarations pass, wrong ones are found, and what it suggests mends them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matta
+from matta.errors import ProbeError
+
+X, Y = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0])
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(5, 3 * width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.mT).softmax(-1) @ v).mean(1)
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 2 * width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(gate.sigmoid() * value).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, width, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(2 * width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+class Joined(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(5, width), nn.Linear(5, width), nn.Linear(2 * width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.one(x), self.two(x).relu()], -1)).mean(1)
+
+
+class Flattened(nn.Module):
+    """Channels last, so that the leading part of what is flattened is not the Student's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv1d(4, width, 2), nn.Linear(4 * width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.convolution(x).mT.flatten(1))
+
+
+Case = tuple[Callable[[int], nn.Module], dict[str, Any], dict[str, Any]]
+CASES: dict[str, Case] = {
+    "qkv": (Attention, {"qkv.*": 3, "out.*": 1}, {"qkv.*": 1, "out.*": 1}),
+    "glu": (Gated, {"up.*": 2, "down.*": 1}, {"up.*": 1, "down.*": 1}),
+    "glu-in-three": (Gated, {"up.*": 2, "down.*": 1}, {"up.*": 4, "down.*": 1}),
+    "lstm": (Recurrent, {"head.weight": matta.Layout.equal(2, axis=1)}, {"head.weight": 1}),
+    "concat": (Joined, {"head.weight": matta.Layout.equal(2, axis=1), "*": 1}, {"*": 1}),
+    "flatten": (
+        Flattened,
+        {"head.weight": matta.Layout.factors([(4, 4), (4, 6)], axis=1), "*": 1},
+        {"*": 1},
+    ),
+}
+
+REST: dict[str, dict[str, int]] = {"concat": {"*": 1}, "flatten": {"*": 1}}
+"""What else has to be declared for want of an example; the message is about what is wrong alone."""
+
+
+def _pair(make: Callable[[int], nn.Module], small: int = 4, large: int = 6) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    if make is Gated:
+        small, large = 4, 8
+    return make(small), make(large)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_right_layout_passes_and_changes_nothing(name: str) -> None:
+    make, right, _ = CASES[name]
+    student, ta = _pair(make)
+    before = copy.deepcopy(ta.state_dict())
+    nested = matta.nest(student, ta, layouts=right, example=(X, Y)).train()
+    matta.probe(nested, (X, Y))
+    assert all(torch.equal(before[key], value) for key, value in ta.state_dict().items())
+    assert nested.ta.training
+    assert all(parameter.grad is None for parameter in nested.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_layout_is_found_and_the_suggestion_mends_it(name: str) -> None:
+    make, _, wrong = CASES[name]
+    nested = matta.nest(*_pair(make), layouts=wrong)
+    with pytest.raises(ProbeError, match=r"the TA differs from the Student from \w+ on .*layouts=") as caught:
+        matta.probe(nested, (X, Y))
+    found = re.search(r"layouts=(\{.*\}), with which they agree", str(caught.value))
+    assert found, caught.value
+    suggested = eval(found[1], {"matta": matta})
+    mended = matta.nest(*_pair(make), layouts={**suggested, **REST.get(name, {})})
+    matta.probe(mended, (X, Y))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_an_example_nothing_need_be_declared(name: str) -> None:
+    make, right, _ = CASES[name]
+    nested = matta.nest(*_pair(make), example=(X, Y))
+    expected = matta.nest(*_pair(make), layouts=right)
+    for key, placement in expected.plan.placements.items():
+        for axis, other in zip(nested.plan.placements[key].axes, placement.axes, strict=True):
+            assert axis.positions() == other.positions(), key
+
+
+def test_a_trained_pair_is_probed_as_well_as_a_fresh_one() -> None:
+    nested = matta.nest(*_pair(Attention), layouts={"qkv.*": 3})
+    cotrain = matta.CoTraining(nested, matta.objectives.Classification()).train()
+    optimizer = torch.optim.SGD(nested.parameters(), lr=0.5)
+    for _ in range(3):
+        cotrain((X, Y)).loss.backward()
+        optimizer.step()
+    matta.probe(nested, (X, Y))
+
+
+def test_zero_biases_do_not_hide_their_layout() -> None:
+    pair = _pair(Attention)
+    for module in pair:
+        nn.init.zeros_(module.get_parameter("qkv.bias"))
+    nested = matta.nest(*pair, layouts={"qkv.weight": 3, "qkv.bias": 1})
+    with pytest.raises(ProbeError, match=r"qkv"):
+        matta.probe(nested, (X, Y))
+
+
+def test_every_student_is_probed() -> None:
+    layouts = {"qkv.*": 1, "out.*": 1}
+    nested = matta.nest([Attention(6), Attention(4)], Attention(6), layouts=layouts)
+    with pytest.raises(ProbeError, match="qkv"):
+        matta.probe(nested, (X, Y))
+
+
+@pytest.mark.parametrize("batch", [(X, Y), {"x": X, "labels": Y}, {"x": X}, ((X,), None)])
+def test_any_batch_will_do(batch: Any) -> None:
+    matta.probe(matta.nest(*_pair(Gated), layouts={"up.*": 2}), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_any_precision_will_do(dtype: torch.dtype) -> None:
+    pair = [module.to(dtype) for module in _pair(Attention)]
+    matta.probe(matta.nest(*pair, layouts={"qkv.*": 3}), (X.to(dtype), Y))
+    assert {parameter.dtype for module in pair for parameter in module.parameters()} == {dtype}
+
+
+def test_depth_does_not_count() -> None:
+    class Deep(nn.Module):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 5)) for _ in range(depth)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x.mean(1)
+
+    for rule in ("first", "last", "ends", [0, 2]):
+        matta.nest(Deep(4, 2), Deep(6, 4), layers={"blocks": rule}, example=(X, None))
+
+
+def test_norms_over_a_wider_state_are_made_to_see_the_students() -> None:
+    def net(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(5, width), nn.LayerNorm(width), nn.ReLU(), nn.RMSNorm(width), nn.Linear(width, 2)
+        )
+
+    matta.nest(net(4), net(6), example=(X, None))
+
+
+def test_models_that_cannot_be_run_are_refused() -> None:
+    nested = matta.nest(*_pair(Attention), layouts={"qkv.*": 3}).to("meta")
+    with pytest.raises(ProbeError, match="on the meta device and cannot be run; probe it once its weights are there"):
+        matta.probe(nested, (X, Y))
+
+
+def test_what_no_declaration_mends_is_said() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) / self.in_features
+
+    pair = [nn.Sequential(nn.Linear(5, width), Scaled(width, 2)) for width in (4, 6)]
+    with pytest.raises(ProbeError, match=r"from 1 on .*nest without example if the two models differ by design"):
+        matta.probe(matta.nest(*pair), (X, Y))
