@@ -111,21 +111,28 @@ def windows(data: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([data[start : start + 65] for start in starts.tolist()])
 
 
-def held_out_loss(build: Build, lr: float, *, seed: int, num_steps: int) -> float:
-    """Nats per byte on held-out text after training at a constant rate; a run that diverges is worth infinity."""
+def held_out_losses(build: Build, lr: float, *, seed: int, num_steps: int) -> tuple[float, float]:
+    """Nats per byte on held-out text half way and after training at a constant rate; infinity if it diverges."""
     torch.manual_seed(seed)
     model = TinyGPT(num_layers=2, width=64, hidden=128, vocabulary=256, context=64)
     optimizers = build(model, lr)
     train, held_out = corpus()
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_steps):
+    half_way = float("inf")
+    for step in range(num_steps):
+        if step == num_steps // 2:
+            half_way = evaluate(model, held_out)
         model.zero_grad()
         loss = next_token_loss(model, windows(train, generator))
         if not loss.isfinite():
-            return float("inf")
+            return half_way, float("inf")
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+    return half_way, evaluate(model, held_out)
+
+
+def evaluate(model: TinyGPT, held_out: Tensor) -> float:
     generator = torch.Generator().manual_seed(12345)
     with torch.no_grad():
         losses = [next_token_loss(model, windows(held_out, generator)) for _ in range(NUM_EVALUATED)]
@@ -136,10 +143,12 @@ def measure_quality(*, num_steps: int, num_seeds: int) -> dict[str, Any]:
     """The best of the same rates for every optimizer on a seed that is not counted, then the mean over seeds."""
     figures: dict[str, Any] = {}
     for name, build in arms().items():
-        tuned = {lr: held_out_loss(build, lr, seed=100, num_steps=num_steps) for lr in RATES}
+        tuned = {lr: held_out_losses(build, lr, seed=100, num_steps=num_steps)[1] for lr in RATES}
         best = min(tuned, key=lambda lr: tuned[lr])
-        losses = [held_out_loss(build, best, seed=seed, num_steps=num_steps) for seed in range(num_seeds)]
+        runs = [held_out_losses(build, best, seed=seed, num_steps=num_steps) for seed in range(num_seeds)]
+        losses = [loss for _, loss in runs]
         figures[f"loss_{name}"] = statistics.mean(losses)
+        figures[f"half_way_{name}"] = statistics.mean(half_way for half_way, _ in runs)
         figures[f"spread_{name}"] = max(losses) - min(losses)
         figures[f"lr_{name}"] = best
         figures[f"tuning_{name}"] = list(tuned.values())
@@ -147,6 +156,7 @@ def measure_quality(*, num_steps: int, num_seeds: int) -> dict[str, Any]:
     peers = [figures[f"loss_{name}"] for name in arms() if name not in OURS]
     figures["loss_best_peer"] = min(peers) if peers else None
     figures["gain_over_adamw"] = figures["loss_adamw"] - figures["loss_matta"]
+    figures["gain_over_adamw_half_way"] = figures["half_way_adamw"] - figures["half_way_matta"]
     return figures
 
 
