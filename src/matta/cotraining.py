@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, final
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from matta.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.errors import LabelError
+from matta.heads import LaterLogits, deferred, deferring, undeferred
+from matta.losses import LossWeights
 from matta.nesting import Nested
 from matta.objectives import Objective
 from matta.schedule import Ramp, Weights
@@ -23,7 +25,9 @@ from matta.submodels import SubModel, live
 class CoTrainingOutput:
     """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
 
-    With several Students, `student_loss`, `distill_loss` and `student_logits` are the first one's.
+    With several Students, `student_loss`, `distill_loss` and `student_logits` are the first one's. Where the
+    losses were fused with the heads, no logits were kept: reading them computes them, each time, and is
+    refused once the optimizer has moved the head.
     """
 
     loss: Tensor
@@ -31,8 +35,7 @@ class CoTrainingOutput:
     distill_weight: Tensor
     student_losses: tuple[Tensor, ...]
     distill_losses: tuple[Tensor, ...]
-    all_student_logits: tuple[Tensor, ...]
-    ta_logits: Tensor
+    logits: tuple[Tensor | LaterLogits, ...]
 
     @property
     def student_loss(self) -> Tensor:
@@ -47,7 +50,26 @@ class CoTrainingOutput:
     @property
     def student_logits(self) -> Tensor:
         """The Student's logits."""
-        return self.all_student_logits[0]
+        return _read(self.logits[1])
+
+    @property
+    def all_student_logits(self) -> tuple[Tensor, ...]:
+        """The logits of each Student."""
+        return tuple(_read(each) for each in self.logits[1:])
+
+    @property
+    def ta_logits(self) -> Tensor:
+        """The TA's logits."""
+        return _read(self.logits[0])
+
+
+def _kept(logits: Tensor) -> Tensor | LaterLogits:
+    source = deferred(logits)
+    return undeferred(logits).detach() if source is None else source.later()
+
+
+def _read(logits: Tensor | LaterLogits) -> Tensor:
+    return logits if isinstance(logits, Tensor) else logits.read()
 
 
 @final
@@ -108,26 +130,27 @@ class CoTraining(nn.Module):
         """
         inputs, labels = split_labels(batch)
         labels = self._labels(inputs, labels)
-        ta = logits_of(call(self.nested.ta, inputs))
-        models = [*self.nested.students, *self._sampled()]
-        students = [logits_of(call(model, inputs)) for model in models]
-        losses = self.objective.losses(students, ta, labels)
-        weight = self._distill_weight(losses.ta)
-        loss = self.weights.ta * losses.ta
-        for student, distill in zip(losses.students, losses.distill, strict=True):
-            loss = loss + self.weights.student * student + weight * distill
+        ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs)
+        weight = self._distill_weight(ta)
+        weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
+        joint = self.objective.joint(students, ta, labels, weights)
         if self.training:
             self.step += 1
         count = len(self.nested.students)
         return CoTrainingOutput(
-            loss=loss,
-            ta_loss=losses.ta.detach(),
+            loss=joint.loss,
+            ta_loss=joint.losses.ta.detach(),
             distill_weight=weight,
-            student_losses=tuple(each.detach() for each in losses.students[:count]),
-            distill_losses=tuple(each.detach() for each in losses.distill[:count]),
-            all_student_logits=tuple(each.detach() for each in students[:count]),
-            ta_logits=ta.detach(),
+            student_losses=tuple(each.detach() for each in joint.losses.students[:count]),
+            distill_losses=tuple(each.detach() for each in joint.losses.distill[:count]),
+            logits=tuple(_kept(each) for each in (ta, *students[:count])),
         )
+
+    def _logits(self, models: Sequence[nn.Module], inputs: Any) -> list[Tensor]:
+        if not self.objective.defers or torch.compiler.is_compiling():
+            return [logits_of(call(model, inputs)) for model in models]
+        with deferring(models):
+            return [logits_of(call(model, inputs)) for model in models]
 
     def _labels(self, inputs: Any, labels: Any) -> Tensor:
         teacher = self._teacher[0]
@@ -142,11 +165,12 @@ class CoTraining(nn.Module):
             logits = logits_of(call(teacher, inputs))
         return self.objective.teach(logits, labels)
 
-    def _distill_weight(self, loss: Tensor) -> Tensor:
+    def _distill_weight(self, logits: Tensor) -> Tensor:
         """ω₃·ramp(t), in the type of the losses, where they are."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         if self.ramp is None:
-            return torch.full_like(loss, self.weights.distill, requires_grad=False)
-        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, loss.dtype)
+            return torch.full((), self.weights.distill, dtype=dtype, device=logits.device)
+        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, dtype)
 
     def _sampled(self) -> list[nn.Module]:
         """The sub-model of this step; the same on every process, and again after a resume."""

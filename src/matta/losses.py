@@ -6,9 +6,30 @@ Losses are computed in float32 at least, whatever the type of the logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """ω₁, ω₂ and ω₃·ramp(t) of one step."""
+
+    student: float
+    ta: float
+    distill: Float[Tensor, ""]
+
+    def combine(self, ta: Tensor, students: Sequence[Tensor], distill: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """L = ω₁·L_S + ω₂·L_TA + ω₃·L_D, with L_S and L_D of each Student."""
+        loss = self.ta * ta
+        for student, distilled in zip(students, distill, strict=True):
+            loss = loss + self.student * student + self.distill * distilled
+        return loss
 
 
 def log_probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:

@@ -18,7 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from matta.errors import LabelError
+from matta.fused import RowLabels, fused_losses
+from matta.heads import LinearLogits, deferred, undeferred
 from matta.losses import (
+    LossWeights,
     at_least_float32,
     binary_cross_entropy,
     hard_cross_entropy,
@@ -27,6 +30,7 @@ from matta.losses import (
 )
 
 _SUM_TOLERANCE = 1e-2
+_FUSED_FROM = 2**20  # logits of one model, from which on the fused form is the better one
 
 
 @final
@@ -39,8 +43,31 @@ class Losses:
     distill: tuple[Tensor, ...]
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """L of a batch, which carries the graph, and what it consists of."""
+
+    loss: Tensor
+    losses: Losses
+
+
 class Objective(ABC):
-    """How logits and labels become losses; subclass it for an objective of your own."""
+    """How logits and labels become losses; subclass it for an objective of your own.
+
+    An objective whose `defers` is true gets the logits of linear heads as `DeferredLogits` in `joint`.
+    """
+
+    defers: bool = False
+
+    def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
+        """L and the three losses.
+
+        Raises:
+            LabelError: as `losses`.
+        """
+        losses = self.losses([undeferred(logits) for logits in students], undeferred(ta), labels)
+        return Joint(loss=weights.combine(losses.ta, losses.students, losses.distill), losses=losses)
 
     @abstractmethod
     def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
@@ -138,10 +165,71 @@ class Classification(Objective):
 
     Logits of shape (..., classes). Labels: integers of shape (...), or probabilities of shape
     (..., classes).
+
+    Args:
+        ignore_index: Marks the labels that do not count.
+        fused: Compute linear heads and losses over chunks of rows, so that the logits are never whole in
+            memory; the losses are the same. None: where the logits are many and each is the untouched
+            output of a linear layer. True: always, or fail.
+        chunk: Rows at a time of the fused form.
+
+    Raises:
+        LabelError: chunk is not a positive number.
     """
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        self.ignore_index = ignore_index
+    def __init__(self, ignore_index: int = -100, *, fused: bool | None = None, chunk: int | None = None) -> None:
+        if chunk is not None and chunk < 1:
+            raise LabelError(f"received chunk={chunk}; expected a number of rows from 1 up, or None")
+        self.ignore_index, self.fused, self.chunk = ignore_index, fused, chunk
+        self.defers = fused is not False
+
+    def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
+        heads = self.heads(students, ta)
+        if heads is None:
+            return super().joint(students, ta, labels, weights)
+        return self.joint_of_heads(heads, labels, weights)
+
+    def heads(self, students: Sequence[Tensor], ta: Tensor) -> list[LinearLogits] | None:
+        """The TA's logits and each Student's as linear heads, if they are and the fused form is to be used.
+
+        Raises:
+            LabelError: logits of different shapes; with `fused=True` also if they are no linear heads.
+        """
+        require_same_shape(students, ta)
+        heads = [deferred(logits) for logits in (ta, *students)]
+        found = [head for head in heads if head is not None]
+        if len(found) == len(heads):
+            return found if self.fused or ta.numel() >= _FUSED_FROM else None
+        if self.fused:
+            who = "the TA" if heads[0] is None else "a Student"
+            raise LabelError(
+                f"received fused=True, and the logits of {who} are not the untouched output of a linear head; expected "
+                f"a module that ends with its last nn.Linear, one that is its direct child, or the one that its "
+                f"get_output_embeddings() gives, without hooks; leave fused=None for the plain form"
+            )
+        return None
+
+    def joint_of_heads(self, heads: Sequence[LinearLogits], labels: Tensor, weights: LossWeights) -> Joint:
+        """`joint` in the fused form, of the TA's head and each Student's."""
+        targets, kept = self._targets(heads[0], labels)
+        kept = torch.ones_like(targets[..., 0], dtype=torch.bool) if kept is None else kept
+        rows = [head.rows() for head in heads]
+        if kept.device.type == "cpu" and not kept.all():  # elsewhere the host would wait
+            rows, targets, kept = [head[kept] for head in rows], targets[kept], kept[kept]
+        made = fused_losses(
+            rows[0], rows[1:], self._row_labels(targets, kept, rows[0]), kept, weights, chunk=self.chunk
+        )
+        losses = Losses(students=made.students, ta=made.ta, distill=made.distill)
+        return Joint(loss=made.loss, losses=losses)
+
+    @staticmethod
+    def _row_labels(targets: Tensor, kept: Tensor, logits: LinearLogits) -> RowLabels:
+        """The labels for the fused form; what is ignored becomes class 0, or no class."""
+        if targets.is_floating_point():
+            return RowLabels(probs=targets if kept.device.type == "cpu" else targets * kept.unsqueeze(1))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        indices = targets.where(kept, 0).unsqueeze(1)
+        return RowLabels(probs=torch.ones_like(indices, dtype=dtype), indices=indices)
 
     def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
         require_same_shape(students, ta)
@@ -172,10 +260,10 @@ class Classification(Objective):
             return soft_cross_entropy(log_probs, targets, kept)
         return hard_cross_entropy(log_probs, targets, self.ignore_index)
 
-    def _targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _targets(self, logits: Tensor | LinearLogits, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """The labels as rows, and which rows count (None: all)."""
         expected = logits.shape if labels.is_floating_point() else logits.shape[:-1]
-        if logits.ndim < 2 or labels.shape != expected:
+        if len(logits.shape) < 2 or labels.shape != expected:
             raise LabelError(
                 f"the labels are {labels.dtype} of shape {tuple(labels.shape)} and the logits of shape "
                 f"{tuple(logits.shape)}; expected integers of shape {tuple(logits.shape[:-1])}, or probabilities of "
@@ -198,12 +286,20 @@ class CausalLM(Objective):
 
     Logits of shape (batch, time, vocabulary). Labels: the tokens themselves, (batch, time), as
     Transformers takes them (position t predicts label t + 1), or probabilities of the token at
-    each position, (batch, time, vocabulary).
+    each position, (batch, time, vocabulary). The arguments are those of `Classification`.
     """
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        self._classes = Classification(ignore_index)
+    def __init__(self, ignore_index: int = -100, *, fused: bool | None = None, chunk: int | None = None) -> None:
+        self._classes = Classification(ignore_index, fused=fused, chunk=chunk)
         self.ignore_index = ignore_index
+        self.defers = self._classes.defers
+
+    def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
+        heads = self._classes.heads(students, ta)
+        if heads is None:
+            return super().joint(students, ta, labels, weights)
+        shifted = self._shifted(ta, labels)
+        return self._classes.joint_of_heads([head[:, :-1] for head in heads], shifted, weights)
 
     def losses(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor) -> Losses:
         require_same_shape(students, ta)
