@@ -35,24 +35,10 @@ OBJECTIVES = {
 
 UNMIXABLE = {"llama_gqa-head_dim": "the rotary table of the model is for one head_dim in all blocks"}
 
-# Refused or broken today; each is to run, and the mark to go.
-NO_DRAW = {
-    *("residual_mlp-d_model-width-depth", "transformer-d_model-heads-depth", "fused_qkv-d_model-depth"),
-    *("torch_encoder-d_model-heads-depth", "gpt2-d_model-heads-declared", "llama_gqa-d_model-heads-depth"),
-    *("gpt_neox-d_model-head_dim-depth", "t5-d_model-heads-depth", "dcn-embeddings-width-depth"),
-}
-NO_NARROW = {"llama_gqa-head_dim"}
-
 over_the_zoo = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 over_exchangeable_blocks = pytest.mark.parametrize(
     "case", [case for case in CASES if case.mixed], ids=lambda case: case.id
 )
-
-
-def _failing(ids: set[str]) -> list[Any]:
-    """The zoo, with a mark on the cases of these ids."""
-    fails = pytest.mark.xfail(strict=True)
-    return [pytest.param(case, marks=fails) if case.id in ids else case for case in CASES]
 
 
 # ------------------------------------------------------------------------ Algorithm 2
@@ -443,7 +429,7 @@ def test_one_wide_layer_is_extracted_as_it_runs_or_refused(case: Case) -> None:
     _assert_is_plain(extracted, None)
 
 
-@pytest.mark.parametrize("case", _failing(NO_NARROW), ids=lambda case: case.id)
+@over_the_zoo
 def test_all_layers_narrow_are_the_student_or_all_of_the_tas_layers_at_its_width(case: Case) -> None:
     nested, batch = case.nest(), case.batch()
     spec = matta.narrow(nested)
@@ -455,7 +441,7 @@ def test_all_layers_narrow_are_the_student_or_all_of_the_tas_layers_at_its_width
         assert torch.equal(found, logits(nested.student.eval(), batch))
 
 
-@pytest.mark.parametrize("case", _failing(NO_DRAW), ids=lambda case: case.id)
+@over_the_zoo
 def test_random_sub_models_are_trained_as_one_more_student(case: Case) -> None:
     nested, batch = case.nest(), case.batch()
     if case.id in UNMIXABLE:

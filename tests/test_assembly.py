@@ -130,3 +130,19 @@ def test_weights_tied_in_the_ta_are_tied_in_every_sub_model() -> None:
         assert type(made.table) is nn.Embedding
     assert torch.equal(made(ids), nested.ta(ids))
     assert torch.equal(matta.extract(nested, matta.narrow(nested)).eval()(ids), nested.student(ids))
+
+
+@pytest.mark.parametrize("choice", ["narrow", "wide"])
+def test_a_live_sub_model_trains_the_private_parameters_that_it_has(choice: str) -> None:
+    def tower(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+
+    nested = matta.nest(tower(4), tower(6), private=["2.bias"])
+    live: Any = matta.live(nested, getattr(matta, choice)(nested)).train()
+    live(torch.ones(1, 3)).sum().backward()
+    trained = nested.student if choice == "narrow" else nested.ta
+    assert live[2].bias is nested.student[2].bias or choice == "wide"
+    assert trained[2].bias.grad is not None
+    made = matta.extract(nested, getattr(matta, choice)(nested))
+    assert made[2].bias is not trained[2].bias
+    assert torch.equal(made[2].bias, trained[2].bias)

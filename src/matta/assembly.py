@@ -72,7 +72,7 @@ def _whole(ta: nn.Module, path: str) -> dict[str, LiveSlice]:
 
 
 def _student_base(student: nn.Module) -> tuple[nn.Module, dict[str, LiveSlice]]:
-    return skeleton(student), slices_of(student)
+    return skeleton(student, keep_own=True), slices_of(student)
 
 
 def _fill_blocks(
@@ -93,7 +93,8 @@ def _fill_blocks(
     for position, (index, choice) in enumerate(chosen):
         ta_path = f"{layers.ta}.{index}" if layers.ta else str(index)
         key = id(ta.get_submodule(ta_path)), choice
-        if key not in built and choice == "wide":
+        has_weights = next(ta.get_submodule(ta_path).parameters(), None) is not None
+        if key not in built and (choice == "wide" or not has_weights):
             built[key] = copy_module(ta.get_submodule(ta_path), {}), _whole(ta, ta_path)
         elif key not in built:
             built[key] = _narrow_block(ta, student, plan, layers, index)
@@ -113,7 +114,7 @@ def _narrow_block(
     """A TA block at the Student's width: the structure of a Student block over the TA block's weights."""
     ta_path = f"{layers.ta}.{index}" if layers.ta else str(index)
     names = {name for name, _ in ta.get_submodule(ta_path).named_parameters(remove_duplicate=False)}
-    template = _template(student, plan, layers, index, names)
+    template = _template(ta, student, plan, layers, index, names)
     path = f"{layers.student}.{template}" if layers.student else str(template)
     block = student.get_submodule(path)
     own = slices_of(block)
@@ -124,7 +125,7 @@ def _narrow_block(
         if ta_name is not None:
             below, _, leaf = f"{ta_path}.{ta_name}".rpartition(".")
             found[name] = LiveSlice(ta.get_submodule(below), leaf, placement.axes, detach=own[name].detach)
-    return skeleton(block), found
+    return skeleton(block, keep_own=True), found
 
 
 def _below(placement: Placement, layers: LayerMap) -> str | None:
@@ -135,8 +136,9 @@ def _below(placement: Placement, layers: LayerMap) -> str | None:
     return placement.ta[len(prefix) :].partition(".")[2]
 
 
-def _template(student: nn.Module, plan: Plan, layers: LayerMap, index: int, names: set[str]) -> int:
+def _template(ta: nn.Module, student: nn.Module, plan: Plan, layers: LayerMap, index: int, names: set[str]) -> int:
     """The Student block whose structure a TA block takes: its own, or the nearest with the same parameters."""
+    prefix = f"{layers.ta}." if layers.ta else ""
     if index in layers.indices:
         candidates = [layers.indices.index(index)]
     else:
@@ -145,11 +147,20 @@ def _template(student: nn.Module, plan: Plan, layers: LayerMap, index: int, name
         path = f"{layers.student}.{candidate}" if layers.student else str(candidate)
         block = student.get_submodule(path)
         live, own = slices_of(block), dict(block.named_parameters())
-        if live and set(live) == set(own) and (index in layers.indices or set(live) == names):
+        fits = set(live) == names and _has_sizes(plan, path, ta.get_submodule(f"{prefix}{index}"), names)
+        if live and set(live) == set(own) and (index in layers.indices or fits):
             return candidate
     raise SubModelError(
         f"the TA's block {index} of {layers.ta or 'the module'} cannot be narrow: no Student block shares all of its "
         f"parameters with the TA; take it wide or skip it, or nest with share='all'"
+    )
+
+
+def _has_sizes(plan: Plan, path: str, block: nn.Module, names: set[str]) -> bool:
+    """Whether a TA block has the sizes of the one in which the Student's block at `path` lives."""
+    return all(
+        tuple(axis.ta_size for axis in plan.placements[f"{path}.{name}"].axes) == block.get_parameter(name).shape
+        for name in names
     )
 
 
@@ -198,7 +209,7 @@ def _narrow_widths(
         if id(part) in cut:  # one module under two names
             _replace(made, ta_path, cut[id(part)])
             continue
-        module = cut[id(part)] = skeleton(part)
+        module = cut[id(part)] = skeleton(part, keep_own=True)
         _replace(made, ta_path, module)
         names = [name for name in own if name.rpartition(".")[0] == path]
         all_narrow = all(_chosen(plan.placements[name], narrow) == plan.placements[name].axes for name in names)

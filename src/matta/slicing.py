@@ -118,9 +118,14 @@ def slices_of(module: nn.Module) -> dict[str, LiveSlice]:
     }
 
 
-def skeleton(module: nn.Module) -> nn.Module:
-    """A plain copy of a live module's structure: its classes and buffers, nothing where slices were."""
+def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
+    """A plain copy of a live module's structure: its classes and buffers, nothing where slices were.
+
+    Parameters of its own are copied as well, unless `keep_own` keeps the very same ones.
+    """
     memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
+    if keep_own:
+        memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
     made = copy.deepcopy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]

@@ -20,7 +20,7 @@ from torch import nn
 from matta.assembly import assemble
 from matta.errors import SubModelError
 from matta.nesting import Nested
-from matta.units import Unit, find_units
+from matta.units import HIDDEN, Unit, find_units
 
 NARROW, WIDE, SKIP = "narrow", "wide", "skip"
 
@@ -91,8 +91,13 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
 
 
 def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
-    """A draw for `CoTraining(sample=...)`: each layer wide or narrow with equal chance."""
+    """A draw for `CoTraining(sample=...)`: each layer wide or narrow with equal chance.
+
+    Where one hidden width runs through all layers, they are all wide or all narrow.
+    """
     names = layer_names(nested)
+    if HIDDEN in names:
+        return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
     return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
 
 

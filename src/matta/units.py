@@ -49,7 +49,7 @@ def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...
     patchable = all(
         is_patchable(student.get_submodule(spot[0].rpartition(".")[0])) for spots in crossing.values() for spot in spots
     )
-    if crossing and (open_in_blocks or not patchable or _has_wide_buffers(student, ta, plan)):
+    if _has_wide_buffers(student, ta, plan, lists) or (crossing and (open_in_blocks or not patchable)):
         units = [Unit(HIDDEN)]
     else:
         units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, crossing)]
@@ -69,23 +69,25 @@ def block_lists(student: nn.Module, plan: Plan) -> list[LayerMap]:
 
 
 def _holds_blocks(student: nn.Module, plan: Plan, layers: LayerMap) -> bool:
-    """Whether the entries are modules of modules, or a list of bare layers that keeps its width."""
+    """Whether the entries are modules of modules, or a list of bare layers of which the TA has more."""
     entries = list(student.get_submodule(layers.student).children())
     own = [name for name in plan.placements if name.startswith(_prefix(layers.student))]
     if not own:
         return False
     if any(True for entry in entries for _ in entry.children()):
         return all(any(True for _ in entry.parameters()) for entry in entries)
-    return layers.num_ta != len(layers.indices) and not any(plan.placements[name].grows for name in own)
+    return layers.num_ta != len(layers.indices)
 
 
-def _has_wide_buffers(student: nn.Module, ta: nn.Module, plan: Plan) -> bool:
-    """Whether a module that cannot be cut keeps a buffer as long as a width, such as a mask over channels."""
+def _has_wide_buffers(student: nn.Module, ta: nn.Module, plan: Plan, lists: list[LayerMap]) -> bool:
+    """Whether a module that cannot be cut, outside of the blocks, keeps a buffer that grows (a mask, a rotary table)."""
+    blocks = tuple(_prefix(each.student) for each in lists)
     sizes = {name: buffer.shape for name, buffer in ta.named_buffers()}
     return any(
         sizes.get(translate(name, plan.layers), buffer.shape) != buffer.shape
         and not is_patchable(student.get_submodule(name.rpartition(".")[0]))
         for name, buffer in student.named_buffers()
+        if not name.startswith(blocks)
     )
 
 
