@@ -80,7 +80,7 @@ def _holds_blocks(student: nn.Module, plan: Plan, layers: LayerMap) -> bool:
 
 
 def _has_wide_buffers(student: nn.Module, ta: nn.Module, plan: Plan, lists: list[LayerMap]) -> bool:
-    """Whether a module that cannot be cut, outside of the blocks, keeps a buffer that grows (a mask, a rotary table)."""
+    """Whether a module that cannot be cut, outside of the blocks, keeps a buffer that grows: a mask, a rotary table."""
     blocks = tuple(_prefix(each.student) for each in lists)
     sizes = {name: buffer.shape for name, buffer in ta.named_buffers()}
     return any(
