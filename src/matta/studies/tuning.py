@@ -21,7 +21,7 @@ from matta.studies.tuples import RelevanceData, load_data
 
 NUM_WORKERS = 2
 TUNING_SEEDS = (100, 101, 102)
-NUM_FINALISTS = 4  # trials of an arm that are judged by all tuning seeds
+NUM_FINALISTS = 3  # trials of an arm that are judged by all tuning seeds
 
 
 @final
