@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -250,6 +253,23 @@ def test_large_logits_stay_finite() -> None:
     assert_same(found, outcome(nested, CausalLM(fused=False), batch()))
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_a_class_masked_out_by_the_bias(labels: str) -> None:
+    found = []
+    for fused in (False, True):
+        nested = make(bias=True)
+        ids, target = batch(labels)
+        target = target.clamp(max=VOCABULARY - 2) if labels == "hard" else target
+        with torch.no_grad():
+            nested.ta.head.bias[-1] = -torch.inf
+            if labels == "soft":
+                target[..., 0] += target[..., -1]
+                target[..., -1] = 0
+        found.append(outcome(nested, CausalLM(fused=fused), (ids, target)))
+    assert all(torch.isfinite(each).all() for each in found[1].values())
+    assert_same(found[1], found[0])
+
+
 def test_without_gradient_nothing_is_kept(no_logits: None) -> None:
     nested = make()
     cotrain = matta.CoTraining(nested, CausalLM(fused=True, chunk=4), weights=WEIGHTS).eval()
@@ -425,21 +445,30 @@ def test_activation_checkpointing(reentrant: bool, with_head: bool) -> None:
 def _train_in_parallel(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    cotrain = matta.CoTraining(make(tied=True), CausalLM(fused=True, chunk=4), weights=WEIGHTS)
-    run = DistributedDataParallel(cotrain)
     ids, labels = batch()
-    run((ids[rank : rank + 1], labels[rank : rank + 1])).loss.backward()
-    torch.save({name: p.grad for name, p in cotrain.named_parameters()}, f"{folder}/{rank}.pt")
+    mesh = init_device_mesh("cpu", (2,))
+    head_alone = Model(4)
+    fully_shard(head_alone.head, mesh=mesh)
+    assert candidates(head_alone) == []
+    for wrapper in ("ddp", "fsdp"):
+        cotrain = matta.CoTraining(make(tied=True), CausalLM(fused=True, chunk=4), weights=WEIGHTS)
+        run = DistributedDataParallel(cotrain) if wrapper == "ddp" else fully_shard(cotrain, mesh=mesh)
+        run((ids[rank : rank + 1], labels[rank : rank + 1])).loss.backward()
+        gradients = {name: p.grad for name, p in cotrain.named_parameters()}
+        full = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+        torch.save(full, f"{folder}/{wrapper}-{rank}.pt")
     distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path: Any) -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
     cotrain = matta.CoTraining(make(tied=True), CausalLM(fused=False), weights=WEIGHTS)
     ids, labels = batch()
     cotrain((ids[:2], labels[:2])).loss.backward()
-    for rank in range(2):
-        assert_same(torch.load(tmp_path / f"{rank}.pt"), {name: p.grad for name, p in cotrain.named_parameters()})
+    expected = {name: p.grad for name, p in cotrain.named_parameters()}
+    for wrapper in ("ddp", "fsdp"):
+        for rank in range(2):
+            assert_same(torch.load(tmp_path / f"{wrapper}-{rank}.pt"), expected)
 
 
 # ------------------------------------------------------------------------ Transformers

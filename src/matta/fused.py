@@ -127,6 +127,8 @@ class _Head:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        if self.bias is not None:  # of -inf, it masks a class out; then 0 times its logit is 0
+            out.clamp_(min=torch.finfo(out.dtype).min)
 
     def gather(self, d_logits: Tensor, scale: Tensor, rows: slice) -> None:
         """Add what the gradient `scale` times `d_logits` of some rows gives for the hidden states and the head."""
