@@ -7,13 +7,11 @@ many trials as any other, on a validation part; then all run with fresh seeds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any, final
+from typing import Any, Final, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,23 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from matta.checkpoints import load
 from matta.studies.arms import ARMS, Arm
 from matta.studies.family import measure_family
+from matta.studies.outcome import BASELINE, STUDENT, Outcome
 from matta.studies.ranker import Ranker
 from matta.studies.ratings import load_ratings
-from matta.studies.report import (
-    COLUMNS,
-    FAMILY_COLUMNS,
-    PAPER,
-    draw_family,
-    family_rows,
-    markdown_table,
-    rich_table,
-    table_rows,
-)
+from matta.studies.report import COLUMNS, FAMILY_COLUMNS, draw_family, family_rows, rich_table
 from matta.studies.runfolder import dated, new_run_folder, require_new
 from matta.studies.settings import RelevanceSettings
-from matta.studies.statistics import Change, relative_change
 from matta.studies.training import Scores, Setting, Trial
-from matta.studies.tuning import Job, RunJobs, Search, Tuned, tune, worker_processes
+from matta.studies.tuning import Job, RunJobs, Search, tune, worker_processes
 from matta.studies.tuples import (
     RelevanceData,
     TupleSettings,
@@ -48,10 +37,8 @@ from matta.studies.tuples import (
     save_data,
 )
 
-FIRST_FRESH_SEED = 1000
-BASELINE = "baseline"
-SHAMPOO_BASELINE = "shampoo_baseline"
-FAMILY_ARM = "shampoo_matta"
+FIRST_FRESH_SEED: Final = 1000
+FAMILY_ARM: Final = "shampoo_matta"
 
 
 @final
@@ -121,27 +108,26 @@ def run_study(
     with _progress(console) as progress:
         task = progress.add_task("training runs", total=plan.num_runs)
 
-        def counted(jobs: Any) -> Any:
+        def counted(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
             for each in run_jobs(jobs):
                 progress.advance(task)
                 yield each
 
         tuned = tune(plan.arms, plan.search, plan.setting, counted) if plan.search else {}
         best = {arm.name: tuned[arm.name].best if arm.name in tuned else arm.stored for arm in plan.arms}
-        scores = _fresh_seeds(plan, best, counted, folder / "nested")
-    nested = load(folder / "nested", *_modules(data, plan.setting))
-    family = measure_family(nested, data, folder / "models")
-    results = _results(plan, best, tuned, scores, family)
-    rows = _rows(plan, scores)
-    baseline = {
-        "parameters": family[0]["parameters"],
-        "aucloss": results["aucloss"][BASELINE]["Student"]["mean"],
-    }
-    draw_family(family, baseline, folder / "family.png")
-    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
-    (folder / "results.md").write_text(_markdown(plan, rows, family, results), encoding="utf-8")
-    _show(console, plan, rows, family, results)
-    return results
+        scores = _run_fresh_seeds(plan, best, counted, folder / "nested")
+    outcome = Outcome(
+        arms=plan.arms,
+        setting=plan.setting,
+        tuples=plan.tuples,
+        best=best,
+        tuned=tuned,
+        scores=scores,
+        family=_family(plan, data, folder),
+    )
+    _write(outcome, folder)
+    _show(outcome, console)
+    return outcome.to_json()
 
 
 def _progress(console: Console) -> Progress:
@@ -149,168 +135,45 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _modules(data: RelevanceData, setting: Setting) -> tuple[Ranker, Ranker]:
-    return Ranker(data.num_rows, setting.size), Ranker(data.num_rows, setting.size.grown())
-
-
-def _fresh_seeds(
-    plan: StudyPlan, best: Mapping[str, Any], run_jobs: RunJobs, save_to: Path
+def _run_fresh_seeds(
+    plan: StudyPlan, best: Mapping[str, Trial], run_jobs: RunJobs, save_to: Path
 ) -> dict[str, list[Scores]]:
     """Scores of every arm, by seed; the first seed's pair of one arm is saved for the family."""
-    seeds = [FIRST_FRESH_SEED + i for i in range(plan.num_seeds)]
-    jobs = []
+    seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.num_seeds)
+    arm_of = {}
     for seed in seeds:
         for arm in plan.arms:
             path = save_to if arm.name == FAMILY_ARM and seed == seeds[0] else None
-            jobs.append((arm.name, Job(trial=best[arm.name], seed=seed, setting=plan.setting, save_to=path)))
-    name_of = {job: name for name, job in jobs}
-    found: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
-    for job, scores in run_jobs([job for _, job in jobs]):
-        found[name_of[job]][job.seed] = scores
-    return {name: [by_seed[seed] for seed in seeds] for name, by_seed in found.items()}
+            arm_of[Job(trial=best[arm.name], seed=seed, setting=plan.setting, save_to=path)] = arm.name
+    found: dict[tuple[str, int], Scores] = {}
+    for job, scores in run_jobs(list(arm_of)):
+        found[arm_of[job], job.seed] = scores
+    return {arm.name: [found[arm.name, seed] for seed in seeds] for arm in plan.arms}
 
 
-def _test_losses(
-    scores: Mapping[str, Sequence[Scores]], arm: str, model: str, part: str = "test"
-) -> list[float]:
-    if model == "Student":
-        return [each.student[part] for each in scores[arm]]
-    return [each.ta[part] for each in scores[arm] if each.ta is not None]
+def _family(plan: StudyPlan, data: RelevanceData, folder: Path) -> list[dict[str, Any]]:
+    """The extracted sub-models of the pair that the fresh seeds have left in `folder`."""
+    size = plan.setting.size
+    nested = load(folder / "nested", Ranker(data.num_rows, size), Ranker(data.num_rows, size.grown()))
+    return measure_family(nested, data, folder / "models")
 
 
-def _change(
-    scores: Mapping[str, Sequence[Scores]], arm: str, model: str, reference: str = BASELINE
-) -> Change:
-    return relative_change(_test_losses(scores, arm, model), _test_losses(scores, reference, "Student"))
+def _write(outcome: Outcome, folder: Path) -> None:
+    """The figures for machines and for people, and the picture."""
+    losses = outcome.losses(BASELINE, STUDENT)
+    baseline = {"parameters": outcome.family[0]["parameters"], "aucloss": sum(losses) / len(losses)}
+    draw_family(outcome.family, baseline, folder / "family.png")
+    text = json.dumps(outcome.to_json(), indent=1, allow_nan=False)
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    (folder / "results.md").write_text(outcome.markdown(), encoding="utf-8")
 
 
-def _rows(plan: StudyPlan, scores: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
-    rows = []
-    for arm in plan.arms:
-        for model in ("Student",) if arm.method == "baseline" else ("Student", "TA"):
-            row = {
-                "arm": arm.name,
-                "title": arm.title,
-                "model": model,
-                "aucloss": fmean(_test_losses(scores, arm.name, model)),
-                "real_aucloss": fmean(_test_losses(scores, arm.name, model, "real")),
-                "change": None if arm.name == BASELINE else _change(scores, arm.name, model),
-            }
-            rows.append(row)
-    return rows
-
-
-def _results(
-    plan: StudyPlan,
-    best: Mapping[str, Any],
-    tuned: Mapping[str, Tuned],
-    scores: Mapping[str, Sequence[Scores]],
-    family: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Everything that the study found, in plain types."""
-    changes = {
-        "student_vs_baseline": _change(scores, "matta", "Student"),
-        "ta_vs_baseline": _change(scores, "matta", "TA"),
-        "unshared_student_vs_baseline": _change(scores, "unshared", "Student"),
-        "unshared_ta_vs_baseline": _change(scores, "unshared", "TA"),
-        "shampoo_baseline_vs_baseline": _change(scores, SHAMPOO_BASELINE, "Student"),
-        "shampoo_student_vs_baseline": _change(scores, "shampoo_matta", "Student"),
-        "shampoo_ta_vs_baseline": _change(scores, "shampoo_matta", "TA"),
-        "shampoo_student_vs_shampoo": _change(scores, "shampoo_matta", "Student", SHAMPOO_BASELINE),
-        "shampoo_ta_vs_shampoo": _change(scores, "shampoo_matta", "TA", SHAMPOO_BASELINE),
-    }
-    results: dict[str, Any] = {f"{name}_percent": change.percent for name, change in changes.items()}
-    results |= {f"{name}_interval": change.interval for name, change in changes.items()}
-    alone = changes["shampoo_baseline_vs_baseline"].percent + changes["student_vs_baseline"].percent
-    results["additive_percent"] = alone
-    results["gains_are"] = (
-        "super-additive" if changes["shampoo_student_vs_baseline"].percent < alone else "additive or less"
-    )
-    results["num_seeds"] = plan.num_seeds
-    results["aucloss"] = _losses(plan, scores, "test")
-    results["real_aucloss"] = _losses(plan, scores, "real")
-    results["chosen"] = {name: dataclasses.asdict(trial) for name, trial in best.items()}
-    results["tried"] = {
-        name: [
-            {**dataclasses.asdict(trial), "validation_aucloss": list(losses)} for trial, losses in each.tried
-        ]
-        for name, each in tuned.items()
-    }
-    results["setting"] = _plain(plan.setting) | _plain(plan.tuples)
-    results["family"] = family
-    return results
-
-
-def _plain(settings: Setting | TupleSettings) -> dict[str, Any]:
-    """Settings as JSON gives them back: with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def _losses(plan: StudyPlan, scores: Mapping[str, Sequence[Scores]], part: str) -> dict[str, Any]:
-    """AucLoss of every arm and model: each seed's and the mean."""
-    found: dict[str, Any] = {}
-    for arm in plan.arms:
-        models = ("Student",) if arm.method == "baseline" else ("Student", "TA")
-        values = {model: _test_losses(scores, arm.name, model, part) for model in models}
-        found[arm.name] = {model: {"mean": fmean(each), "seeds": each} for model, each in values.items()}
-    return found
-
-
-def _notes(plan: StudyPlan, results: Mapping[str, Any]) -> list[str]:
-    """What the table says in words: the distance to the paper, and whether gains add up."""
-    notes = []
-    low, high = results["student_vs_baseline_interval"]
-    percent = results["student_vs_baseline_percent"]
-    if not high < 0:
-        notes.append(
-            f"First order: the Student's change of {percent:+.2f}% [{low:+.2f}, {high:+.2f}] is no gain "
-            f"over the tuned baseline; the paper has {PAPER['matta'][0]:+.2f}%."
-        )
-    with_shampoo = Change(
-        percent=results["shampoo_student_vs_shampoo_percent"],
-        low=results["shampoo_student_vs_shampoo_interval"][0],
-        high=results["shampoo_student_vs_shampoo_interval"][1],
-    )
-    notes.append(f"MatTA's Student with Shampoo against Shampoo alone: {with_shampoo} (paper: about -4.3%).")
-    notes.append(
-        f"Shampoo alone and MatTA alone add up to {results['additive_percent']:+.2f}%; together they give "
-        f"{results['shampoo_student_vs_baseline_percent']:+.2f}%: {results['gains_are']}."
-    )
-    if plan.search is None:
-        notes.append("Settings: those that the full study chose (matta study relevance).")
-    notes.append(f"Intervals: 95%, paired over {plan.num_seeds} fresh seeds.")
-    return notes
-
-
-def _markdown(
-    plan: StudyPlan, rows: list[dict[str, Any]], family: list[dict[str, Any]], results: Mapping[str, Any]
-) -> str:
-    """The tables as they stand in docs/results.md."""
-    chosen = [(arm.title, str(Trial(**results["chosen"][arm.name]))) for arm in plan.arms]
-    parts = [
-        markdown_table(COLUMNS, table_rows(rows)),
-        "\n".join(f"- {note}" for note in _notes(plan, results)),
-        markdown_table(("arm", "settings"), chosen),
-        markdown_table(FAMILY_COLUMNS, family_rows(family)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _show(
-    console: Console,
-    plan: StudyPlan,
-    rows: list[dict[str, Any]],
-    family: list[dict[str, Any]],
-    results: Mapping[str, Any],
-) -> None:
-    console.print(rich_table("AucLoss of held-out tuples (less is better)", COLUMNS, table_rows(rows)))
-    for note in _notes(plan, results):
+def _show(outcome: Outcome, console: Console) -> None:
+    console.print(rich_table("AucLoss of held-out tuples (less is better)", COLUMNS, outcome.rows()))
+    for note in outcome.notes():
         console.print(note, highlight=False)
-    console.print(
-        rich_table(
-            "One run, every size: sub-models of MatTA with Shampoo", FAMILY_COLUMNS, family_rows(family)
-        )
-    )
+    title = "One run, every size: the sub-models of MatTA with Shampoo"
+    console.print(rich_table(title, FAMILY_COLUMNS, family_rows(outcome.family)))
 
 
 def _what_next(out: Path, results: Mapping[str, Any]) -> str:
