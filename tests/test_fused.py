@@ -317,20 +317,37 @@ def test_many_logits_are_fused_without_being_asked_for(monkeypatch: pytest.Monke
     assert len(used) == 2
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_few_logits_are_not_put_off(labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = batch(labels)[1]
+    assert CausalLM(fused=False).least_deferred(target) is None
+    assert CausalLM(fused=True).least_deferred(target) == 1
+    monkeypatch.setattr("matta.objectives._FUSED_FROM", BATCH * LENGTH * VOCABULARY)
+    assert CausalLM().least_deferred(target) == VOCABULARY
+    nested = make()
+    for least, kind in ((VOCABULARY, DeferredLogits), (VOCABULARY + 1, Tensor)):
+        with deferring([nested.ta, nested.student], least):
+            assert {type(model(batch()[0])) for model in (nested.ta, nested.student)} == {kind}
+
+
 @pytest.mark.parametrize("kind", [Scaled, Capped, Masked, ThroughOwnFunction])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_logits_that_are_worked_on_are_computed_as_ever(kind: Any, autocast: bool) -> None:
+def test_logits_that_are_worked_on_are_computed_as_ever(
+    kind: Any, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(fused: bool | None) -> dict[str, Tensor]:
         nested = make(kind, bias=True).to(torch.float32 if autocast else torch.float64)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return outcome(nested, CausalLM(fused=fused), batch())
 
+    monkeypatch.setattr("matta.objectives._FUSED_FROM", 1)
     assert_same(run(None), run(False), 1e-2 if autocast else 1e-12)
     with pytest.raises(LabelError, match="fused=True.*the TA.*fused=None"):
         run(True)
 
 
-def test_a_head_with_hooks_is_left_alone() -> None:
+def test_a_head_with_hooks_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matta.objectives._FUSED_FROM", 1)
     nested = make()
     nested.ta.head.register_forward_hook(lambda module, args, out: out * 2)
     assert candidates(nested.ta) == []
@@ -433,7 +450,8 @@ class Checkpointed(Model):
 
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool, with_head: bool) -> None:
+def test_activation_checkpointing(reentrant: bool, with_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matta.objectives._FUSED_FROM", 1)
     expected = outcome(make(Checkpointed), CausalLM(fused=False), batch())
     nested = make(Checkpointed)
     for module in (nested.ta, nested.student):
@@ -515,7 +533,8 @@ def test_decoders_of_transformers(name: str, training: bool, no_logits: None) ->
     assert_same(found[1], found[0])
 
 
-def test_capped_logits_of_gemma_fall_back() -> None:
+def test_capped_logits_of_gemma_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matta.objectives._FUSED_FROM", 1)
     found = []
     for fused in (False, None):
         torch.manual_seed(0)

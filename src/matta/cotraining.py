@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import Any, final
@@ -130,7 +131,7 @@ class CoTraining(nn.Module):
         """
         inputs, labels = split_labels(batch)
         labels = self._labels(inputs, labels)
-        ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs)
+        ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs, labels)
         weight = self._distill_weight(ta)
         weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
         joint = self.objective.joint(students, ta, labels, weights)
@@ -146,10 +147,10 @@ class CoTraining(nn.Module):
             logits=tuple(_kept(each) for each in (ta, *students[:count])),
         )
 
-    def _logits(self, models: Sequence[nn.Module], inputs: Any) -> list[Tensor]:
-        if not self.objective.defers or torch.compiler.is_compiling():
-            return [logits_of(call(model, inputs)) for model in models]
-        with deferring(models):
+    def _logits(self, models: Sequence[nn.Module], inputs: Any, labels: Tensor) -> list[Tensor]:
+        """The logits of each model; those of large heads are put off, for the objective to fuse with its losses."""
+        least = None if torch.compiler.is_compiling() else self.objective.least_deferred(labels)
+        with nullcontext() if least is None else deferring(models, least):
             return [logits_of(call(model, inputs)) for model in models]
 
     def _labels(self, inputs: Any, labels: Any) -> Tensor:

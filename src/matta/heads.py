@@ -154,9 +154,10 @@ def undeferred(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def deferring(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put off the outputs of the layers that may be the heads of `modules`."""
-    heads = {id(head): head for module in modules for head in candidates(module)}
+def deferring(modules: Iterable[nn.Module], least: int = 1) -> Iterator[None]:
+    """Put off the outputs of the layers that may be the heads of `modules`, if they have `least` classes."""
+    found = [head for module in modules for head in candidates(module)]
+    heads = {id(head): head for head in found if head.out_features >= least}
     grad_enabled = torch.is_grad_enabled()
     for head in heads.values():
         head.__dict__["forward"] = _forward_of(head, grad_enabled)

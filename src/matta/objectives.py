@@ -53,12 +53,11 @@ class Joint:
 
 
 class Objective(ABC):
-    """How logits and labels become losses; subclass it for an objective of your own.
+    """How logits and labels become losses; subclass it for an objective of your own."""
 
-    An objective whose `defers` is true gets the logits of linear heads as `DeferredLogits` in `joint`.
-    """
-
-    defers: bool = False
+    def least_deferred(self, labels: Tensor) -> int | None:
+        """From how many classes on `joint` takes the logits of linear heads put off (`matta.heads`); None: never."""
+        return None
 
     def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
         """L and the three losses.
@@ -181,7 +180,12 @@ class Classification(Objective):
         if chunk is not None and chunk < 1:
             raise LabelError(f"received chunk={chunk}; expected a number of rows from 1 up, or None")
         self.ignore_index, self.fused, self.chunk = ignore_index, fused, chunk
-        self.defers = fused is not False
+
+    def least_deferred(self, labels: Tensor) -> int | None:
+        if self.fused is not None:
+            return 1 if self.fused else None
+        num_rows = labels.shape[:-1].numel() if labels.is_floating_point() else labels.numel()
+        return -(-_FUSED_FROM // max(num_rows, 1))
 
     def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
         heads = self.heads(students, ta)
@@ -292,7 +296,9 @@ class CausalLM(Objective):
     def __init__(self, ignore_index: int = -100, *, fused: bool | None = None, chunk: int | None = None) -> None:
         self._classes = Classification(ignore_index, fused=fused, chunk=chunk)
         self.ignore_index = ignore_index
-        self.defers = self._classes.defers
+
+    def least_deferred(self, labels: Tensor) -> int | None:
+        return self._classes.least_deferred(labels)
 
     def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Tensor, weights: LossWeights) -> Joint:
         heads = self._classes.heads(students, ta)
