@@ -103,3 +103,12 @@ def test_losses_are_computed_in_float32_at_least(dtype: torch.dtype) -> None:
 def test_large_logits_stay_finite() -> None:
     logits = torch.tensor([[3e4, -3e4, 0.0, 1.0]])
     assert torch.isfinite(distillation_loss(logits, -logits))
+
+
+def test_a_class_masked_out_by_a_logit_of_minus_infinity_adds_nothing() -> None:
+    student = torch.tensor([[0.3, -0.1, -torch.inf]], requires_grad=True)
+    ta = torch.tensor([[0.2, 0.5, -torch.inf]])
+    loss = distillation_loss(student, ta)
+    torch.testing.assert_close(loss, distillation_loss(student[:, :2], ta[:, :2]))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert bool(gradient.isfinite().all())

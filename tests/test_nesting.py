@@ -551,3 +551,8 @@ def test_every_public_argument_is_in_the_docstring() -> None:
         r"^        (\w+): [A-Z\"]", (matta.nest.__doc__ or "").partition("Raises:")[0], re.MULTILINE
     )
     assert documented == list(inspect.signature(matta.nest).parameters)
+
+
+def test_models_of_different_types_are_refused() -> None:
+    with pytest.raises(NestingError, match=r"weight is torch.float32 and the TA's weight torch.bfloat16; expected one"):
+        matta.nest(nn.Linear(3, 2), nn.Linear(3, 2).bfloat16())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+import matta
 from matta.errors import NestingError
 from matta.layout import Axis, Layout
 from matta.slicing import LiveSlice, bind, copy_module, is_live, live_parameters, materialize, skeleton, slices_of
@@ -162,3 +164,41 @@ def test_what_the_slices_cannot_replace_is_refused() -> None:
 def test_a_module_that_cannot_be_copied_is_refused() -> None:
     with pytest.raises(NestingError, match=r"Linear cannot be copied by copy.deepcopy.*use torch.nn.utils.param"):
         copy_module(nn.utils.weight_norm(nn.Linear(2, 2)), {})
+
+
+def test_a_state_loaded_into_the_student_is_written_into_the_ta() -> None:
+    torch.manual_seed(0)
+    trained, ta = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    nested = matta.nest(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), ta)
+    beyond = ta[0].weight[2:].detach().clone()
+    nested.student.load_state_dict(trained.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(nested.student.eval()(x), trained(x))
+    assert torch.equal(ta[0].weight[:2], trained[0].weight) and torch.equal(ta[0].weight[2:], beyond)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"0.weight": torch.zeros(9, 9)}, "size mismatch for 0.weight"),
+        ({"0.weight": torch.zeros(2, 3)}, "Missing key.*0.bias"),
+        ({"nothing": torch.zeros(1)}, "Unexpected key.*nothing"),
+    ],
+)
+def test_a_state_that_does_not_fit_the_student_is_refused(state: dict[str, torch.Tensor], message: str) -> None:
+    nested = matta.nest(nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(RuntimeError, match=message):
+        nested.student.load_state_dict(state)
+
+
+def test_a_nesting_is_pickled_whole() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(
+        nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    )
+    again = pickle.loads(pickle.dumps(nested))
+    x = torch.randn(5, 3)
+    assert torch.equal(again.student(x), nested.student(x))
+    with torch.no_grad():
+        again.ta[0].weight.zero_()
+    assert not torch.equal(again.student(x), nested.student(x))

@@ -189,3 +189,9 @@ def _hidden() -> matta.Nested:
 def test_what_the_nesting_does_not_hold_is_refused(attempt: Any, message: str) -> None:
     with pytest.raises(SubModelError, match=message):
         attempt()
+
+
+def test_nothing_between_models_that_share_no_layer_is_refused() -> None:
+    nested = matta.nest(nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2)), share="none")
+    with pytest.raises(matta.MattaError, match="shares no layer with the TA.*expected a nesting with share='all'"):
+        matta.narrow(nested)

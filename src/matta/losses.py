@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -63,7 +64,8 @@ def soft_cross_entropy(
         >>> round(soft_cross_entropy(half.log(), half).item(), 4)
         0.6931
     """
-    rows = -(probs * log_probs).sum(-1)
+    lowest = torch.finfo(log_probs.dtype).min  # a class that is masked out, with a logit of -inf: 0 times it is 0
+    rows = -(probs * log_probs.clamp(min=lowest)).sum(-1)
     if kept is None:
         return rows.mean()
     return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)

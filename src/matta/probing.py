@@ -27,7 +27,7 @@ from matta.errors import LayoutError, ProbeError
 from matta.layers import LayerMap
 from matta.layout import Axis, Layout
 from matta.plan import Placement, Plan
-from matta.slicing import is_live, materialize
+from matta.slicing import is_live, materialize, write_slice
 from matta.tables import axis_role, output_axis
 
 _TOLERANCE = 1e-4
@@ -208,22 +208,11 @@ def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement
         parameter.fill_(_SILENT)
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in placements.items():
-        put(ta.get_parameter(name), named[name], placement.axes)
+        write_slice(ta.get_parameter(name), named[name], placement.axes)
     for name in private:
         if _has_room(ta, student, name):
             target = ta.get_parameter(name)
-            put(target, named[name], tuple(map(Axis.plain, named[name].shape, target.shape)))
-
-
-@torch.no_grad()
-def put(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
-    """Write the Student's parameter into its slice of the TA's."""
-    index = (
-        torch.meshgrid(*(torch.tensor(axis.positions(), dtype=torch.long) for axis in axes), indexing="ij")
-        if axes
-        else ()
-    )
-    target[tuple(each.to(target.device) for each in index)] = value.to(target.dtype)
+            write_slice(target, named[name], tuple(map(Axis.plain, named[name].shape, target.shape)))
 
 
 def _copy_scales(student: nn.Module, ta: nn.Module) -> None:

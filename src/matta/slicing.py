@@ -13,7 +13,7 @@ strided weights can differ in the last bit from those of an extracted module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -50,11 +50,27 @@ class LiveSlice:
             tensor = tensor.detach()
         return tensor.contiguous() if contiguous else tensor
 
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Put weights of the slice's shape into the owner's parameter."""
+        tensor: Tensor = getattr(self.owner, self.name)
+        write_slice(tensor, value, self.axes)
+
     def own(self) -> nn.Parameter:
         """A parameter with a copy of the present weights."""
         value = self.read(contiguous=True).detach().clone(memory_format=torch.contiguous_format)
         source: nn.Parameter = getattr(self.owner, self.name)
         return nn.Parameter(value, requires_grad=source.requires_grad and not self.detach)
+
+
+@torch.no_grad()
+def write_slice(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
+    """Write the Student's parameter into its slice of the TA's."""
+    index = []
+    for dim, axis in enumerate(axes):
+        positions = torch.tensor(axis.positions(), dtype=torch.long, device=target.device)
+        index.append(positions.view([-1 if i == dim else 1 for i in range(len(axes))]))
+    target[tuple(index)] = value.to(target.device, target.dtype)
 
 
 def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
@@ -183,7 +199,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
     if (base, names) not in _LIVE_CLASSES:
         body: dict[str, Any] = {name: property(_read(name)) for name in names}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body |= {"named_parameters": _named_parameters, "_save_to_state_dict": _save_to_state_dict}
+        body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
+        body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
@@ -205,8 +222,41 @@ def _named_parameters(
         yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle the user's class and the names, from which the live class is made again."""
+    return _new_live, (type(self).__mro__[1], tuple(self.__dict__[_SLICES])), self.__dict__
+
+
+def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    live = _live_class(base, names)
+    return live.__new__(live)
+
+
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
     for name in self.__dict__[_SLICES]:
         tensor = getattr(self, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+@torch.no_grad()
+def _load_from_state_dict(
+    self: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+) -> None:
+    """Weights that are loaded into a live module are written into the owner's."""
+    unexpected, errors = rest
+    taken: set[str] = set()
+    for name, live in self.__dict__[_SLICES].items():
+        value = state.get(prefix + name)
+        if value is None:
+            missing.extend([prefix + name] if strict else [])
+        elif value.shape != getattr(self, name).shape:
+            errors.append(
+                f"size mismatch for {prefix + name}: {tuple(value.shape)}, {tuple(getattr(self, name).shape)}"
+            )
+        else:
+            live.write(value)
+        taken.add(prefix + name)
+    others = {key: value for key, value in state.items() if key not in taken}
+    base: Any = super(type(self), self)
+    base._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)

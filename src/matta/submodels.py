@@ -80,9 +80,14 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
     With an odd k the lower end has one more.
 
     Raises:
-        SubModelError: k is not between 0 and the number of layers.
+        SubModelError: k is not between 0 and the number of layers, or no layer is shared.
     """
     names = layer_names(nested)
+    if not names and nested.plan.private:
+        raise SubModelError(
+            "the Student shares no layer with the TA, so that there is nothing between them; expected a nesting with "
+            "share='all' or patterns; matta.extract(nested) is the Student, nested.ta the TA"
+        )
     if not 0 <= k <= len(names):
         raise SubModelError(f"received k={k}; expected 0 to {len(names)}, the number of layers: {', '.join(names)}")
     low, high = k - k // 2, k // 2

@@ -20,7 +20,7 @@ from matta.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.errors import NestingError
 from matta.layers import LayerMap
 from matta.plan import Placement, Plan
-from matta.probing import put
+from matta.slicing import write_slice
 from matta.tables import axis_role
 
 _OUTPUT_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "down_proj", "wo", "w2", "fc2", "linear2", "fc_out", "proj")
@@ -43,7 +43,7 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
         target = ta.get_parameter(placement.ta)
         path, _, leaf = name.rpartition(".")
         _silence_extra_inputs(target, placement, student.get_submodule(path), leaf)
-        put(target, named[name], placement.axes)
+        write_slice(target, named[name], placement.axes)
     used = {id(ta.get_parameter(placement.ta)) for placement in plan.placements.values()}
     for layer_map in plan.layers:
         _silence_extra_blocks(ta, layer_map, example, used)
