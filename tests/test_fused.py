@@ -471,7 +471,12 @@ def _train_in_parallel(rank: int, folder: str) -> None:
     for wrapper in ("ddp", "fsdp"):
         cotrain = matta.CoTraining(make(tied=True), CausalLM(fused=True, chunk=4), weights=WEIGHTS)
         run = DistributedDataParallel(cotrain) if wrapper == "ddp" else fully_shard(cotrain, mesh=mesh)
-        run((ids[rank : rank + 1], labels[rank : rank + 1])).loss.backward()
+        out = run((ids[rank : rank + 1], labels[rank : rank + 1]))
+        assert out.ta_logits.shape == (1, LENGTH, VOCABULARY)
+        out.loss.backward()
+        if wrapper == "fsdp":
+            with pytest.raises(MattaError, match="were sharded"):
+                _ = out.ta_logits
         gradients = {name: p.grad for name, p in cotrain.named_parameters()}
         full = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
         torch.save(full, f"{folder}/{wrapper}-{rank}.pt")

@@ -73,19 +73,20 @@ class LaterLogits:
         """The logits.
 
         Raises:
-            MattaError: the head's weights have moved since the forward.
+            MattaError: the head's weights have moved, or were taken away, since the forward.
         """
         if self._present() != self._versions:
             raise MattaError(
-                "the logits are asked for after the weights of the head have moved; expected before: the fused losses "
-                "keep no logits; read them before the optimizer's step, or give the objective fused=False"
+                "the logits are asked for after the weights of the head have moved or were sharded; expected before: "
+                "the fused losses keep no logits; read them before the backward pass, or give the objective fused=False"
             )
         with torch.no_grad():
             return self._source.compute()
 
-    def _present(self) -> list[int]:
+    def _present(self) -> list[tuple[int, int]]:
+        """The versions of the tensors, and their sizes: FSDP empties them after the backward pass."""
         tensors = (self._source.hidden, *self._source.parameters)
-        return [0 if each.is_inference() else each._version for each in tensors]
+        return [(0 if each.is_inference() else each._version, each.untyped_storage().nbytes()) for each in tensors]
 
 
 @final
