@@ -18,8 +18,10 @@ _DEFINED_IN: dict[str, str | None] = {
     "Layout": "layout",
     "MattaError": "errors",
     "Nested": "nesting",
+    "ProgressiveValidation": "progressive",
     "Ramp": "schedule",
     "Shampoo": "shampoo",
+    "Snapshots": "snapshots",
     "SubModel": "submodels",
     "Weights": "schedule",
     "errors": None,
@@ -34,8 +36,10 @@ _DEFINED_IN: dict[str, str | None] = {
     "objectives": None,
     "probe": "nesting",
     "random_sub_model": "submodels",
+    "read_snapshot": "snapshots",
     "recalibrate": "extraction",
     "save": "checkpoints",
+    "streams": None,
     "trace_layouts": "tracing",
     "wide": "submodels",
     "wide_narrow_wide": "submodels",
@@ -46,6 +50,7 @@ __all__ = sorted(_DEFINED_IN)
 if TYPE_CHECKING:
     from matta import errors as errors
     from matta import objectives as objectives
+    from matta import streams as streams
     from matta.checkpoints import load as load
     from matta.checkpoints import save as save
     from matta.cotraining import CoTraining as CoTraining
@@ -59,9 +64,12 @@ if TYPE_CHECKING:
     from matta.nesting import Nested as Nested
     from matta.nesting import nest as nest
     from matta.nesting import probe as probe
+    from matta.progressive import ProgressiveValidation as ProgressiveValidation
     from matta.schedule import Ramp as Ramp
     from matta.schedule import Weights as Weights
     from matta.shampoo import Shampoo as Shampoo
+    from matta.snapshots import Snapshots as Snapshots
+    from matta.snapshots import read_snapshot as read_snapshot
     from matta.submodels import SubModel as SubModel
     from matta.submodels import layer_names as layer_names
     from matta.submodels import live as live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,13 +14,34 @@ from matta.errors import RunError
 from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
 
 
+@runtime_checkable
+class StatefulIterator(Protocol):
+    """An iterator of batches that keeps its own place, such as `matta.streams.Stream`.
+
+    A run that goes on gives it back its state, and nothing is replayed. States are of tensors and plain types.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batch last given out."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on after the batch at which the state was taken."""
+
+
 @final
 class Feed:
     """What a run has seen of its data, and what comes next.
 
     A pass is replayed by giving the random generators the states that they had at its beginning, so
     that a shuffled DataLoader deals the same order again, and leaving out the batches already seen.
-    Of map-style data those are not even loaded, but for the last.
+    Of map-style data those are not even loaded, but for the last. An iterator that keeps its own place
+    (`StatefulIterator`) goes on there instead, also when it had come to an end and now has more.
 
     Several processes share the batches: DataLoaders as Accelerate shards them; of any other iterable
     each process takes every n-th batch.
@@ -41,6 +62,12 @@ class Feed:
             raise RunError(
                 f"received an iterator and epochs={num_passes}, and an iterator can be passed over once; "
                 f"expected a DataLoader or a list, or steps= in place of epochs="
+            )
+        self.stateful = data if isinstance(data, StatefulIterator) else None
+        if self.stateful is not None and accelerator.num_processes > 1:
+            raise RunError(
+                f"received {type(data).__name__}, which keeps its own place, in {accelerator.num_processes} processes; "
+                f"expected one process"
             )
         self.device: torch.device = accelerator.device
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
@@ -66,22 +93,29 @@ class Feed:
         Raises:
             RunError: a pass has no batches, or not the ones to be left out after a resume.
         """
+        was_resumed = self._resume_at is not None
         while self.num_passes is None or self.epoch < self.num_passes:
             for batch in self._resumed_pass() if self._resume_at else self._new_pass():
                 self.batch += 1
                 yield self._to_device(batch)
-            if not self.batch:
+            if not self.batch and not (self.stateful is not None and was_resumed):
                 raise RunError("the data gave no batch; expected at least one: is drop_last larger than the data?")
             self.epoch, self.batch = self.epoch + 1, 0
 
     def state(self) -> dict[str, Any]:
         """Where the run is; to be taken between two batches."""
-        return {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
+        state = {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
+        return {**state, "data": self.stateful.state_dict()} if self.stateful is not None else state
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken."""
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["start"]
         self._resume_at = state["now"]
+        if self.stateful is not None:
+            if "data" not in state:
+                raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
+            self.epoch = 0  # what had ended may have more now
+            self.stateful.load_state_dict(state["data"])
 
     def _random_states(self) -> dict[str, Any]:
         return {"global": random_state(), "generators": [each.get_state() for each in self.generators]}
@@ -98,7 +132,7 @@ class Feed:
         """The rest of a pass. The last batch seen is drawn again: drawing it seeds the samplers."""
         at, self._resume_at = self._resume_at, None
         assert at is not None
-        if not self.batch:
+        if not self.batch or self.stateful is not None:
             self._set_random_states(at)
             return self._new_pass()
         self._set_random_states(self._start)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,22 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
+
+
+class Observer(Protocol):
+    """What looks on at each batch, such as `ProgressiveValidation` and `Snapshots`."""
+
+    def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
+        """What was predicted, by weights that have not yet learned from the batch."""
+
+    def after_step(self, cotrain: CoTraining) -> None:
+        """The optimizer has moved the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, of tensors and plain types."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from a state."""
 
 
 @final
@@ -126,6 +142,7 @@ def fit(
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     best: tuple[str, Literal["min", "max"]] | None = None,
+    observers: Sequence[Observer] = (),
     run: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int = 1000,
@@ -149,7 +166,8 @@ def fit(
 
     Args:
         cotrain: The pair with its objective. It is in training mode meanwhile.
-        data: A DataLoader, or any iterable of batches, also one without end.
+        data: A DataLoader, or any iterable of batches, also one without end. A `matta.streams.Stream` goes on
+            after the last event trained on, also when the run had ended and files have come since.
         optimizer: Holds `nested.parameters()`.
         steps: Optimizer steps in all; the data is passed over as often as they need. An iterator that ends
             earlier ends the run.
@@ -164,6 +182,7 @@ def fit(
             numbers that it draws do not change the run.
         evaluate_every: Steps between evaluations; by default there is only the one at the end.
         best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.
+        observers: What looks on at each batch (on every process); their state is saved with the run's.
         run: A new folder for checkpoints and TensorBoard.
         resume: Go on with a run that is there.
         checkpoint_every: Steps between checkpoints.
@@ -211,7 +230,7 @@ def fit(
     accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
-    training = _Training(cotrain, optimizer, scheduler, feed, settings, evaluate, folder, accelerator)
+    training = _Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
     return training.run(progress=progress, tensorboard=tensorboard)
 
 
@@ -293,11 +312,13 @@ class _Training:
         feed: Feed,
         settings: _Settings,
         evaluate: Evaluate | None,
+        observers: Sequence[Observer],
         folder: RunFolder | None,
         accelerator: Accelerator,
     ) -> None:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
-        self.settings, self.evaluate, self.folder, self.accelerator = settings, evaluate, folder, accelerator
+        self.settings, self.evaluate, self.observers = settings, evaluate, observers
+        self.folder, self.accelerator = folder, accelerator
         self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses = Losses()
@@ -366,6 +387,8 @@ class _Training:
                 out: CoTrainingOutput = model(batch)
             (out.loss if accumulate == 1 else out.loss / accumulate).backward()
         outputs.append(out)
+        for observer in self.observers:
+            observer.before_step(self.cotrain, batch, out)
 
     def _move(self, outputs: Sequence[CoTrainingOutput]) -> None:
         """The optimizer step, unless something is not finite."""
@@ -407,6 +430,8 @@ class _Training:
 
     def _after_step(self, out: CoTrainingOutput, interrupt: _Interrupt) -> None:
         settings = self.settings
+        for observer in self.observers:
+            observer.after_step(self.cotrain)
         if self.step % settings.log_every == 0:
             self._log(out.distill_weight)
         if self.bar is not None and self.bar.is_due():
@@ -530,6 +555,7 @@ class _Training:
             "losses": self.losses.means,
             "evaluations": [asdict(each) for each in self.evaluations],
             "best": None if self.best is None else asdict(self.best),
+            "observers": [each.state_dict() for each in self.observers],
         }
 
     def _resume(self) -> None:
@@ -552,14 +578,21 @@ class _Training:
         self.losses.means = state["losses"]
         self.evaluations = [Evaluated(**each) for each in state["evaluations"]]
         self.best = None if state["best"] is None else Evaluated(**state["best"])
+        for observer, seen in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(seen)
 
-    def _check_resumed(self, state: Mapping[str, Any]) -> None:
+    def _check_resumed(self, state: dict[str, Any]) -> None:
         present = {
             "accumulate": self.settings.accumulate,
             "num_processes": self.accelerator.num_processes,
             "scheduler": self.scheduler is not None,
+            "number of observers": len(self.observers),
         }
-        saved = {**state, "scheduler": state["scheduler"] is not None}
+        saved = {
+            **state,
+            "scheduler": state["scheduler"] is not None,
+            "number of observers": len(state.setdefault("observers", [])),
+        }
         for name, value in present.items():
             if saved[name] != value:
                 raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")

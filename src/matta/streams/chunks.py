@@ -1,0 +1,97 @@
+"""What a source hands to a stream: rows as columns, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from matta.streams.schema import Schema
+
+Place = tuple[int, int, int]
+"""Where reading goes on in a file: an offset, the number of the row there, and the first row not yet trained on.
+
+For formats without offsets the first is 0, and 1 when the file is done. A file that was set aside has `REFUSED`
+or `RETRIED` as its offset, and its size then.
+"""
+REFUSED: Final = -1
+RETRIED: Final = -2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """A row, or a whole file (`row` is None), that was set aside, and why. Rows count from 0."""
+
+    file: str
+    row: int | None
+    reason: str
+    raw: Any = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Rows of a file as columns, not yet checked.
+
+    `rows` are their numbers in the file, and `bad` those that could not even be parsed; `start` and `end`
+    are the places before and after the chunk. `raw` gives a row of the table as it was read.
+    """
+
+    file: str
+    table: pa.Table
+    rows: NDArray[np.int64]
+    start: Place
+    end: Place
+    bad: list[Bad] = field(default_factory=list)
+    raw: Callable[[int], Any] | None = None
+
+    def raw_row(self, index: int) -> Any:
+        """A row as it was read."""
+        return self.table.slice(index, 1).to_pylist()[0] if self.raw is None else self.raw(index)
+
+
+class Source(Protocol):
+    """Where a stream has its events from."""
+
+    def begin(self, schema: Schema, places: dict[str, Place]) -> None:
+        """Get ready to read the columns of a schema, from the places given on."""
+
+    def next_chunk(self) -> Chunk | None:
+        """The next rows, waiting for them if need be; None: there will be no more."""
+
+
+def refused(file: str, reason: str, *, size: int, retry: bool = False) -> Chunk:
+    """A chunk without rows: the whole file is set aside; with `retry` only until its size changes."""
+    place = (RETRIED if retry else REFUSED, size, 0)
+    bad = [Bad(file=file, row=None, reason=reason)]
+    return Chunk(file=file, table=pa.table({}), rows=np.zeros(0, np.int64), start=place, end=place, bad=bad)
+
+
+def table_of(rows: list[dict[str, Any]], names: tuple[str, ...]) -> tuple[pa.Table, dict[int, str]]:
+    """Rows as columns, and what is wrong with some of them. Cells of mixed types become text."""
+    reasons: dict[int, str] = {}
+    columns = {}
+    for name in names:
+        cells = [row.get(name) for row in rows]
+        for index, cell in enumerate(cells):
+            if isinstance(cell, dict | list | tuple | set):
+                reasons[index] = f"{name}: received a {type(cell).__name__}; expected one value"
+                cells[index] = None
+        try:
+            columns[name] = pa.array(cells)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):
+            columns[name] = pa.array([None if cell is None else _text(cell) for cell in cells], pa.binary())
+    return pa.table(columns), reasons
+
+
+def _text(cell: Any) -> bytes:
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()):
+        cell = str(cell).lower() if isinstance(cell, bool) else int(cell)
+    return str(cell).encode("utf-8", "surrogatepass")
