@@ -53,6 +53,13 @@ COMMANDS = (
         extra="study",
     ),
     Command(
+        words=("study", "quality"),
+        summary="late flights, predicted online: Student and TA, with and without Shampoo, against a tuned baseline",
+        settings="matta.studies.settings:QualitySettings",
+        run="matta.studies.quality:run",
+        extra="study",
+    ),
+    Command(
         words=("figure", "preconditioner"),
         summary="Shampoo's factor of a layer as a heat map, with the Student's edge (Fig. 4)",
         settings="matta.studies.settings:PreconditionerSettings",

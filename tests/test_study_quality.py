@@ -1,0 +1,239 @@
+"""The quality study: its data, a run over a stream, and the whole of it on a few hundred made events."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from rich.console import Console
+
+from matta.cli import main
+from matta.errors import RunError
+from matta.studies import flights, quality
+from matta.studies.flights import EventStream, join, load_stream, normalise_by_the_past, save_stream, to_stream
+from matta.studies.progressive import (
+    StreamScores,
+    StreamSetting,
+    StreamTrial,
+    make_model,
+    make_optimizer,
+    predict_and_learn,
+    score,
+)
+from matta.studies.quality import ARMS, NUM_FINALISTS, QualityPlan, StreamJob, plan_of, run_job, run_study, tune
+from matta.studies.settings import QualitySettings
+from matta.studies.statistics import relative_change
+
+TINY = StreamSetting(embedding=2, hidden=(4, 3), ta_factor=2, batch=32, ramp=5)
+BASELINE = StreamTrial(method="baseline", optimizer="adagrad", lr=0.1)
+PAIR = StreamTrial(method="matta", optimizer="shampoo-adagrad", lr=0.1, embedding_factor=2.0, even_pace=True)
+
+
+def made_stream(count: int = 640) -> EventStream:
+    """Events of 20 days whose label hangs on a category and a number."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, (count, 2), generator=generator)
+    numbers = torch.randn(count, 3, generator=generator)
+    chance = torch.sigmoid(2.0 * (ids[:, 0] - 2.0) + numbers[:, 0])
+    return EventStream(
+        ids=ids + torch.tensor([0, 5]),
+        numbers=numbers,
+        label=torch.bernoulli(chance, generator=generator),
+        day=torch.arange(count) * 20 // count,
+        num_rows=10,
+    )
+
+
+def made_tables() -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]:
+    """Five flights: late, in time, never arrived, without a tail number, a plane and weather unknown."""
+    rows = [
+        # hour, schedule, carrier, flight, tail, arr_delay
+        ("2013-01-02T10:00:00Z", 500, "AA", 1, "N1", 15.0),
+        ("2013-01-01T11:00:00Z", 630, "AA", 2, None, float("nan")),
+        ("2013-01-01T10:00:00Z", 559, "AA", 3, "N2", 14.0),
+        ("2013-01-01T10:00:00Z", 515, "BB", 4, "N9", float("nan")),
+        ("2013-01-01T10:00:00Z", 515, "AA", 5, "N1", -3.0),
+    ]
+    table = pandas.DataFrame(rows, columns=["time_hour", "sched_dep_time", "carrier", "flight", "tailnum", "arr_delay"])
+    table = table.assign(origin="JFK", dest="LAX", sched_arr_time=1200, hour=5, distance=2475, year=2013, month=1)
+    table["day"] = [2, 1, 1, 1, 1]
+    for name in ("dep_time", "dep_delay", "arr_time", "air_time"):
+        table[name] = 7.0
+    weather = pandas.DataFrame({"origin": ["JFK"], "time_hour": ["2013-01-01T10:00:00Z"], "wind_dir": [90.0]})
+    weather = weather.assign(**dict.fromkeys(flights.WEATHER, 1.0))
+    planes = pandas.DataFrame({"tailnum": ["N1", "N2"], "year": [1999, 2004], "seats": [100, 200], "engines": [2, 2]})
+    return table, weather, planes
+
+
+def test_flights_come_in_the_order_of_the_schedule_with_what_was_known() -> None:
+    table = join(*made_tables())
+    assert table["flight"].tolist() == [5, 4, 3, 2, 1]
+    assert table["late"].tolist() == [False, True, False, True, True]
+    assert not {"dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"} & set(table.columns)
+    assert table["built"].fillna(0).tolist() == [1999, 0, 2004, 2004, 1999]
+
+
+def test_a_missing_tail_number_does_not_tell_the_label() -> None:
+    table = join(*made_tables())
+    assert table["tailnum"].tolist() == ["N1", "N9", "N2", "N2", "N1"]
+
+
+def test_tables_become_tensors_with_missing_numbers_marked() -> None:
+    stream = to_stream(join(*made_tables()), batch=2)
+    assert stream.day.tolist() == [0, 0, 0, 0, 1]
+    assert [len(set(column)) for column in stream.ids.T.tolist()] == [2, 1, 1, 3, 5, 1, 2]
+    offsets = stream.ids.min(dim=0).values
+    assert (offsets.diff() > 0).all() and int(stream.ids.max()) == stream.num_rows - 1
+    marks = stream.numbers[:, -len(flights.MARKED) :]
+    assert marks[:, flights.MARKED.index("built")].tolist() == [0, 1, 0, 0, 0]
+    assert marks[:, flights.MARKED.index("temp")].tolist() == [0, 0, 0, 1, 1]
+    assert stream.numbers.isfinite().all()
+
+
+def test_numbers_are_normalised_by_earlier_batches_alone() -> None:
+    values = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    later = values.clone()
+    later[8:] = 100.0
+    expected = (values[8:] - values[:8].mean(0)) / values[:8].std(0, correction=0)
+    torch.testing.assert_close(normalise_by_the_past(values, 4)[8:], expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalise_by_the_past(later, 4)[:8], normalise_by_the_past(values, 4)[:8])
+
+
+def test_a_stream_survives_its_file(tmp_path: Path) -> None:
+    stream = made_stream(50)
+    save_stream(stream, tmp_path / "stream.safetensors")
+    loaded = load_stream(tmp_path / "stream.safetensors")
+    assert loaded.num_rows == stream.num_rows
+    for name in ("ids", "numbers", "label", "day"):
+        assert torch.equal(getattr(loaded, name), getattr(stream, name))
+
+
+@pytest.mark.parametrize("trial", [BASELINE, PAIR], ids=lambda trial: trial.method)
+def test_events_are_predicted_before_they_are_learned(trial: StreamTrial) -> None:
+    stream = made_stream()
+    turned = dataclasses.replace(stream, label=torch.cat([stream.label[:320], 1 - stream.label[320:]]))
+    seen = predict_and_learn(trial, stream, TINY, seed=0)
+    other = predict_and_learn(trial, turned, TINY, seed=0)
+    assert len(seen) == (1 if trial.method == "baseline" else 2)
+    for logits, others in zip(seen, other, strict=True):
+        assert torch.equal(logits[:352], others[:352])  # up to the batch whose labels are the first to differ
+        assert not torch.equal(logits[352:], others[352:])
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "shampoo-adagrad", "shampoo-adam"])
+def test_embeddings_have_a_rate_of_their_own(optimizer) -> None:
+    trial = dataclasses.replace(PAIR, optimizer=optimizer, lr=0.5, embedding_factor=4.0)
+    model = make_model(trial, made_stream(), TINY)
+    rates = {id(p): group["lr"] for group in make_optimizer(trial, model).param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+        name: 2.0 if "table" in name else 0.5 for name, _ in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_every_arm_learns(arm) -> None:
+    stream = made_stream()
+    for trial in (arm.trials[0], arm.trials[-1]):
+        rate = 0.03 if trial.optimizer in ("adam", "shampoo-adam") else trial.lr
+        job = StreamJob(trial=dataclasses.replace(trial, lr=rate), seed=0, setting=TINY, whole=True)
+        untaught = run_job(dataclasses.replace(job, trial=dataclasses.replace(trial, lr=0.0)), stream)
+        for scores, before in zip(run_job(job, stream), untaught, strict=True):
+            assert scores.by_week[-1] < before.by_week[-1]
+
+
+def test_even_pace_leaves_a_wide_layer_as_it_is() -> None:
+    setting = dataclasses.replace(TINY, hidden=(8, 8), ta_factor=4)
+    nested = make_model(PAIR, made_stream(), setting)
+    assert [nested.student.mlp[1].factor, nested.ta.mlp[1].factor] == [4.0, 1.0]
+    assert make_model(dataclasses.replace(PAIR, even_pace=False), made_stream(), setting).student.mlp[1].factor == 1.0
+
+
+def test_scores_are_of_the_right_events() -> None:
+    stream = made_stream()
+    logits = torch.randn(640, generator=torch.Generator().manual_seed(1))
+    logits[60:160] = stream.label[60:160]  # most of the first quarter is known
+    scores = score(logits, stream, quarter=160)
+    assert 0.0 <= scores.tuning < 0.1 < scores.rest
+    assert len(scores.by_week) == 3
+    assert score(logits[:160], stream.take(slice(160)), quarter=160).rest is None
+
+
+def test_every_arm_has_as_many_trials() -> None:
+    assert {len(arm.trials) for arm in ARMS} == {len(set(arm.trials)) for arm in ARMS} == {24}
+    for settings in (QualitySettings(), QualitySettings(quick=True)):
+        plan = plan_of(settings)
+        assert len({len(set(plan.trials(arm))) for arm in plan.arms}) == 1
+
+
+def losing(jobs: Iterable[StreamJob]) -> Iterator[tuple[StreamJob, list[StreamScores]]]:
+    """In place of training: the loss is the rate, and for the second seed its opposite."""
+    for job in jobs:
+        loss = job.trial.lr if job.seed == 1 else 1.0 - job.trial.lr
+        yield job, [StreamScores(tuning=loss, rest=None, by_week=())]
+
+
+def test_trials_are_chosen_among_the_finalists_by_all_seeds() -> None:
+    trials = tuple(dataclasses.replace(BASELINE, lr=0.1 * k) for k in range(1, 8))
+    arm = quality.StreamArm(name="baseline", title="baseline", trials=trials)
+    plan = QualityPlan(num_seeds=2, tuning_seeds=(1, 2, 3), arms=(arm,))
+    tried = tune(plan, losing)["baseline"]
+    assert sorted(len(losses) for losses in tried.values()) == [1] * (7 - NUM_FINALISTS) + [3] * NUM_FINALISTS
+    assert quality.best_trial(tried) == trials[NUM_FINALISTS - 1]
+
+
+def test_the_whole_study(tmp_path: Path) -> None:
+    stream = made_stream(320)
+    plan = QualityPlan(num_seeds=2, tuning_seeds=(100,), num_trials=2, setting=TINY)
+    console = Console(quiet=True)
+    results = run_study(plan, lambda jobs: ((job, run_job(job, stream)) for job in jobs), tmp_path, console)
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(results))
+    losses = {
+        arm: {model: each["seeds"] for model, each in models.items()} for arm, models in results["aucloss"].items()
+    }
+    expected = relative_change(losses["matta_shampoo"]["TA"], losses["baseline"]["Student"])
+    assert results["ta_vs_baseline_percent"] == pytest.approx(expected.percent)
+    against = relative_change(losses["matta_shampoo"]["Student"], losses["shampoo"]["Student"])
+    assert results["student_vs_shampoo_interval"] == pytest.approx(against.interval)
+    assert {figure.removesuffix("_percent") for figure in results if figure.endswith("_percent")} == set(
+        quality.CHANGES
+    )
+    assert {len(weeks) for models in results["by_week"].values() for weeks in models.values()} == {3}
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+    assert "| MatTA with Shampoo | TA |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_runs_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    received = []
+    monkeypatch.setattr(
+        quality, "run", lambda settings: received.append(settings) or {"student_vs_baseline_percent": -1.5}
+    )
+    out = tmp_path / "new"
+    assert main(["study", "quality", "--quick", "--seeds", "4", "--warm-up", "7", "--out", str(out), "--json"]) == 0
+    assert received == [QualitySettings(quick=True, seeds=4, warm_up=7, out=out)]
+    assert json.loads(capsys.readouterr().out) == {"student_vs_baseline_percent": -1.5}
+    assert plan_of(received[0]).num_seeds == 4 and plan_of(received[0]).setting.warm_up == 7
+
+
+def test_an_existing_folder_is_refused_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "quality", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"seeds": 1}, "seeds=1: expected at least 2"), ({"warm_up": -1}, "warm_up=-1: expected a number of steps")],
+    ids=["seeds", "warm-up"],
+)
+def test_settings_refuse_what_cannot_work(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        QualitySettings(**settings)
