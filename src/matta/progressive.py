@@ -80,7 +80,7 @@ class ProgressiveValidation:
         self._window, self._num_bins, self._ignore_index = window, num_bins, ignore_index
         self._names: list[str] = []
         self._day: int | None = None
-        self._last_time = float("nan")
+        self._last_time: float | None = None
         self._next_point = self._every
 
     @property

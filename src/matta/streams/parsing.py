@@ -41,9 +41,19 @@ def parse_header(line: bytes) -> list[str]:
     return names
 
 
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def parse_csv(lines: list[bytes], header: list[str], names: tuple[str, ...]) -> Parsed:
-    """Lines of CSV; all cells are still bytes, null where they are missing."""
+    """Lines of CSV; all cells are still text, null where they are missing."""
     bad = {index: "unbalanced quotes" for index, line in enumerate(lines) if line.count(b'"') % 2}
+    if not _is_text(b"\n".join(lines)):
+        bad |= {index: "not text in UTF-8" for index, line in enumerate(lines) if not _is_text(line)}
     kept = [index for index in range(len(lines)) if index not in bad]
     wrong: dict[int, str] = {}
 
@@ -59,7 +69,7 @@ def parse_csv(lines: list[bytes], header: list[str], names: tuple[str, ...]) -> 
         read_options=pyarrow.csv.ReadOptions(use_threads=False, column_names=header, block_size=len(text) + 2),
         parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=refuse, ignore_empty_lines=False),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types={name: pa.binary() for name in names},
+            column_types={name: pa.string() for name in names},
             include_columns=list(names),
             null_values=MISSING,
             strings_can_be_null=True,
@@ -94,7 +104,7 @@ def _parse_json_block(lines: list[bytes], names: tuple[str, ...], texts: frozens
         first = json.loads(lines[0])
         kinds = {name: _json_kind(first.get(name), is_text=name in texts) for name in names}
         text = b"\n".join(lines)
-        if b"}{" in text or b"} {" in text:  # several objects on a line
+        if b"}{" in text or b"} {" in text or not _is_text(text):  # several objects on a line, or what Arrow lets by
             return None
         table = pyarrow.json.read_json(
             io.BytesIO(text),
