@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from ranker import nest_rankers, ranker_batch, ranker_pair
-from tiny_gpt import TinyGPT
 from torch import Tensor, nn
 
 import matta
 from matta.objectives import Binary, CausalLM, Objective
+from ranker import nest_rankers, ranker_batch, ranker_pair
+from tiny_gpt import TinyGPT
 
 Arm = Callable[[], None]
 
@@ -53,7 +53,7 @@ def ranker(*, num_rounds: int) -> dict[str, float]:
 
 
 def language_model(*, num_rounds: int) -> dict[str, float]:
-    """d 256, Student 4 layers, TA 6 layers with FFN x2, vocabulary 512, 16x128 tokens."""
+    """Student of width 256 with 4 layers, TA 6 layers with FFN x2, vocabulary 512, 16x128 tokens."""
     torch.manual_seed(0)
     student, ta = TinyGPT(), TinyGPT(num_layers=6, hidden=2048)
     nested = matta.nest(TinyGPT(), TinyGPT(num_layers=6, hidden=2048), layers={"h": "first"})
