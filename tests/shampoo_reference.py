@@ -1,4 +1,7 @@
-"""Shampoo written plainly from Gupta et al. 2018 (algorithm 1) in float64, with grafting, block by block."""
+"""Shampoo written plainly from Gupta et al. 2018 (algorithm 1) in float64, with grafting, block by block.
+
+Under the Adam graft the factors' power is -1/2 (Morwani et al. 2024) and the direction Nesterov's.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,8 @@ class ReferenceShampoo:
         gradients = [gradient.double()[part] for part in self.parts]
         self.update_factors(gradients)
         for block, side in self.refreshed_now():
-            block.roots[side] = matrix_power(block.factors[side], -0.25, self.root_eps)
+            exponent = -0.5 if self.graft == "adam" else -0.25
+            block.roots[side] = matrix_power(block.factors[side], exponent, self.root_eps)
         self.matrix *= 1 - self.lr * self.weight_decay
         for part, block, each in zip(self.parts, self.blocks, gradients, strict=True):
             self.matrix[part] -= self.lr * self.update(block, each)
@@ -90,10 +94,7 @@ class ReferenceShampoo:
         start = max(each for each in starts if each <= self.step_number)
         length = min(each for each in starts if each > self.step_number) - start
         units = [
-            (block, side, self.sides[side] ** 3)
-            for side in (0, 1)
-            if self.sides[side] > 1
-            for block in self.blocks
+            (block, side, self.sides[side] ** 3) for side in (0, 1) if self.sides[side] > 1 for block in self.blocks
         ]
         total, before = sum(work for *_, work in units), 0
         for block, side, work in units:
@@ -118,4 +119,5 @@ class ReferenceShampoo:
         mean = block.momentum / (1 - first**self.step_number)
         if self.graft == "sgd":
             return block.momentum, mean
-        return block.momentum, mean / ((block.squares / (1 - second**self.step_number)).sqrt() + self.eps)
+        ahead = first * block.momentum + (1 - first) * gradient
+        return ahead, mean / ((block.squares / (1 - second**self.step_number)).sqrt() + self.eps)

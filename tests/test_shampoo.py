@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import matta
 from matta.errors import OptimizerError
-from matta.preconditioner import Factors, Refresher, inverse_fourth_root, refresh_wave
+from matta.preconditioner import Factors, Refresher, inverse_root, refresh_wave
 from matta.shampoo import Shampoo, shampoo_groups
 from matta.stacking import Grid
 from shampoo_reference import ReferenceShampoo
@@ -454,11 +454,11 @@ def test_a_failing_float32_decomposition_is_done_in_float64(monkeypatch: pytest.
         return decompose(matrix)
 
     matrix = torch.diag(torch.tensor([1.0, 4.0]))
-    expected = inverse_fourth_root(matrix, eps=1e-6)
+    expected = inverse_root(matrix, exponent=-0.25, eps=1e-6)
     monkeypatch.setattr(torch.linalg, "eigh", fail_in_float32)
-    torch.testing.assert_close(inverse_fourth_root(matrix, eps=1e-6), expected)
+    torch.testing.assert_close(inverse_root(matrix, exponent=-0.25, eps=1e-6), expected)
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fail_in_float32(matrix.float()))
-    factors = Factors.zeros(1, 2, matrix)
+    factors = Factors.zeros(1, 2, matrix, exponent=-0.25)
     factors.statistics[0] = matrix
     factors.refresh(0, eps=1e-6)
     assert torch.equal(factors.roots[0], torch.eye(2))
@@ -467,15 +467,17 @@ def test_a_failing_float32_decomposition_is_done_in_float64(monkeypatch: pytest.
 def test_a_root_inverts_its_factor() -> None:
     matrix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     factor = matrix @ matrix.T
-    root = inverse_fourth_root(factor, eps=1e-12)
+    root = inverse_root(factor, exponent=-0.25, eps=1e-12)
     assert root is not None
     scaled = factor / torch.linalg.eigvalsh(factor)[-1]
-    torch.testing.assert_close(torch.linalg.matrix_power(root, 4) @ scaled, torch.eye(6).double(), atol=1e-6, rtol=0)
+    inverse = torch.linalg.matrix_power(root, 4)
+    torch.testing.assert_close(inverse @ scaled, torch.eye(6).double(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 10, 20, 50])
 def test_every_wave_refreshes_every_root_once_and_evenly(every: int) -> None:
-    factors = [Factors.zeros(num, side, torch.zeros(())) for num, side in ((5, 8), (5, 4), (3, 16))]
+    sizes, like = ((5, 8), (5, 4), (3, 16)), torch.zeros(())
+    factors = [Factors.zeros(num, side, like, exponent=-0.25) for num, side in sizes]
     refresher = Refresher(factors)
     seen: dict[int, list[tuple[int, int]]] = {}
     for step in range(1, 4 * every + 1):

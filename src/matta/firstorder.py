@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+Entry = tuple[Tensor, Tensor, State]  # what is moved, its gradient, its state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,14 @@ class FirstOrder:
 
     `move(targets, gradients, states, lr, group)` updates the states, whose "step" counts this step already,
     and moves the targets by `lr` times the optimizer's step. Weight decay is left to the caller.
+
+    What Shampoo does under this graft: `direction` is what it preconditions, `exponent` the power of the
+    factors on either side, and `decays` tells averaged statistics from summed ones.
     """
 
     state_names: tuple[str, ...]
-    has_momentum: bool
+    direction: Literal["gradient", "momentum", "nesterov"]
+    exponent: float
     decays: bool
     move: Callable[[list[Tensor], list[Tensor], list[State], float, Mapping[str, Any]], None]
 
@@ -78,10 +83,16 @@ def _move_sgd(
         target.add_(average, alpha=-lr / (1.0 - beta ** float(state["step"])))
 
 
+# With averaged statistics the power -1/2 is the better approximation (Morwani et al. 2024, arXiv 2406.17748);
+# with summed ones -1/4 is what Gupta et al. 2018 prove.
 GRAFTS: Mapping[str, FirstOrder] = {
     "adam": FirstOrder(
-        state_names=("exp_avg", "exp_avg_sq"), has_momentum=True, decays=True, move=_move_adam
+        state_names=("exp_avg", "exp_avg_sq"),
+        direction="nesterov",
+        exponent=-0.5,
+        decays=True,
+        move=_move_adam,
     ),
-    "adagrad": FirstOrder(state_names=("sum",), has_momentum=False, decays=False, move=_move_adagrad),
-    "sgd": FirstOrder(state_names=("exp_avg",), has_momentum=True, decays=True, move=_move_sgd),
+    "adagrad": FirstOrder(state_names=("sum",), direction="gradient", exponent=-0.25, decays=False, move=_move_adagrad),
+    "sgd": FirstOrder(state_names=("exp_avg",), direction="momentum", exponent=-0.25, decays=True, move=_move_sgd),
 }

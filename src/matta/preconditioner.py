@@ -17,22 +17,23 @@ EARLY_STEPS = (1, 2, 4, 8, 16, 24, 32, 40)
 
 
 class Factors:
-    """One side's factors (B, D, D) of a stack of blocks, and their inverse fourth roots.
+    """One side's factors (B, D, D) of a stack of blocks, and their roots: powers of a negative exponent.
 
     Statistics follow Gupta et al. 2018 (summed), or are an exponential average. Roots start as the identity:
     a block that waits for its first refresh is moved along the gradient.
     """
 
-    def __init__(self, statistics: Tensor, roots: Tensor) -> None:
+    def __init__(self, statistics: Tensor, roots: Tensor, exponent: float) -> None:
         self.statistics = statistics
         self.roots = roots
+        self.exponent = exponent
 
     @classmethod
-    def zeros(cls, num_blocks: int, side: int, like: Tensor) -> Factors:
+    def zeros(cls, num_blocks: int, side: int, like: Tensor, *, exponent: float) -> Factors:
         """Factors before the first gradient."""
         statistics = torch.zeros(num_blocks, side, side, dtype=like.dtype, device=like.device)
         roots = torch.eye(side, dtype=like.dtype, device=like.device).repeat(num_blocks, 1, 1)
-        return cls(statistics, roots)
+        return cls(statistics, roots, exponent)
 
     def update(self, gradient_BDX: Tensor, blocks: slice, *, decay: float, weight: float) -> None:
         """Statistics of these blocks become decay * statistics + weight * G Gᵀ."""
@@ -41,23 +42,23 @@ class Factors:
 
     def refresh(self, block: int, *, eps: float) -> None:
         """Computes the root of one block anew; where that fails the old root stays."""
-        root = inverse_fourth_root(self.statistics[block], eps=eps)
+        root = inverse_root(self.statistics[block], exponent=self.exponent, eps=eps)
         if root is not None:
             self.roots[block] = root
 
 
-def inverse_fourth_root(factor_DD: Tensor, *, eps: float) -> Tensor | None:
-    """(S / λ + eps)^(-1/4) of a positive semi-definite S with largest eigenvalue λ; None where it has none.
+def inverse_root(factor_DD: Tensor, *, exponent: float, eps: float) -> Tensor | None:
+    """(S / λ + eps)^exponent of a positive semi-definite S with largest eigenvalue λ; None where it has none.
 
     The epsilon is relative, so the root does not depend on the scale of gradients. Dividing by λ changes
     the root by a number only, which grafting takes out again. Dead ReLU rows can make float32 `eigh` fail:
     float64 is tried next.
 
     Example:
-        >>> inverse_fourth_root(torch.diag(torch.tensor([16.0, 1.0])), eps=0.0)
+        >>> inverse_root(torch.diag(torch.tensor([16.0, 1.0])), exponent=-0.25, eps=0.0)
         tensor([[1., 0.],
                 [0., 2.]])
-        >>> inverse_fourth_root(torch.zeros(2, 2), eps=1e-6) is None
+        >>> inverse_root(torch.zeros(2, 2), exponent=-0.25, eps=1e-6) is None
         True
     """
     for dtype in (factor_DD.dtype, torch.float64):
@@ -68,7 +69,7 @@ def inverse_fourth_root(factor_DD: Tensor, *, eps: float) -> Tensor | None:
         largest = float(eigenvalues[-1])
         if not 0.0 < largest < float("inf"):
             return None
-        scales = eigenvalues.div_(largest).clamp_(min=0.0).add_(eps).pow_(-0.25)
+        scales = eigenvalues.div_(largest).clamp_(min=0.0).add_(eps).pow_(exponent)
         root = (basis * scales) @ basis.mT
         if bool(root.isfinite().all()):
             return root.to(factor_DD.dtype)
@@ -106,6 +107,8 @@ class Refresher:
 
     def due(self, step: int, every: int) -> list[tuple[Factors, int]]:
         """The roots that this step computes, as factors and the index of a block."""
+        if not self.units:
+            return []
         start, length = refresh_wave(step, every)
         bounds = (-(-self.work * k // length) for k in (step - start, step - start + 1))
         first, last = (bisect_left(self.work_before, bound) for bound in bounds)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.firstorder import GRAFTS
+from matta.firstorder import GRAFTS, Entry, FirstOrder
 from matta.preconditioner import EARLY_STEPS, Refresher
 from matta.stacking import Grid, Stack
 
@@ -43,12 +43,12 @@ def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 @final
 class Shampoo(torch.optim.Optimizer):
-    """Shampoo: matrices are moved along L^(-1/4) G R^(-1/4), by the length of a first-order optimizer's step.
+    """Shampoo: matrices are moved along L^(-p) G R^(-p), by the length of a first-order optimizer's step.
 
     Section 3.3; Gupta et al. 2018, with the factors of equal blocks of at most `block_size` a side. A block's
-    step is as long as that of the graft: AdamW (decayed statistics and momentum), Adagrad (summed, without
-    momentum: for streams) or SGD with momentum. Embeddings, vectors and matrices with a side over `max_dim`
-    get the graft's own step.
+    step is as long as that of the graft: AdamW (averaged statistics, Nesterov's momentum, p = 1/2), Adagrad
+    (summed statistics, no momentum, p = 1/4: for streams) or SGD with momentum (p = 1/4). Embeddings, vectors
+    and matrices with a side over `max_dim` get the graft's own step.
 
     Give it the module: a list of parameters does not tell which of them are embeddings (see
     `shampoo_groups`). State is float32 at least. A step with a non-finite gradient, or one too large to be
@@ -208,18 +208,21 @@ class _Part:
     """What belongs to one parameter group: stacks of blocks, and parameters that are not preconditioned."""
 
     def __init__(self, group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
-        self.state = state
         self.graft = GRAFTS[group["graft"]]
-        self.plain: dict[Any, list[Tensor]] = {}
-        stacks: dict[Any, list[tuple[Tensor, Grid]]] = {}
+        places: dict[Any, _Place] = {}
+        grids: dict[Any, dict[Any, list[tuple[Tensor, Grid]]]] = {}
         for parameter in group["params"]:
-            place = (parameter.device, _state_dtype(parameter))
+            key = (parameter.device, _state_dtype(parameter))
+            place = places.setdefault(key, _Place(state, self.graft, key[1]))
             if _is_preconditioned(parameter, group):
                 grid = Grid.of(*_matrix_shape(parameter), block_size=group["block_size"])
-                stacks.setdefault((place, grid.block_shape), []).append((parameter, grid))
+                grids.setdefault(key, {}).setdefault(grid.block_shape, []).append((parameter, grid))
             elif parameter.numel():
-                self.plain.setdefault(place, []).append(parameter)
-        self.stacks = [Stack(each, state, self.graft, key[0][1]) for key, each in stacks.items()]
+                place.plain.append(parameter)
+        for key, by_shape in grids.items():
+            places[key].stacks = [Stack(each, state, self.graft, key[1]) for each in by_shape.values()]
+        self.places = list(places.values())
+        self.stacks = [stack for place in self.places for stack in place.stacks]
         self.refresher = Refresher([factors for stack in self.stacks for factors in stack.factors])
 
     def step(self, group: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
@@ -230,10 +233,8 @@ class _Part:
         self._update_factors(group)
         every, eps = group["refresh_every"], group["root_eps"]
         self.refresher.refresh(group["num_steps"], every=every, eps=eps, group=process_group)
-        for stack in self.stacks:
-            stack.move(group)
-        for parameters in self.plain.values():
-            self._move_plain([each for each in parameters if each.grad is not None], group)
+        for place in self.places:
+            place.move(group)
 
     def _update_factors(self, group: dict[str, Any]) -> None:
         step = group["num_steps"]
@@ -247,30 +248,44 @@ class _Part:
         for stack in self.stacks:
             stack.update_factors(decay=decay, weight=weight)
 
-    def _move_plain(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
-        if not parameters:
+
+class _Place:
+    """A group's parameters on one device with state of one type: the graft moves them in one call."""
+
+    def __init__(self, state: Mapping[Tensor, dict[str, Tensor]], graft: FirstOrder, dtype: torch.dtype) -> None:
+        self.state, self.graft, self.dtype = state, graft, dtype
+        self.stacks: list[Stack] = []
+        self.plain: list[Tensor] = []
+
+    def move(self, group: Mapping[str, Any]) -> None:
+        """One step of the graft, along the preconditioned direction where there is one."""
+        parameters = [each for each in self.plain if each.grad is not None]
+        weight_decay = group["lr"] * group["weight_decay"]
+        if weight_decay and parameters:
+            torch._foreach_mul_(parameters, 1.0 - weight_decay)
+        plain = [self._plain_entry(each) for each in parameters]
+        entries = [entry for stack in self.stacks for entry in stack.graft_entries()] + plain
+        if not entries:
             return
-        states: list[Mapping[str, Tensor]] = [self._plain_state(each) for each in parameters]
+        targets, gradients, states = (list(each) for each in zip(*entries, strict=True))
         torch._foreach_add_([state["step"] for state in states], 1.0)
-        if group["weight_decay"]:
-            kept: float = 1.0 - group["lr"] * group["weight_decay"]
-            torch._foreach_mul_(parameters, kept)
-        # the parameter itself where it is contiguous and as precise as its state, else a copy
-        dtype = _state_dtype(parameters[0])
-        targets = [each.to(dtype).contiguous() for each in parameters]
-        gradients = [each.grad.to(dtype).contiguous() for each in parameters if each.grad is not None]
         self.graft.move(targets, gradients, states, group["lr"], group)
-        for parameter, target in zip(parameters, targets, strict=True):
+        for parameter, (target, _, _) in zip(parameters, plain, strict=True):
             if target is not parameter:
                 parameter.copy_(target)
+        for stack in self.stacks:
+            stack.move(momentum=group["betas"][0], weight_decay=weight_decay)
 
-    def _plain_state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _plain_entry(self, parameter: Tensor) -> Entry:
+        """The parameter itself where it is contiguous and as precise as its state, else a copy."""
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in self.graft.state_names:
-                state[name] = torch.zeros(parameter.shape, dtype=_state_dtype(parameter), device=parameter.device)
-        return state
+                state[name] = torch.zeros(parameter.shape, dtype=self.dtype, device=parameter.device)
+        gradient = parameter.grad.to(self.dtype).contiguous()
+        return parameter.to(self.dtype).contiguous(), gradient, state
 
 
 def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
@@ -298,8 +313,11 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
     if not gradients:
         return True
     # float16 would overflow in its own norm
-    norms = torch._foreach_norm([each.float() if each.dtype == torch.float16 else each for each in gradients])
-    return math.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]).sum())
+    wide = [each.float() if each.dtype == torch.float16 else each for each in gradients]
+    norms = list(torch._foreach_norm(wide))
+    if any(norm.dtype != norms[0].dtype or norm.device != norms[0].device for norm in norms):
+        norms = [norm.to(norms[0]) for norm in norms]
+    return math.isfinite(torch.stack(norms).sum())
 
 
 def _distinct(params: Iterable[Any]) -> list[Any]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from matta.firstorder import FirstOrder
+from matta.firstorder import Entry, FirstOrder
 from matta.preconditioner import Factors
 
 
@@ -79,22 +78,21 @@ class Member:
         self.gradient = torch.empty(0)
         self.scratch = torch.empty(0)
         self.state: dict[str, Tensor] = {}
+        self.shared = torch.empty(0)
 
-    def load_gradient(self) -> None:
-        """Copies the gradient's blocks into the stack."""
-        assert self.parameter.grad is not None
-        blocks = self.grid.cut(self.parameter.grad.reshape(self.grid.shape))
-        self.gradient.view(blocks.shape).copy_(blocks)
+    def cut_gradient(self) -> Tensor:
+        """The gradient's blocks, to be copied into the stack."""
+        gradient = self.parameter.grad
+        assert gradient is not None
+        return self.grid.cut(gradient if gradient.shape == self.grid.shape else gradient.reshape(self.grid.shape))
 
-    def move(self, update_BMN: Tensor, weight_decay: float) -> None:
-        """Decays the parameter and adds the blocks of an update to it."""
-        if weight_decay:
-            self.parameter.mul_(1.0 - weight_decay)
-        blocks = update_BMN[self.blocks].view(*self.grid.counts, *self.grid.block_shape)
-        if self.grid.padded or not self.parameter.is_contiguous():
-            self.parameter.add_(self.grid.join(blocks).reshape(self.parameter.shape))
+    def move(self) -> None:
+        """Adds what the stack holds in the gradient's place to the parameter."""
+        parameter = self.parameter
+        if self.grid.padded or not parameter.is_contiguous():
+            parameter.add_(self.grid.join(self.shared).reshape(parameter.shape))
         else:
-            self.grid.cut(self.parameter.view(self.grid.shape)).add_(blocks)
+            self.grid.cut(parameter.view(self.grid.shape)).add_(self.shared)
 
 
 class Stack:
@@ -123,8 +121,8 @@ class Stack:
         self.scratch = torch.zeros_like(self.gradient)
         self.averages = {name: torch.zeros_like(self.gradient) for name in graft.state_names}
         rows, columns = self.gradient.shape[1:]
-        self.left = Factors.zeros(num_blocks, rows, self.gradient) if rows > 1 else None
-        self.right = Factors.zeros(num_blocks, columns, self.gradient) if columns > 1 else None
+        self.left = self._factors(rows)
+        self.right = self._factors(columns)
         self.active: list[Member] = []
         for member in self.members:
             self._share(member, state[member.parameter])
@@ -137,10 +135,15 @@ class Stack:
     def load_gradients(self) -> None:
         """Takes the gradients of the members that have one; the others sit out this step."""
         self.active = [member for member in self.members if member.parameter.grad is not None]
-        for member in self.active:
-            member.load_gradient()
         if self.active:
-            torch._foreach_add_([member.state["step"] for member in self.active], 1.0)
+            targets = [member.shared for member in self.active]
+            torch._foreach_copy_(targets, [member.cut_gradient() for member in self.active])
+
+    def graft_entries(self) -> list[Entry]:
+        """What the graft is to move: from zero, so that its steps are left in the scratch tensors."""
+        if self.active:
+            self.scratch.zero_()
+        return [(member.scratch, member.gradient, member.state) for member in self.active]
 
     def update_factors(self, *, decay: float, weight: float) -> None:
         """L becomes decay * L + weight * G Gᵀ, and R with Gᵀ G."""
@@ -153,39 +156,37 @@ class Stack:
             if self.right is not None:
                 self.right.update(self.gradient.mT, blocks, decay=decay, weight=weight)
 
-    def graft_lengths(self, group: Mapping[str, Any]) -> Tensor:
-        """Advances the graft's state and gives the length of its step on each block."""
-        self.scratch.zero_()
-        self.graft.move(
-            [member.scratch for member in self.active],
-            [member.gradient for member in self.active],
-            [member.state for member in self.active],
-            1.0,
-            group,
-        )
-        return torch.linalg.vector_norm(self.scratch, dim=(1, 2))
-
-    def move(self, group: Mapping[str, Any]) -> None:
-        """Moves the active members along the preconditioned direction by the graft's length."""
+    def move(self, *, momentum: float, weight_decay: float) -> None:
+        """Moves the active members along the preconditioned direction, as far as the graft has moved."""
         if not self.active:
             return
-        lengths = self.graft_lengths(group)
-        update = self._direction()
+        lengths = torch.linalg.vector_norm(self.scratch, dim=(1, 2))
+        update = self._direction(momentum)
         # a block without any gradient yet has the length 0 / 0
-        scales = (lengths / torch.linalg.vector_norm(update, dim=(1, 2))).nan_to_num_(0.0, posinf=0.0)
-        scales.mul_(-group["lr"])
+        scales = (lengths / torch.linalg.vector_norm(update, dim=(1, 2))).nan_to_num_(0.0, posinf=0.0).neg_()
         torch.mul(update, scales[:, None, None], out=self.gradient)
+        if weight_decay:
+            torch._foreach_mul_([member.parameter for member in self.active], 1.0 - weight_decay)
         for member in self.active:
-            member.move(self.gradient, group["lr"] * group["weight_decay"])
+            member.move()
 
-    def _direction(self) -> Tensor:
-        update = self.averages["exp_avg"] if self.graft.has_momentum else self.gradient
+    def _direction(self, momentum: float) -> Tensor:
+        update = self.gradient
+        if self.graft.direction == "momentum":
+            update = self.averages["exp_avg"]
+        elif self.graft.direction == "nesterov":
+            update.lerp_(self.averages["exp_avg"], momentum)
         if self.left is not None:
             update = torch.bmm(self.left.roots, update, out=self.scratch)
         if self.right is not None:
             spare = self.gradient if update is self.scratch else self.scratch
             update = torch.bmm(update, self.right.roots, out=spare)
         return update
+
+    def _factors(self, side: int) -> Factors | None:
+        if side == 1:
+            return None
+        return Factors.zeros(len(self.gradient), side, self.gradient, exponent=self.graft.exponent)
 
     def _share(self, member: Member, state: dict[str, Tensor]) -> None:
         """Points a parameter's state at its part of the stack, after copying what it holds."""
@@ -201,3 +202,4 @@ class Stack:
         state.setdefault("step", torch.zeros((), device=self.gradient.device))
         member.state = state
         member.gradient, member.scratch = self.gradient[member.blocks], self.scratch[member.blocks]
+        member.shared = member.gradient.view(*member.grid.counts, *member.grid.block_shape)
