@@ -4,9 +4,10 @@
     python benchmarks/optimizer.py --quality   loss after 600 steps on real text, rates tuned with one budget
     python benchmarks/optimizer.py --nested    overhead of Shampoo on whole co-training steps
 
-With --json one JSON object and nothing else; with --quick under a minute and rougher. Times are processor time of one
-thread, so other processes disturb them little. A step's overhead counts means over whole cycles of refreshes, since a
-median would hide the steps that only some optimizers make expensive. Peers: pip install pytorch-optimizer heavyball.
+With --json one JSON object and nothing else; with --arms only some optimizers; with --quick under a minute and rougher.
+Times are processor time of one thread, so other processes disturb them little. A step's overhead counts means over
+whole cycles of refreshes, since a median would hide the steps that only some optimizers make expensive. Peers:
+pip install pytorch-optimizer heavyball.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def held_bytes() -> int:
 
 # --- quality
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 NUM_EVALUATED = 40
 
 
@@ -139,24 +140,31 @@ def evaluate(model: TinyGPT, held_out: Tensor) -> float:
     return torch.stack(losses).mean().item()
 
 
-def measure_quality(*, num_steps: int, num_seeds: int) -> dict[str, Any]:
-    """The best of the same rates for every optimizer on a seed that is not counted, then the mean over seeds."""
+def measure_quality(builds: dict[str, Build], *, num_steps: int, num_seeds: int) -> dict[str, Any]:
+    """The best of the same rates for every optimizer on a seed that is not counted, then the mean over seeds.
+
+    Rates being constant, the loss half way is that of a run of half the length, which is tuned for itself.
+    """
     figures: dict[str, Any] = {}
-    for name, build in arms().items():
-        tuned = {lr: held_out_losses(build, lr, seed=100, num_steps=num_steps)[1] for lr in RATES}
-        best = min(tuned, key=lambda lr: tuned[lr])
-        runs = [held_out_losses(build, best, seed=seed, num_steps=num_steps) for seed in range(num_seeds)]
-        losses = [loss for _, loss in runs]
-        figures[f"loss_{name}"] = statistics.mean(losses)
-        figures[f"half_way_{name}"] = statistics.mean(half_way for half_way, _ in runs)
-        figures[f"spread_{name}"] = max(losses) - min(losses)
-        figures[f"lr_{name}"] = best
-        figures[f"tuning_{name}"] = list(tuned.values())
-        print(f"{name:24} {statistics.mean(losses):.4f} at {best:g}", file=sys.stderr)
-    peers = [figures[f"loss_{name}"] for name in arms() if name not in OURS]
+    for name, build in builds.items():
+        tuned = [held_out_losses(build, lr, seed=100, num_steps=num_steps) for lr in RATES]
+        best_half, best = (min(RATES, key=lambda lr: tuned[RATES.index(lr)][end]) for end in (0, 1))
+        runs = {
+            lr: [held_out_losses(build, lr, seed=seed, num_steps=num_steps) for seed in range(num_seeds)]
+            for lr in {best, best_half}
+        }
+        losses, halves = [loss for _, loss in runs[best]], [half_way for half_way, _ in runs[best_half]]
+        figures[f"loss_{name}"], figures[f"loss_{name}_{num_steps // 2}"] = map(statistics.mean, (losses, halves))
+        figures[f"losses_{name}"], figures[f"losses_{name}_{num_steps // 2}"] = losses, halves
+        figures[f"lr_{name}"], figures[f"lr_{name}_{num_steps // 2}"] = best, best_half
+        figures[f"tuning_{name}"] = dict(zip(map(str, RATES), tuned, strict=True))
+        means = statistics.mean(losses), statistics.mean(halves)
+        print(f"{name:24} {means[0]:.4f} at {best:g}, half way {means[1]:.4f} at {best_half:g}", file=sys.stderr)
+    peers = [figures[f"loss_{name}"] for name in builds if name not in OURS]
     figures["loss_best_peer"] = min(peers) if peers else None
-    figures["gain_over_adamw"] = figures["loss_adamw"] - figures["loss_matta"]
-    figures["gain_over_adamw_half_way"] = figures["half_way_adamw"] - figures["half_way_matta"]
+    for steps in ("", f"_{num_steps // 2}"):
+        if OURS.keys() <= builds.keys():
+            figures[f"gain_over_adamw{steps}"] = figures[f"loss_adamw{steps}"] - figures[f"loss_matta{steps}"]
     return figures
 
 
@@ -169,11 +177,13 @@ def main() -> None:
     parser.add_argument("--nested", action="store_true", help="overhead on whole co-training steps")
     parser.add_argument("--quick", action="store_true", help="under a minute, rougher")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--arms", help="with --quality: comma-separated names of the arms to run, others left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quality:
-        runs = {"num_steps": 20, "num_seeds": 1} if options.quick else {"num_steps": 600, "num_seeds": 3}
-        figures = measure_quality(**runs)
+        runs = {"num_steps": 10, "num_seeds": 1} if options.quick else {"num_steps": 600, "num_seeds": 3}
+        chosen = options.arms.split(",") if options.arms else arms()
+        figures = measure_quality({name: arms()[name] for name in chosen}, **runs)
     elif options.nested:
         figures = measure_nested(quick=options.quick)
     else:
