@@ -214,6 +214,8 @@ def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot
     try:
         load_model(module, str(version / file))
     except (RuntimeError, SafetensorError) as error:
+        if not (version / file).exists():  # removed in between: safetensors has no error of its own for that
+            raise FileNotFoundError(version / file) from None
         raise CheckpointError(f"{version / file} does not fit the module that build gave: {error}") from None
     encoder = json.loads((version / ENCODER).read_text(encoding="utf-8")) if ENCODER in digests else None
     own = {name: description[name] for name in ("version", "events", "time_s")}
