@@ -26,6 +26,7 @@ from matta.studies.progressive import (
     score,
 )
 from matta.studies.quality import ARMS, NUM_FINALISTS, QualityPlan, StreamJob, plan_of, run_job, run_study, tune
+from matta.studies.qualityreport import PAPER
 from matta.studies.settings import QualitySettings
 from matta.studies.statistics import relative_change
 
@@ -200,12 +201,24 @@ def test_the_whole_study(tmp_path: Path) -> None:
     assert results["ta_vs_baseline_percent"] == pytest.approx(expected.percent)
     against = relative_change(losses["matta_shampoo"]["Student"], losses["shampoo"]["Student"])
     assert results["student_vs_shampoo_interval"] == pytest.approx(against.interval)
-    assert {figure.removesuffix("_percent") for figure in results if figure.endswith("_percent")} == set(
-        quality.CHANGES
-    )
+    figures = {figure.removesuffix("_percent") for figure in results if figure.endswith("_percent")}
+    assert figures == {*quality.CHANGES, "beyond_the_sum"} and set(PAPER) < figures
     assert {len(weeks) for models in results["by_week"].values() for weeks in models.values()} == {3}
     assert (tmp_path / "quality.png").stat().st_size > 1000
-    assert "| MatTA with Shampoo | TA |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    section = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| MatTA with Shampoo | TA |" in section and "`matta study quality --seeds 2`" in section
+
+
+def test_what_goes_beyond_the_sum() -> None:
+    losses = {
+        "baseline": {"Student": [1.0, 2.0]},
+        "shampoo": {"Student": [0.9, 1.8]},
+        "matta": {"Student": [0.8, 1.6], "TA": [0.7, 1.4]},
+        "matta_shampoo": {"Student": [0.65, 1.3], "TA": [0.5, 1.0]},
+    }
+    changes = quality.changes_of(losses)
+    assert changes["student_vs_baseline"].percent == pytest.approx(-35.0)
+    assert changes["beyond_the_sum"].percent == pytest.approx(-5.0)
 
 
 def test_the_command_line_runs_the_study(

@@ -37,7 +37,7 @@ from matta.studies.progressive import (
 from matta.studies.qualityreport import draw_weeks, markdown, print_report
 from matta.studies.runfolder import dated, new_run_folder, require_new
 from matta.studies.settings import QualitySettings
-from matta.studies.statistics import relative_change
+from matta.studies.statistics import Change, relative_change
 
 NUM_WORKERS = 2
 FIRST_FRESH_SEED = 1000
@@ -282,11 +282,18 @@ def _fresh_seeds(plan: QualityPlan, best: Mapping[str, StreamTrial], run_jobs: R
     return {name: [by_seed[seed] for seed in seeds] for name, by_seed in found.items()}
 
 
-def _losses(scores: Scores, arm: str, model: str) -> list[float]:
-    """AucLoss of the last three quarters by seed."""
-    index = ("Student", "TA").index(model)
-    found = [each[index].rest for each in scores[arm]]
-    return [loss for loss in found if loss is not None]
+Losses = Mapping[str, Mapping[str, Sequence[float]]]
+"""By arm and model: AucLoss of the last three quarters by seed."""
+
+
+def _losses(plan: QualityPlan, scores: Scores) -> Losses:
+    return {
+        arm.name: {
+            model: [rest for each in scores[arm.name] if (rest := each[index].rest) is not None]
+            for index, model in enumerate(arm.models)
+        }
+        for arm in plan.arms
+    }
 
 
 # figure: (arm, model, arm that it is compared with)
@@ -301,21 +308,30 @@ CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
 }
 
 
-def _results(plan: QualityPlan, best: Mapping[str, StreamTrial], tried: Tried, scores: Scores) -> dict[str, Any]:
-    """Everything that the study found, in plain types."""
+def changes_of(losses: Losses) -> dict[str, Change]:
+    """All comparisons, and how far MatTA with Shampoo goes beyond the sum of the two."""
     changes = {
-        name: relative_change(_losses(scores, arm, model), _losses(scores, reference, "Student"))
+        name: relative_change(losses[arm][model], losses[reference]["Student"])
         for name, (arm, model, reference) in CHANGES.items()
     }
+    together, shampoo, matta, baseline = (
+        losses[name]["Student"] for name in ("matta_shampoo", SHAMPOO, "matta", BASELINE)
+    )
+    rows = zip(together, shampoo, matta, baseline, strict=True)
+    beyond = [joint - one - other + 2 * base for joint, one, other, base in rows]
+    return changes | {"beyond_the_sum": relative_change(beyond, baseline)}
+
+
+def _results(plan: QualityPlan, best: Mapping[str, StreamTrial], tried: Tried, scores: Scores) -> dict[str, Any]:
+    """Everything that the study found, in plain types."""
+    losses = _losses(plan, scores)
+    changes = changes_of(losses)
     results: dict[str, Any] = {f"{name}_percent": change.percent for name, change in changes.items()}
     results |= {f"{name}_interval": change.interval for name, change in changes.items()}
     results["num_seeds"] = plan.num_seeds
     results["aucloss"] = {
-        arm.name: {
-            model: {"mean": fmean(_losses(scores, arm.name, model)), "seeds": _losses(scores, arm.name, model)}
-            for model in arm.models
-        }
-        for arm in plan.arms
+        arm: {model: {"mean": fmean(each), "seeds": each} for model, each in models.items()}
+        for arm, models in losses.items()
     }
     results["by_week"] = {arm.name: _weeks(scores[arm.name], arm.models) for arm in plan.arms}
     results["titles"] = {arm.name: arm.title for arm in plan.arms}
