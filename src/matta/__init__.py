@@ -39,6 +39,7 @@ _DEFINED_IN: dict[str, str | None] = {
     "read_snapshot": "snapshots",
     "recalibrate": "extraction",
     "save": "checkpoints",
+    "shampoo_groups": "shampoo",
     "streams": None,
     "trace_layouts": "tracing",
     "wide": "submodels",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from matta.schedule import Ramp as Ramp
     from matta.schedule import Weights as Weights
     from matta.shampoo import Shampoo as Shampoo
+    from matta.shampoo import shampoo_groups as shampoo_groups
     from matta.snapshots import Snapshots as Snapshots
     from matta.snapshots import read_snapshot as read_snapshot
     from matta.submodels import SubModel as SubModel
