@@ -22,7 +22,7 @@ from matta.studies.ranker import Ranker, RankerSize, nest_rankers
 from matta.studies.ratings import Ratings
 from matta.studies.runfolder import new_run_folder
 from matta.studies.settings import RelevanceSettings
-from matta.studies.statistics import relative_change, t_quantile
+from matta.studies.statistics import relative_change
 from matta.studies.training import Scores, Setting, Trial, auc_loss, make_optimizer, score, train
 from matta.studies.tuning import Job, Search, run_job, tune
 from matta.studies.tuples import (
@@ -77,8 +77,11 @@ def made_ratings(count: int = 400) -> Ratings:
     ("degrees", "expected"),
     [(1, 12.706), (2, 4.303), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)],
 )
-def test_t_quantiles_are_those_of_the_tables(degrees: int, expected: float) -> None:
-    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=6e-4)
+def test_intervals_reach_as_far_as_the_tables_say(degrees: int, expected: float) -> None:
+    values = [1.0 + 0.01 * (index % 7) + 0.001 * index for index in range(degrees + 1)]
+    change = relative_change(values, [1.0] * len(values))
+    spread = float(torch.tensor(values, dtype=torch.float64).std()) * 100 / math.sqrt(len(values))
+    assert (change.high - change.low) / 2 / spread == pytest.approx(expected, abs=6e-4)
 
 
 def test_interval_is_that_of_the_paired_t_test() -> None:
@@ -114,8 +117,8 @@ def test_auc_loss_counts_pairs_in_the_wrong_order() -> None:
 
 def test_every_arm_has_as_many_trials() -> None:
     counts = {arm.name: len(arm.trials) for arm in ARMS}
-    assert set(counts.values()) == {12}
-    assert all(len(set(arm.trials)) == 12 for arm in ARMS)
+    assert set(counts.values()) == {14}
+    assert all(len(set(arm.trials)) == 14 for arm in ARMS)
     assert all(trial.method == arm.method for arm in ARMS for trial in (*arm.trials, arm.stored))
 
 
@@ -160,7 +163,7 @@ def test_tuning_takes_the_trial_with_the_least_mean_validation_loss() -> None:
 
     tuned = tune([arm], Search(), TINY, run)[arm.name]
     assert tuned.best == arm.trials[2]
-    assert [len(losses) for _, losses in tuned.tried] == [3] * 3 + [1] * 9
+    assert [len(losses) for _, losses in tuned.tried] == [5] * 3 + [1] * 11
 
 
 def test_data_of_made_ratings_is_stored_whole(tmp_path: Path) -> None:

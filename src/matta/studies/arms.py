@@ -12,17 +12,24 @@ from matta.studies.training import Method, Optimizer, Trial
 Rates = Mapping[Optimizer, tuple[float, ...]]
 
 BASELINE_FIRST_ORDER: Final[Rates] = {
-    "adam": (0.02, 0.03, 0.045, 0.06),
-    "rmsprop": (0.005, 0.01, 0.02, 0.03),
+    "adam": (0.02, 0.03, 0.045, 0.06, 0.08, 0.1),
+    "rmsprop": (0.01, 0.02, 0.03, 0.04),
     "adagrad": (0.1, 0.2, 0.3, 0.5),
 }
-PAIR_FIRST_ORDER: Final[Rates] = {"adam": (0.03, 0.045), "rmsprop": (0.01, 0.02), "adagrad": (0.2, 0.4)}
-BASELINE_SHAMPOO: Final[Rates] = {
-    "shampoo-adam": (0.015, 0.02, 0.03, 0.04, 0.05, 0.06),
-    "shampoo-adagrad": (0.1, 0.2, 0.3, 0.5, 0.8, 1.2),
+PAIR_FIRST_ORDER: Final[Rates] = {
+    "adam": (0.025, 0.035, 0.05),
+    "rmsprop": (0.015, 0.03),
+    "adagrad": (0.15, 0.3),
 }
-PAIR_SHAMPOO: Final[Rates] = {"shampoo-adam": (0.02, 0.03, 0.045), "shampoo-adagrad": (0.2, 0.4, 0.8)}
-MIXES: Final = ((1.0, 1.0), (0.3, 1.0))  # (ω₁, ω₃), with each rate of a pair
+BASELINE_SHAMPOO: Final[Rates] = {
+    "shampoo-adam": (0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1),
+    "shampoo-adagrad": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+}
+PAIR_SHAMPOO: Final[Rates] = {
+    "shampoo-adam": (0.02, 0.03, 0.045, 0.06),
+    "shampoo-adagrad": (0.1, 0.2, 0.4),
+}
+MIXES: Final = ((1.0, 1.0, 0.1), (0.6, 1.0, 0.3))  # (ω₁, ω₃, ramp), with each rate of a pair
 
 
 @final
@@ -47,9 +54,9 @@ def _baselines(rates: Rates) -> tuple[Trial, ...]:
 def _pairs(method: Method, rates: Rates) -> tuple[Trial, ...]:
     """Every optimizer with each of its rates and each mix of the losses."""
     return tuple(
-        Trial(method=method, optimizer=name, lr=lr, student_weight=student, distill_weight=distill)
+        Trial(method=method, optimizer=name, lr=lr, student_weight=student, distill_weight=distill, ramp=ramp)
         for name, values in rates.items()
-        for lr, (student, distill) in product(values, MIXES)
+        for lr, (student, distill, ramp) in product(values, MIXES)
     )
 
 

@@ -37,7 +37,7 @@ from matta.studies.tuples import (
     save_data,
 )
 
-FIRST_FRESH_SEED: Final = 1000
+FIRST_FRESH_SEED: Final = 5000
 FAMILY_ARM: Final = "shampoo_matta"
 
 

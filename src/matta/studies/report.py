@@ -17,7 +17,7 @@ PAPER: Mapping[str, tuple[float, float | None]] = {
     "shampoo_baseline": (-3.89, None),
     "shampoo_matta": (-8.05, -9.47),
 }
-COLUMNS = ("arm", "model", "AucLoss", "change against the baseline", "paper", "true ratings")
+COLUMNS = ("arm", "model", "AucLoss", "change [95%]", "paper", "real")
 
 
 def paper_figure(arm: str, model: str) -> str:
@@ -68,7 +68,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     )
 
 
-FAMILY_COLUMNS = ("sub-model", "parameters", "ms", "AucLoss", "true ratings")
+FAMILY_COLUMNS = ("sub-model", "parameters", "ms", "AucLoss", "real")
 
 
 def family_rows(family: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -96,9 +96,9 @@ def draw_family(family: Sequence[Mapping[str, Any]], baseline: Mapping[str, floa
     axes.scatter(
         [each["parameters"] for each in family], [each["aucloss"] for each in family], color="#1f77b4", s=36
     )
-    for each in family:
-        place = (each["parameters"], each["aucloss"])
-        axes.annotate(each["name"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for index, each in enumerate(family):  # in turn above and below, since neighbours differ little
+        place, offset = (each["parameters"], each["aucloss"]), (4, 6) if index % 2 else (4, -12)
+        axes.annotate(each["name"], place, xytext=offset, textcoords="offset points", fontsize=8)
     axes.scatter(
         [baseline["parameters"]], [baseline["aucloss"]], marker="*", s=170, color="#d62728", zorder=3
     )

@@ -20,7 +20,7 @@ from matta.studies.training import Scores, Setting, Trial, score, train
 from matta.studies.tuples import RelevanceData, load_data
 
 NUM_WORKERS = 2
-TUNING_SEEDS = (100, 101, 102)
+TUNING_SEEDS = (100, 101, 102, 103, 104)
 NUM_FINALISTS = 3  # trials of an arm that are judged by all tuning seeds
 
 
