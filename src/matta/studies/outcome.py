@@ -108,7 +108,12 @@ class Outcome:
         if first_order.high >= 0:
             notes.append(
                 f"First-order optimizers alone: the Student's change of {first_order} is no certain gain over the "
-                f"tuned baseline; the paper has {PAPER['matta'][0]:+.2f}%."
+                f"tuned baseline."
+            )
+        if first_order.percent > PAPER["matta"][0]:
+            notes.append(
+                f"First-order optimizers alone: the Student's {first_order.percent:+.2f}% falls short of the paper's "
+                f"{PAPER['matta'][0]:+.2f}%; docs/log-relevance.md has what was tried."
             )
         notes += [
             f"MatTA's Student against the baseline, both with Shampoo: {self.changes['shampoo_student_vs_shampoo']} "

@@ -19,7 +19,7 @@ class RelevanceSettings:
 
     Example:
         >>> RelevanceSettings(demo=True).num_seeds
-        3
+        8
 
     Raises:
         RunError: Fewer than two seeds (a confidence interval needs two), or both `quick` and `demo`.
@@ -29,7 +29,7 @@ class RelevanceSettings:
     demo: bool = field(default=False, metadata={"help": "stored tuned settings instead of the search"})
     seeds: int | None = field(
         default=None,
-        metadata={"help": "fresh seeds for the final table (default: 20; --demo: 3; --quick: 2)"},
+        metadata={"help": "fresh seeds for the final table (default: 20; --demo: 8; --quick: 2)"},
     )
     out: Path | None = field(
         default=None,
@@ -48,7 +48,7 @@ class RelevanceSettings:
         """Seeds of the final table, the default resolved."""
         if self.seeds is not None:
             return self.seeds
-        return 2 if self.quick else 3 if self.demo else 20
+        return 2 if self.quick else 8 if self.demo else 20
 
 
 @final
