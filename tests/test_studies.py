@@ -236,7 +236,8 @@ def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None
         assert low <= results[f"{name}_percent"] <= high
     assert "-4.63%" in text and "MatTA with Shampoo" in text
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"results.json", "results.md", "family.png", "models", "nested"}
+    expected = {"results.json", "results.md", "family.png", "models", "nested", "preconditioner.safetensors"}
+    assert files == expected
     assert len(results["family"]) == 8
     assert [results["family"][i]["name"] for i in (0, -1)] == ["Student", "TA"]
     student = Ranker(data.num_rows, TINY.size)

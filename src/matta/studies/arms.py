@@ -12,7 +12,7 @@ from matta.studies.training import Method, Optimizer, Trial
 Rates = Mapping[Optimizer, tuple[float, ...]]
 
 BASELINE_FIRST_ORDER: Final[Rates] = {
-    "adam": (0.02, 0.03, 0.045, 0.06, 0.08, 0.1),
+    "adam": (0.03, 0.045, 0.06, 0.08, 0.1, 0.14),
     "rmsprop": (0.01, 0.02, 0.03, 0.04),
     "adagrad": (0.1, 0.2, 0.3, 0.5),
 }

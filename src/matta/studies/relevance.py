@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -56,7 +56,7 @@ class StudyPlan:
     def num_runs(self) -> int:
         """Training runs in all."""
         tuning = self.search.num_runs(self.arms) if self.search else 0
-        return tuning + len(self.arms) * self.num_seeds
+        return tuning + len(self.arms) * self.num_seeds + 1
 
 
 def plan_of(settings: RelevanceSettings) -> StudyPlan:
@@ -115,7 +115,8 @@ def run_study(
 
         tuned = tune(plan.arms, plan.search, plan.setting, counted) if plan.search else {}
         best = {arm.name: tuned[arm.name].best if arm.name in tuned else arm.stored for arm in plan.arms}
-        scores = _run_fresh_seeds(plan, best, counted, folder / "nested")
+        scores = _run_fresh_seeds(plan, best, counted)
+        _train_family(plan, best[FAMILY_ARM], counted, folder)
     outcome = Outcome(
         arms=plan.arms,
         setting=plan.setting,
@@ -135,24 +136,26 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _run_fresh_seeds(
-    plan: StudyPlan, best: Mapping[str, Trial], run_jobs: RunJobs, save_to: Path
-) -> dict[str, list[Scores]]:
-    """Scores of every arm, by seed; the first seed's pair of one arm is saved for the family."""
+def _run_fresh_seeds(plan: StudyPlan, best: Mapping[str, Trial], run_jobs: RunJobs) -> dict[str, list[Scores]]:
+    """Scores of every arm, by seed."""
     seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.num_seeds)
-    arm_of = {}
-    for seed in seeds:
-        for arm in plan.arms:
-            path = save_to if arm.name == FAMILY_ARM and seed == seeds[0] else None
-            arm_of[Job(trial=best[arm.name], seed=seed, setting=plan.setting, save_to=path)] = arm.name
+    arm_of = {
+        Job(trial=best[arm.name], seed=seed, setting=plan.setting): arm.name for seed in seeds for arm in plan.arms
+    }
     found: dict[tuple[str, int], Scores] = {}
     for job, scores in run_jobs(list(arm_of)):
         found[arm_of[job], job.seed] = scores
     return {arm.name: [found[arm.name, seed] for seed in seeds] for arm in plan.arms}
 
 
+def _train_family(plan: StudyPlan, trial: Trial, run_jobs: RunJobs, folder: Path) -> None:
+    """One more run of a pair, with random sub-models trained along; it is saved in `folder`."""
+    sampled = replace(trial, sampled=True)
+    list(run_jobs([Job(trial=sampled, seed=FIRST_FRESH_SEED, setting=plan.setting, save_to=folder)]))
+
+
 def _family(plan: StudyPlan, data: RelevanceData, folder: Path) -> list[dict[str, Any]]:
-    """The extracted sub-models of the pair that the fresh seeds have left in `folder`."""
+    """The extracted sub-models of the pair that `_train_family` has left in `folder`."""
     size = plan.setting.size
     nested = load(folder / "nested", Ranker(data.num_rows, size), Ranker(data.num_rows, size.grown()))
     return measure_family(nested, data, folder / "models")
@@ -172,7 +175,7 @@ def _show(outcome: Outcome, console: Console) -> None:
     console.print(rich_table("AucLoss of held-out tuples (less is better)", COLUMNS, outcome.rows()))
     for note in outcome.notes():
         console.print(note, highlight=False)
-    title = "One run, every size: the sub-models of MatTA with Shampoo"
+    title = "One run, every size: MatTA with Shampoo, random sub-models trained along"
     console.print(rich_table(title, FAMILY_COLUMNS, family_rows(outcome.family)))
 
 
@@ -180,7 +183,7 @@ def _what_next(out: Path, results: Mapping[str, Any]) -> str:
     """What the user can do with the run folder."""
     student = results["family"][0]["file"]
     return (
-        f"\nWritten to {out}: results.json, results.md, family.png, models/ and nested/.\n"
+        f"\nWritten to {out}: results.json, results.md, family.png, models/, nested/ and preconditioner.safetensors.\n"
         f"Next: look at {out / 'family.png'}; serve a size with safetensors.torch.load_file('{out / student}');\n"
         f"go on training from matta.load('{out / 'nested'}', student, ta); for a model of your own: matta.nest."
     )

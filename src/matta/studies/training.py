@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, final
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from matta.cotraining import CoTraining
 from matta.extraction import extract
+from matta.factors import save_factors
 from matta.nesting import Nested
 from matta.objectives import Binary
 from matta.schedule import Ramp, Weights
 from matta.shampoo import Shampoo
 from matta.studies.ranker import Ranker, RankerSize, nest_rankers
 from matta.studies.tuples import RelevanceData, Tuples
+from matta.submodels import random_sub_model
 
 Method = Literal["baseline", "matta", "unshared"]
 Optimizer = Literal["adam", "adagrad", "rmsprop", "shampoo-adam", "shampoo-adagrad"]
@@ -41,7 +44,8 @@ class Trial:
     """What is tuned: the optimizer and its first rate, which falls to zero; for MatTA ω₁, ω₃ and the ramp.
 
     ω₂ is 1: only ratios matter to these optimizers. `ramp` is the share of the run over which the
-    distillation comes in.
+    distillation comes in. With `sampled`, a random mixture of wide and narrow layers is trained along at
+    each step, so that every size between Student and TA is of use.
     """
 
     method: Method
@@ -50,6 +54,7 @@ class Trial:
     student_weight: float = 1.0
     distill_weight: float = 1.0
     ramp: float = 0.1
+    sampled: bool = False
 
     def __str__(self) -> str:
         told = f"{self.optimizer}, rate {self.lr:g}"
@@ -67,8 +72,13 @@ class Scores:
     ta: dict[str, float] | None
 
 
-def train(trial: Trial, data: RelevanceData, setting: Setting, seed: int) -> Ranker | Nested:
-    """A baseline, or a Student in its TA, after all passes over the training part."""
+def train(
+    trial: Trial, data: RelevanceData, setting: Setting, seed: int, factors: Path | None = None
+) -> Ranker | Nested:
+    """A baseline, or a Student in its TA, after all passes over the training part.
+
+    The factors of a pair trained with Shampoo are written into the folder `factors`, if that is given.
+    """
     torch.manual_seed(seed)
     model = _model(trial, data, setting)
     steps = setting.passes * -(-len(data.train) // setting.batch)
@@ -81,6 +91,8 @@ def train(trial: Trial, data: RelevanceData, setting: Setting, seed: int) -> Ran
         loss.backward()
         optimizer.step()
         schedule.step()
+    if factors is not None and isinstance(optimizer, Shampoo) and isinstance(model, Nested):
+        save_factors(optimizer, model, factors)
     return model.eval()
 
 
@@ -142,6 +154,7 @@ def _loss_of(model: Ranker | Nested, trial: Trial, steps: int) -> Callable[[Tens
         objective,
         weights=Weights(student=trial.student_weight, ta=1.0, distill=trial.distill_weight),
         ramp=Ramp(start=0, steps=int(trial.ramp * steps)),
+        sample=random_sub_model(model) if trial.sampled else None,
     )
     return lambda ids, labels: cotrain((ids, labels)).loss
 

@@ -27,7 +27,7 @@ NUM_FINALISTS = 3  # trials of an arm that are judged by all tuning seeds
 @final
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run; a pair is saved under `save_to`, if that is given."""
+    """One training run; a pair is saved as `nested` in the folder `save_to`, if that is given, with its factors."""
 
     trial: Trial
     seed: int
@@ -41,9 +41,9 @@ RunJobs = Callable[[Iterable[Job]], Iterator[tuple[Job, Scores]]]
 
 def run_job(job: Job, data: RelevanceData) -> Scores:
     """Train and score."""
-    model = train(job.trial, data, job.setting, job.seed)
+    model = train(job.trial, data, job.setting, job.seed, factors=job.save_to)
     if job.save_to is not None and not isinstance(model, Ranker):
-        save(model, job.save_to)
+        save(model, job.save_to / "nested")
     return score(model, data)
 
 
