@@ -113,7 +113,7 @@ class Outcome:
         if first_order.percent > PAPER["matta"][0]:
             notes.append(
                 f"First-order optimizers alone: the Student's {first_order.percent:+.2f}% falls short of the paper's "
-                f"{PAPER['matta'][0]:+.2f}%; docs/log-relevance.md has what was tried."
+                f"{PAPER['matta'][0]:+.2f}%; docs/log.md has what was tried."
             )
         notes += [
             f"MatTA's Student against the baseline, both with Shampoo: {self.changes['shampoo_student_vs_shampoo']} "

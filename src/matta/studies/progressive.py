@@ -29,7 +29,7 @@ SETTLED = 1 / 3  # of the first quarter: what trials are judged by begins here
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamSetting:
-    """What is equal for all arms: fixed before the final seeds were run (docs/log-quality.md has the search).
+    """What is equal for all arms: fixed before the final seeds were run (docs/log.md has the search).
 
     Rates are constant, after `warm_up` steps if there are any. Embeddings are as wide in the TA as in the
     Student; hidden layers are `ta_factor` times as wide. The distillation comes in over `ramp` steps.
