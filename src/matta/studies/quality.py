@@ -11,7 +11,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from matta.studies.flights import EventStream, load_flights, load_stream, save_stream
+from matta.studies.pool import run_on
 from matta.studies.progressive import (
     Method,
     Optimizer,
@@ -183,16 +184,7 @@ def worker_processes(stream: EventStream) -> Iterator[RunStreamJobs]:
         save_stream(stream, path)
         with ProcessPoolExecutor(NUM_WORKERS, get_context("spawn"), _start_worker, (path,)) as pool:
 
-            def run(jobs: Iterable[StreamJob]) -> Iterator[tuple[StreamJob, list[StreamScores]]]:
-                futures = {pool.submit(_run_in_worker, job): job for job in jobs}
-                try:
-                    for future in as_completed(futures):
-                        yield futures[future], future.result()
-                finally:
-                    for future in futures:
-                        future.cancel()
-
-            yield run
+            yield lambda jobs: run_on(pool, _run_in_worker, jobs)
 
 
 def run(settings: QualitySettings) -> dict[str, Any]:

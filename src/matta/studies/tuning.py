@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,6 +15,7 @@ import torch
 
 from matta.checkpoints import save
 from matta.studies.arms import Arm
+from matta.studies.pool import run_on
 from matta.studies.ranker import Ranker
 from matta.studies.training import Scores, Setting, Trial, score, train
 from matta.studies.tuples import RelevanceData, load_data
@@ -53,16 +54,7 @@ def worker_processes(data_path: Path) -> Iterator[RunJobs]:
     context = get_context("spawn")
     with ProcessPoolExecutor(NUM_WORKERS, context, _start_worker, (data_path,)) as pool:
 
-        def run(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
-            futures = {pool.submit(_run_in_worker, job): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
-
-        yield run
+        yield lambda jobs: run_on(pool, _run_in_worker, jobs)
 
 
 _data_of_worker: list[RelevanceData] = []
