@@ -13,9 +13,9 @@ import pytest
 import matta
 
 FLOORS = (
-    {"errors"},
-    {"batches", "firstorder", "flow", "heads", "layers", "layout", "losses", "preconditioner", "schedule"},
-    {"fused", "labels"},
+    {"calls", "channels", "errors"},
+    {"batches", "firstorder", "heads", "layers", "layout", "losses", "moving", "preconditioner", "schedule"},
+    {"flow", "fused", "labels"},
     {"objectives", "slicing", "stacking", "tables", "tracing"},
     {"plan", "shampoo", "widening"},
     {"acceptance", "ambiguity", "probing", "rules"},

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import Case, places
+from matta.channels import Channels
 from matta.errors import TracingError
-from matta.flow import Channels
 from matta.layout import Segment
 from matta.tracing import Part, Trace, trace, trace_layouts
 from zoo import CASES

@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from matta.batches import Batch, call, split_labels
+from matta.channels import Channels, Known, Row, Rows
 from matta.errors import TracingError
-from matta.flow import Channels, Flow, Row, Rows
+from matta.flow import Flow
 from matta.layout import Layout, Segment
 
 
@@ -95,17 +96,17 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         >>> trace(mlp, (torch.zeros(5, 3), None)).describe(part.dimension)
         '0.weight (axis 0), 0.bias (axis 0), 2.weight (axis 1)'
     """
-    module, flow = copy.deepcopy(module).eval(), Flow()
+    module, known = copy.deepcopy(module).eval(), Known()
     owners: dict[str, Rows] = {}
     for name, tensor in _state(module):
-        owners[name] = flow.label(tensor)
+        owners[name] = known.label(tensor)
     seen: dict[str, Rows] = {}
-    _watch(module, flow, seen)
-    result = _run(module, flow, split_labels(example)[0])
+    _watch(module, known, seen)
+    result = _run(module, known, split_labels(example)[0])
     returned = _tensors(result)
-    outputs = [row for tensor in returned for row in flow.rows(tensor).values()]
+    outputs = [row for tensor in returned for row in known.rows(tensor).values()]
     rows = {(name, axis): row for name, found in owners.items() for axis, row in found.items()}
-    atlas = _Atlas(flow.channels, rows, outputs)
+    atlas = _Atlas(known.channels, rows, outputs)
     own = {name: _own_channels(layer, name, rows, seen) for name, layer in module.named_modules()}
     return Trace(
         dimensions=atlas.dimensions(),
@@ -197,20 +198,20 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
 
 
-def _watch(module: nn.Module, flow: Flow, seen: dict[str, Rows]) -> None:
+def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
     """Note where the run is, and what each module returns the first time that it is called."""
 
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            flow.place.pop()
+            known.place.pop()
             tensors = _tensors(output)
             if tensors:
-                seen.setdefault(name, flow.rows(tensors[0]))
+                seen.setdefault(name, known.rows(tensors[0]))
 
         return hook
 
     def enter(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _, __: flow.place.append(name)
+        return lambda _, __: known.place.append(name)
 
     for name, layer in module.named_modules():
         layer.register_forward_pre_hook(enter(name))
@@ -238,15 +239,15 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mkldnn.enabled = onednn
 
 
-def _run(module: nn.Module, flow: Flow, inputs: Any) -> Any:
+def _run(module: nn.Module, known: Known, inputs: Any) -> Any:
     floats = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for tensor in floats:
-        flow.label(tensor, is_input=True)
+        known.label(tensor, is_input=True)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_plain_kernels())
-        stack.enter_context(flow)
+        stack.enter_context(Flow(known))
         try:
             return call(module, inputs)
         except Exception as error:
