@@ -35,8 +35,9 @@ stress: $(READY) ## the tests left out of `make test`, and generated cases by th
 demo: $(READY) ## the relevance study on real data with few seeds
 	$(BIN)/matta study relevance --demo --out $(DEMO_OUT)
 
-lint: $(READY) ## ruff: rules and import order
+lint: $(READY) ## ruff: rules, import order and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 typecheck: $(READY) ## mypy
 	$(BIN)/mypy

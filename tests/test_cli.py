@@ -43,9 +43,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     module = types.ModuleType("echo")
     monkeypatch.setitem(sys.modules, "echo", module)
     module.Settings = EchoSettings  # type: ignore[attr-defined]
-    echo = Command(
-        words=("study", "echo"), summary="echo", settings="echo:Settings", run="echo:run", extra="study"
-    )
+    echo = Command(words=("study", "echo"), summary="echo", settings="echo:Settings", run="echo:run", extra="study")
 
     def call(run: Run, *more: str) -> int:
         module.run = run  # type: ignore[attr-defined]
@@ -99,9 +97,7 @@ def test_a_process_without_a_result_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_json_is_all_that_reaches_stdout(
-    call: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_all_that_reaches_stdout(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     def run(settings: EchoSettings) -> object:
         print("a table for people")
         return {"gain_percent": -4.63}
@@ -113,9 +109,7 @@ def test_json_is_all_that_reaches_stdout(
     assert err == "a table for people\n"
 
 
-def test_without_json_the_study_prints_for_itself(
-    call: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_json_the_study_prints_for_itself(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(lambda settings: print("a table")) == 0
     assert capsys.readouterr().out == "a table\n"
 
@@ -155,9 +149,7 @@ def test_faults_of_ours_keep_their_traceback(call: Callable[..., int]) -> None:
         call(raises(ZeroDivisionError()))
 
 
-def test_settings_that_cannot_work_are_one_line(
-    call: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_that_cannot_work_are_one_line(call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert call(raises(AssertionError()), "--num-rows", "0") == 2
     assert capsys.readouterr().err == "matta study echo: num_rows=0: expected at least 1\n"
 
@@ -209,9 +201,7 @@ def test_every_command_is_there(command: Command, capsys: pytest.CaptureFixture[
 
 
 def test_the_module_and_the_script_are_one_command() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "matta", "--version"], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-m", "matta", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout == f"matta {matta.__version__}\n"
     (script,) = entry_points(group="console_scripts", name="matta")
     assert script.load() is main

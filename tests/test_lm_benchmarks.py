@@ -608,9 +608,7 @@ def test_a_baseline_is_one_model(tmp_path: Path) -> None:
         run(EvaluateSettings(models=(str(path),), tasks="none", text=tmp_path / "text.txt", baseline=str(path)))
 
 
-def test_several_processes_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "works in one process" in complaint(capsys, "gpt2")
 

@@ -75,9 +75,7 @@ def count_roots() -> list[int]:
     return computed
 
 
-def test_two_processes_equal_one_and_share_the_refreshes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_equal_one_and_share_the_refreshes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -18,9 +18,7 @@ MODULES = modules_with_shapes(Path(matta.__file__).parent)
 
 
 @jaxtyped(typechecker=check_shapes)
-def product(
-    rows: Float[Tensor, "m k"], columns: Float[Tensor, "k n"], scale: int = 1
-) -> Float[Tensor, "m n"]:
+def product(rows: Float[Tensor, "m k"], columns: Float[Tensor, "k n"], scale: int = 1) -> Float[Tensor, "m n"]:
     return rows @ columns * scale if scale else rows
 
 

@@ -43,16 +43,12 @@ FAST = dataclasses.replace(TINY, passes=2)
 def made_tuples(count: int, seed: int) -> Tuples:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, (count, 3), generator=generator)
-    return Tuples(
-        ids=ids, label=torch.sigmoid(ids.sum(1) - 7.5 + 0.5 * torch.randn(count, generator=generator))
-    )
+    return Tuples(ids=ids, label=torch.sigmoid(ids.sum(1) - 7.5 + 0.5 * torch.randn(count, generator=generator)))
 
 
 @pytest.fixture(scope="module")
 def data() -> RelevanceData:
-    parts = {
-        name: made_tuples(300, seed) for seed, name in enumerate(("train", "validation", "test", "real"))
-    }
+    parts = {name: made_tuples(300, seed) for seed, name in enumerate(("train", "validation", "test", "real"))}
     return RelevanceData(num_rows=(6, 6, 6), **parts)
 
 
@@ -88,14 +84,10 @@ def test_intervals_reach_as_far_as_the_tables_say(degrees: int, expected: float)
 def test_interval_is_that_of_the_paired_t_test() -> None:
     values, references = [0.9, 0.8, 1.0, 0.7, 0.95], [1.0, 1.0, 1.1, 0.9, 1.0]
     change = relative_change(values, references)
-    changes = torch.tensor(
-        [100 * (a / b - 1) for a, b in zip(values, references, strict=True)], dtype=torch.float64
-    )
+    changes = torch.tensor([100 * (a / b - 1) for a, b in zip(values, references, strict=True)], dtype=torch.float64)
     reach = 2.7764451 * float(changes.std()) / math.sqrt(5)
     assert change.percent == pytest.approx(float(changes.mean()))
-    assert change.interval == pytest.approx(
-        [float(changes.mean()) - reach, float(changes.mean()) + reach], rel=1e-6
-    )
+    assert change.interval == pytest.approx([float(changes.mean()) - reach, float(changes.mean()) + reach], rel=1e-6)
 
 
 def test_equal_losses_change_by_nothing() -> None:
@@ -199,9 +191,7 @@ def test_a_run_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_run_folder_is_one_line_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_run_folder_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "relevance", "--out", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -211,14 +201,8 @@ def test_existing_run_folder_is_one_line_and_exit_code_2(
 
 def test_plans_of_the_command_line() -> None:
     assert relevance.plan_of(RelevanceSettings(demo=True)).search is None
-    assert (
-        relevance.plan_of(RelevanceSettings()).tuples
-        == relevance.plan_of(RelevanceSettings(demo=True)).tuples
-    )
-    assert (
-        relevance.plan_of(RelevanceSettings(quick=True)).num_runs
-        < relevance.plan_of(RelevanceSettings()).num_runs
-    )
+    assert relevance.plan_of(RelevanceSettings()).tuples == relevance.plan_of(RelevanceSettings(demo=True)).tuples
+    assert relevance.plan_of(RelevanceSettings(quick=True)).num_runs < relevance.plan_of(RelevanceSettings()).num_runs
 
 
 def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None:
@@ -243,9 +227,7 @@ def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None
     student = Ranker(data.num_rows, TINY.size)
     student.load_state_dict(load_file(tmp_path / results["family"][0]["file"]))
     assert auc_loss(student, data.test) == results["family"][0]["aucloss"]
-    again = matta.load(
-        tmp_path / "nested", Ranker(data.num_rows, TINY.size), Ranker(data.num_rows, TINY.size.grown())
-    )
+    again = matta.load(tmp_path / "nested", Ranker(data.num_rows, TINY.size), Ranker(data.num_rows, TINY.size.grown()))
     assert auc_loss(again.ta, data.test) == results["family"][-1]["aucloss"]
 
 

@@ -55,9 +55,7 @@ TINY_QUALITY = dataclasses.replace(
 )
 STUDIES = (TINY_RELEVANCE, TINY_QUALITY)
 EVERY = [
-    pytest.param(study, variant, id=f"{study.name}-{variant.name}")
-    for study in STUDIES
-    for variant in study.variants()
+    pytest.param(study, variant, id=f"{study.name}-{variant.name}") for study in STUDIES for variant in study.variants()
 ]
 
 
@@ -324,9 +322,7 @@ def test_the_whole_command_on_made_data(bench: Bench, tmp_path: Path) -> None:
 def test_worker_processes_give_what_this_process_gives(bench: Bench, tmp_path: Path) -> None:
     save_data(bench.tuples, tmp_path / "tuples.safetensors")
     save_stream(bench.stream, tmp_path / "stream.safetensors")
-    jobs = [
-        AblationJob(training=training_of(study, study.variants()[0]), seed=1, whole=True) for study in STUDIES
-    ]
+    jobs = [AblationJob(training=training_of(study, study.variants()[0]), seed=1, whole=True) for study in STUDIES]
     with worker_processes(run_job, load_bench, tmp_path) as run_jobs:
         found = dict(run_jobs(jobs))
     assert found == {job: run_job(job, bench) for job in jobs}

@@ -204,9 +204,7 @@ def _parser(commands: Sequence[Command]) -> _Parser:
 
 
 def _add_command(names: argparse._SubParsersAction[_Parser], command: Command) -> None:
-    parser = names.add_parser(
-        command.words[-1], help=command.summary, description=command.summary, allow_abbrev=False
-    )
+    parser = names.add_parser(command.words[-1], help=command.summary, description=command.summary, allow_abbrev=False)
     settings = _named(command.settings)
     types = get_type_hints(settings)
     for setting in dataclasses.fields(settings):  # type: ignore[arg-type]

@@ -160,9 +160,7 @@ def _command(
 def _results(
     judged: Sequence[_Judged], baseline: str | None, suite: Suite, settings: EvaluateSettings
 ) -> dict[str, Any]:
-    shown = [
-        {"name": each.name, "title": each.title, **asdict(each.figure)} for each in suite.benchmarks
-    ]
+    shown = [{"name": each.name, "title": each.title, **asdict(each.figure)} for each in suite.benchmarks]
     first = judged[0] if baseline is not None else None
     return {
         "benchmarks": shown,

@@ -132,4 +132,3 @@ def _head_bytes(configs: list[PreTrainedConfig], *, rows: int) -> int:
     hidden = sum(config.hidden_size for config in configs)
     students = sum(config.hidden_size for config in configs[1:]) * vocabulary
     return (2 * chunk * vocabulary + rows * hidden + students) * BYTES
-

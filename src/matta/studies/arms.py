@@ -46,9 +46,7 @@ class Arm:
 
 def _baselines(rates: Rates) -> tuple[Trial, ...]:
     """Every optimizer with each of its rates."""
-    return tuple(
-        Trial(method="baseline", optimizer=name, lr=lr) for name, values in rates.items() for lr in values
-    )
+    return tuple(Trial(method="baseline", optimizer=name, lr=lr) for name, values in rates.items() for lr in values)
 
 
 def _pairs(method: Method, rates: Rates) -> tuple[Trial, ...]:

@@ -27,10 +27,7 @@ SHORT_NAMES: Mapping[str, str] = {"tables.0": "embeddings", "mlp.0": "hidden 1",
 def measure_family(nested: Nested, data: RelevanceData, folder: Path) -> list[dict[str, Any]]:
     """All choices of narrow and wide layers, from the Student up to the TA, in order of size."""
     names = layer_names(nested)
-    specs = [
-        SubModel(dict(zip(names, each, strict=True)))
-        for each in product(("narrow", "wide"), repeat=len(names))
-    ]
+    specs = [SubModel(dict(zip(names, each, strict=True))) for each in product(("narrow", "wide"), repeat=len(names))]
     modules = {_name(spec): extract(nested, spec) for spec in specs}
     latencies = measure_ms(modules, data)
     folder.mkdir(parents=True)

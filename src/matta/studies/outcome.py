@@ -83,9 +83,7 @@ class Outcome:
     @property
     def additive_percent(self) -> float:
         """What Shampoo alone and MatTA alone (first order) would add up to."""
-        return (
-            self.changes["shampoo_baseline_vs_baseline"].percent + self.changes["student_vs_baseline"].percent
-        )
+        return self.changes["shampoo_baseline_vs_baseline"].percent + self.changes["student_vs_baseline"].percent
 
     @property
     def gains_are(self) -> str:

@@ -64,15 +64,11 @@ def draw_family(family: Sequence[Mapping[str, Any]], baseline: Mapping[str, floa
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(
-        [each["parameters"] for each in family], [each["aucloss"] for each in family], color="#1f77b4", s=36
-    )
+    axes.scatter([each["parameters"] for each in family], [each["aucloss"] for each in family], color="#1f77b4", s=36)
     for index, each in enumerate(family):  # in turn above and below, since neighbours differ little
         place, offset = (each["parameters"], each["aucloss"]), (4, 6) if index % 2 else (4, -12)
         axes.annotate(each["name"], place, xytext=offset, textcoords="offset points", fontsize=8)
-    axes.scatter(
-        [baseline["parameters"]], [baseline["aucloss"]], marker="*", s=170, color="#d62728", zorder=3
-    )
+    axes.scatter([baseline["parameters"]], [baseline["aucloss"]], marker="*", s=170, color="#d62728", zorder=3)
     place = (baseline["parameters"], baseline["aucloss"])
     axes.annotate("baseline", place, xytext=(8, -12), textcoords="offset points", fontsize=9, color="#d62728")
     axes.set(

@@ -159,9 +159,7 @@ class PreconditionerSettings:
     run: Path = field(metadata={"help": "folder of a run with Shampoo", "positional": True})
     layer: str = field(metadata={"help": "a matrix of the TA, such as mlp.2.weight", "metavar": "NAME"})
     side: str = field(default="output", metadata={"help": "which channels: output or input"})
-    out: Path | None = field(
-        default=None, metadata={"help": "the picture (default: in the run)", "metavar": "FILE"}
-    )
+    out: Path | None = field(default=None, metadata={"help": "the picture (default: in the run)", "metavar": "FILE"})
 
     def __post_init__(self) -> None:
         """Refuse an unknown side."""

@@ -43,9 +43,7 @@ class TeacherFeatures:
             first_second=first.scatter_reduce(0, ratings.user, ratings.second, "amin"),
         )
 
-    def of_moment(
-        self, user: Int[Tensor, " n"], second: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n moment_features"]:
+    def of_moment(self, user: Int[Tensor, " n"], second: Int[Tensor, " n"]) -> Float[Tensor, "n moment_features"]:
         """Hour, weekday and month, the date, and how long the user has been here."""
         years = (second - FIRST_SECOND) / SECONDS_PER_YEAR
         membership = ((second - self.first_second[user]) / SECONDS_PER_YEAR).clamp(-10.0, 20.0)

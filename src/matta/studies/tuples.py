@@ -111,9 +111,7 @@ def make_data(
     the Student sees the year of it.
     """
     ratings = ratings or load_ratings()
-    members = [
-        train_member(ratings, seed, epochs=settings.teacher_epochs, tick=tick) for seed in range(NUM_MEMBERS)
-    ]
+    members = [train_member(ratings, seed, epochs=settings.teacher_epochs, tick=tick) for seed in range(NUM_MEMBERS)]
     user, film, second = _draw(ratings, settings.num_train + 2 * settings.num_held_out)
     probability = ensemble_probability(members, user, film, second, tick)
     labelled = Tuples(ids=_ids(user, film, second), label=probability)
@@ -123,9 +121,7 @@ def make_data(
         train=labelled.take(slice(first)),
         validation=labelled.take(slice(first, second_end)),
         test=labelled.take(slice(second_end, None)),
-        real=Tuples(
-            ids=_ids(ratings.user[held], ratings.film[held], ratings.second[held]), label=ratings.liked[held]
-        ),
+        real=Tuples(ids=_ids(ratings.user[held], ratings.film[held], ratings.second[held]), label=ratings.liked[held]),
         num_rows=(ratings.num_users, ratings.num_films, NUM_YEARS),
     )
 
