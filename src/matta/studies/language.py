@@ -18,7 +18,7 @@ from typing import Any, Final, final
 from rich.console import Console
 
 from matta.studies.languagemodel import PLACES
-from matta.studies.languageoutcome import FAMILY, LONGER, MATTA, SHAMPOO, SHAMPOO_MATTA, Outcome
+from matta.studies.languageoutcome import FAMILY, LONGER, MATTA, SHAMPOO, SHAMPOO_MATTA, TIMES_LONGER, Outcome
 from matta.studies.languagereport import draw_family, markdown, print_report
 from matta.studies.languagetext import cut, load_text, read_topics
 from matta.studies.languagetraining import Job, Method, Optimizer, Scores, Setting, Trial, run_job
@@ -27,9 +27,8 @@ from matta.studies.runfolder import dated, new_run_folder, require_new, write_re
 from matta.studies.settings import LanguageSettings
 from matta.studies.tuning import Search, Tuned
 
-FIRST_FRESH_SEED: Final = 9000
-TIMES_LONGER: Final = 4
-SEARCH: Final = Search(seeds=(100,), num_finalists=1)
+FIRST_FRESH_SEED: Final = 9100
+SEARCH: Final = Search(seeds=(100, 101), num_finalists=2)
 QUICK_SEARCH: Final = Search(seeds=(100,), num_trials=2, num_finalists=1)
 
 RunJobs = Run[Job, Scores]
@@ -47,8 +46,8 @@ class Arm:
 
 
 RATES: Final[Mapping[Optimizer, tuple[float, float, float]]] = {
-    "adamw": (0.005, 0.0075, 0.011),
-    "shampoo": (0.01, 0.016, 0.025),
+    "adamw": (0.0035, 0.005, 0.0075),
+    "shampoo": (0.0075, 0.011, 0.016),
 }
 
 

@@ -19,6 +19,7 @@ from matta.studies.tuning import Tuned
 BASELINE, MATTA, SHAMPOO, SHAMPOO_MATTA = "baseline", "matta", "shampoo_baseline", "shampoo_matta"
 FAMILY: Final = "family"
 LONGER: Final[Mapping[str, str]] = {BASELINE: "baseline_longer", SHAMPOO: "shampoo_baseline_longer"}
+TIMES_LONGER: Final = 2
 STUDENT, TA = "Student", "TA"
 
 # figure: (arm, model), and the arm whose Student it is compared with, seed by seed
@@ -137,7 +138,7 @@ class Outcome:
         """How much better the same Student alone becomes in a longer run."""
         longer = LONGER[name]
         bits = self.bits(longer)
-        return {"mean": fmean(bits)} | self.against(bits, name)
+        return {"times_longer": TIMES_LONGER, "mean": fmean(bits)} | self.against(bits, name)
 
 
 def _tried(tuned: Tuned[Trial]) -> list[dict[str, Any]]:

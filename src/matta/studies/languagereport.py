@@ -85,8 +85,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     for name, label in (("baseline", "AdamW"), ("shampoo_baseline", "Shampoo")):
         room = results["room"][name]
         found.append(
-            f"Room: the same Student alone, trained four times as long with {label}, has {room['mean']:.4f}: "
-            f"{told(room)}."
+            f"Room: the same Student alone, {room['times_longer']} times as many steps with {label}, has "
+            f"{room['mean']:.4f}: {told(room)}."
         )
     return found
 

@@ -32,11 +32,11 @@ class Setting:
     """What is equal for all arms: fixed before the fresh seeds were run (docs/log.md has the search)."""
 
     student: GptSize = field(default_factory=lambda: GptSize(layers=3, width=48, ffn=96, heads=3))
-    ta: GptSize = field(default_factory=lambda: GptSize(layers=5, width=48, ffn=192, heads=3))
+    ta: GptSize = field(default_factory=lambda: GptSize(layers=5, width=48, ffn=384, heads=3))
     context: int = 64
     batch: int = 8
-    steps: int = 1600
-    warm_up: int = 160
+    steps: int = 6400
+    warm_up: int = 640
     init_std: float = 0.08
 
     @property

@@ -132,7 +132,7 @@ class LanguageSettings:
     """
 
     quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
-    seeds: int | None = field(default=None, metadata=_seeds("5; --quick: 2"))
+    seeds: int | None = field(default=None, metadata=_seeds("8; --quick: 2"))
     out: Path | None = field(default=None, metadata=_out("language"))
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class LanguageSettings:
         """Seeds of the final table, the default resolved."""
         if self.seeds is not None:
             return self.seeds
-        return 2 if self.quick else 5
+        return 2 if self.quick else 8
 
 
 @final
