@@ -210,7 +210,7 @@ def test_differences_are_those_of_the_paired_t_test() -> None:
 
 def test_whole_study_on_a_made_text(text: Text, tmp_path: Path) -> None:
     search = Search(seeds=(100,), num_trials=2, num_finalists=1)
-    plan = LanguagePlan(num_seeds=2, num_further=2, search=search, setting=TINY)
+    plan = LanguagePlan(num_seeds=2, num_family=2, num_further=2, search=search, setting=TINY)
     ran: list[Job] = []
 
     def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
@@ -243,7 +243,7 @@ def test_fresh_seeds_are_none_of_those_for_tuning() -> None:
     for settings in (LanguageSettings(), LanguageSettings(quick=True)):
         plan = plan_of(settings)
         assert max(plan.search.seeds) < language.FIRST_FRESH_SEED
-        assert plan.num_further <= plan.num_seeds
+        assert plan.num_further <= plan.num_family <= plan.num_seeds
     assert plan_of(LanguageSettings(quick=True)).num_runs < plan_of(LanguageSettings()).num_runs
 
 

@@ -70,9 +70,13 @@ ARMS: Final = (
 @final
 @dataclass(frozen=True, kw_only=True)
 class LanguagePlan:
-    """How much is done: fresh seeds of the arms, and how many of them the three further questions get."""
+    """How much is done: fresh seeds of the arms, and how many of them the further questions get.
+
+    `num_family` is for the family, `num_further` for the places in depth and the longer runs.
+    """
 
     num_seeds: int
+    num_family: int
     num_further: int
     search: Search = SEARCH
     setting: Setting = field(default_factory=Setting)
@@ -81,18 +85,27 @@ class LanguagePlan:
     @property
     def num_runs(self) -> int:
         """Training runs in all."""
-        further = len(PLACES) - 1 + 3  # places, the family, two baselines trained longer
-        tuning = self.search.num_runs(arm.trials for arm in self.arms)
-        return tuning + len(self.arms) * self.num_seeds + further * min(self.num_further, self.num_seeds)
+        names = [*(arm.name for arm in self.arms), FAMILY, *LONGER.values(), *PLACES[1:]]  # one place is the arm's own
+        return self.search.num_runs(arm.trials for arm in self.arms) + sum(self.seeds_of(name) for name in names)
+
+    def seeds_of(self, name: str) -> int:
+        """How many fresh seeds an arm or a further question gets."""
+        if any(name == arm.name for arm in self.arms):
+            return self.num_seeds
+        return min(self.num_family if name == FAMILY else self.num_further, self.num_seeds)
 
 
 def plan_of(settings: LanguageSettings) -> LanguagePlan:
     """The plan behind the settings of the command line."""
     if settings.quick:
         return LanguagePlan(
-            num_seeds=settings.num_seeds, num_further=2, search=QUICK_SEARCH, setting=Setting(steps=200, warm_up=20)
+            num_seeds=settings.num_seeds,
+            num_family=2,
+            num_further=2,
+            search=QUICK_SEARCH,
+            setting=Setting(steps=200, warm_up=20),
         )
-    return LanguagePlan(num_seeds=settings.num_seeds, num_further=3)
+    return LanguagePlan(num_seeds=settings.num_seeds, num_family=5, num_further=3)
 
 
 def run(settings: LanguageSettings) -> dict[str, Any]:
@@ -155,8 +168,7 @@ def run_fresh_seeds(plan: LanguagePlan, best: Mapping[str, Trial], run_jobs: Run
     """The scores of all that is asked, by name and seed."""
     names: dict[Job, str] = {}
     for name, trial in (dict(best) | further_trials(best)).items():
-        count = plan.num_seeds if name in best else min(plan.num_further, plan.num_seeds)
-        for seed in range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + count):
+        for seed in range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.seeds_of(name)):
             names[Job(trial=trial, seed=seed, setting=plan.setting, family=name == FAMILY)] = name
     found: dict[str, dict[int, Scores]] = {}
     for job, scores in run_jobs(list(names)):

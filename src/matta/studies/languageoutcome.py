@@ -72,6 +72,7 @@ class Outcome:
             "num_seeds": len(self.scores[BASELINE]),
             "arms": {name: self._arm(name) for name in self.titles},
             "places": self._places(),
+            "places_num_seeds": self._num_place_seeds,
             "room": {name: self._room(name) for name in LONGER},
             "tried": {name: _tried(each) for name, each in self.tuned.items()},
             "setting": dataclasses.asdict(self.setting) | {"source": self.source, "tokens": self.setting.tokens},
@@ -96,11 +97,15 @@ class Outcome:
             },
         }
 
+    @property
+    def _num_place_seeds(self) -> int:
+        return min(len(self.scores[place]) for place in PLACES if place in self.scores)
+
     def _places(self) -> dict[str, Any]:
         """Where the Student sits in depth: Student and TA against the baseline, all with Shampoo, the same seeds."""
-        count = len(self.scores[FAMILY])
         used = self.tuned[SHAMPOO_MATTA].best.place
         names = {place: SHAMPOO_MATTA if place == used else place for place in PLACES}
+        count = self._num_place_seeds
         bits = {
             (place, model): self.bits(name, model)[:count] for place, name in names.items() for model in (STUDENT, TA)
         }

@@ -121,7 +121,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "\n".join(f"- {note}" for note in notes(results)),
         markdown_table(("arm", "settings, chosen on the validation part"), chosen),
         "### Where the Student sits in depth",
-        f"MatTA with Shampoo, against the baseline with Shampoo; {results['family_num_seeds']} fresh seeds.",
+        f"MatTA with Shampoo, against the baseline with Shampoo; {results['places_num_seeds']} fresh seeds.",
         markdown_table(PLACE_COLUMNS, place_rows(results)),
         "### The family (Fig. 5)",
         "MatTA with Shampoo once more, with one of the sub-models K = 0 … N−1 trained along at each step "
