@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -284,6 +286,20 @@ def test_what_is_missing_or_damaged_is_said_in_a_line(folder: Path, tmp_path: Pa
     with pytest.raises(RunError, match=message) as raised:
         StoredTeacher(damaged(folder, tmp_path, kind))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "log_probs", "checks"])
+def test_a_bit_that_a_disk_has_changed_is_found(folder: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "labels"
+    shutil.copytree(folder / "labels", out)
+    file = sorted(out.glob("*.safetensors"))[1]
+    arrays = load_file(file)
+    arrays[name].view(np.uint8).reshape(-1)[-3] ^= 4  # of the last sample
+    save_file(arrays, file)
+    labels = StoredTeacher(out)
+    labels.labels(torch.from_numpy(arrays["samples"][:-1]))
+    with pytest.raises(RunError, match=r"labels-00001.safetensors is damaged: the labels of sample \d+ are not"):
+        labels.labels(torch.from_numpy(arrays["samples"][-1:]))
 
 
 def test_labels_of_other_data_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@
         samples    (n)                 their ids, int64
         tokens     (n, context - 1, k) the likeliest tokens at each position but the first, in the smallest type
         log_probs  (n, context - 1, k) the logarithms of their probabilities, float16
+        checks     (n)                 CRC-32 of each sample's id, tokens and log_probs, uint32
 
-A file is written under another name and renamed when it is complete, so that each one that is there is whole.
+A file is written under another name and renamed when it is complete, so that each one that is there is whole. What a
+disk has changed since is found by the check of each sample as it is read.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, final
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from matta.lm.packing import IGNORED, PackedTokens
 from matta.lm.runs import write_json
 
 MANIFEST: Final = "teacher.json"
-FORMAT: Final = {"format": "matta.teacher", "format_version": 1}
+FORMAT: Final = {"format": "matta.teacher", "format_version": 2}
 _SHARD_BYTES: Final = 1 << 26
 
 
@@ -151,11 +154,21 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
         "tokens": labels.indices.numpy().astype(about.token_type),
         "log_probs": labels.log_probs.numpy().astype(np.float16),
     }
+    checks = [_check(*each) for each in zip(*arrays.values(), strict=True)]
+    arrays["checks"] = np.array(checks, dtype=np.uint32)
     save_file(arrays, made)
     made.chmod(0o644)  # it is written for its owner alone
     with made.open("rb+") as written:
         os.fsync(written.fileno())
     made.replace(file)
+
+
+def _check(sample: np.int64, tokens: NDArray[Any], log_probs: NDArray[Any]) -> int:
+    """CRC-32 of a sample's id, tokens and log-probabilities."""
+    found = 0
+    for part in (sample, tokens, log_probs):
+        found = crc32(part.tobytes(), found)
+    return found
 
 
 @final
@@ -205,7 +218,7 @@ class StoredTeacher:
             )
         rows, positions = self.about.rows_of(shard), self.about.context - 1
         shape = [rows, positions, self.about.top]
-        expected = {"samples": [rows], "tokens": shape, "log_probs": shape}
+        expected = {"samples": [rows], "tokens": shape, "log_probs": shape, "checks": [rows]}
         try:
             opened = ExitStack().enter_context(safe_open(file, framework="np"))
             found = {name: opened.get_slice(name).get_shape() for name in expected}
@@ -227,9 +240,20 @@ class StoredTeacher:
         return self._order[places]
 
     def _read(self, row: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The tokens and log-probabilities of the sample at a place in all files."""
+        """The tokens and log-probabilities of the sample at a place in all files.
+
+        Raises:
+            RunError: they are not what was written.
+        """
         shard, place = divmod(int(row), self.about.samples_per_shard)
-        tokens, log_probs = (self._files[shard].get_slice(name)[place] for name in ("tokens", "log_probs"))
+        names = ("samples", "tokens", "log_probs", "checks")
+        sample, tokens, log_probs, check = (self._files[shard].get_slice(name)[place] for name in names)
+        if _check(sample, tokens, log_probs) != int(check):
+            file = shard_file(self.path, shard)
+            raise RunError(
+                f"{file} is damaged: the labels of sample {int(sample)} are not those that were written; delete it, "
+                f"and run the same matta teach again"
+            )
         return tokens, log_probs
 
 
