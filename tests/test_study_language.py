@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -208,9 +209,48 @@ def test_differences_are_those_of_the_paired_t_test() -> None:
         difference([1.0], [1.0])
 
 
+TINY_PLAN = LanguagePlan(
+    num_seeds=2,
+    num_family=2,
+    num_further=2,
+    search=Search(seeds=(100,), num_trials=2, num_finalists=1),
+    setting=TINY,
+)
+
+
+def test_a_stopped_study_goes_on_and_finds_the_same(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Job] = []
+    stops_after = [20]
+
+    @contextmanager
+    def on_workers(data: bytes) -> Iterator[language.RunJobs]:
+        def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+            for job, scores in here(text)(jobs):
+                if len(ran) in stops_after:
+                    raise KeyboardInterrupt
+                ran.append(job)
+                yield job, scores
+
+        yield run_jobs
+
+    monkeypatch.setattr(language, "on_workers", on_workers)
+    monkeypatch.setattr(language, "plan_of", lambda settings: TINY_PLAN)
+    stopped, whole = LanguageSettings(out=tmp_path / "stopped"), LanguageSettings(out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        language.run(stopped)
+    assert "Kept: 20 training runs" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped.journal"]
+    stops_after.clear()
+    found = language.run(stopped)
+    assert len(ran) == TINY_PLAN.num_runs
+    assert found == language.run(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"stopped", "whole"}
+
+
 def test_whole_study_on_a_made_text(text: Text, tmp_path: Path) -> None:
-    search = Search(seeds=(100,), num_trials=2, num_finalists=1)
-    plan = LanguagePlan(num_seeds=2, num_family=2, num_further=2, search=search, setting=TINY)
+    plan = TINY_PLAN
     ran: list[Job] = []
 
     def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:

@@ -32,6 +32,7 @@ from matta.studies.ablationruns import (
 from matta.studies.ablationvariants import QUALITY, RELEVANCE, Study, Variant
 from matta.studies.events import save_stream
 from matta.studies.flights import load_flights
+from matta.studies.journal import kept
 from matta.studies.pool import Run, counted, worker_processes
 from matta.studies.progressive import StreamSetting
 from matta.studies.relevance import prepare_data
@@ -86,8 +87,12 @@ def run(settings: AblationsSettings) -> dict[str, Any]:
     out = settings.out or dated("ablations")
     require_new(out)
     plan = plan_of(settings)
-    with on_workers(plan, console) as run_jobs, new_run_folder(out) as folder:
-        results = run_ablations(plan, run_jobs, folder, console)
+    with (
+        on_workers(plan, console) as run_jobs,
+        kept(run_jobs, out, "tuples and flights", console) as run_kept,
+        new_run_folder(out) as folder,
+    ):
+        results = run_ablations(plan, run_kept, folder, console)
     console.print(f"\nWritten to {out}: results.json, results.md and ablations.png.", highlight=False)
     return results
 

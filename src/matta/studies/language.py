@@ -17,6 +17,7 @@ from typing import Any, Final, final
 
 from rich.console import Console
 
+from matta.studies.journal import kept
 from matta.studies.languagemodel import PLACES
 from matta.studies.languageoutcome import FAMILY, LONGER, MATTA, SHAMPOO, SHAMPOO_MATTA, TIMES_LONGER, Outcome
 from matta.studies.languagereport import draw_family, markdown, print_report
@@ -118,8 +119,13 @@ def run(settings: LanguageSettings) -> dict[str, Any]:
     out = settings.out or dated("language")
     require_new(out)
     data = read_topics()
-    with on_workers(data) as run_jobs, new_run_folder(out) as folder:
-        results = run_study(plan_of(settings), cut(data).source, run_jobs, folder, console)
+    source = cut(data).source
+    with (
+        on_workers(data) as run_jobs,
+        kept(run_jobs, out, source, console) as run_kept,
+        new_run_folder(out) as folder,
+    ):
+        results = run_study(plan_of(settings), source, run_kept, folder, console)
     console.print(f"\nWritten to {out}: results.json, results.md and language.png.", highlight=False)
     return results
 

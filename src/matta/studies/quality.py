@@ -21,6 +21,7 @@ from rich.console import Console
 
 from matta.studies.events import EventStream, load_stream, save_stream
 from matta.studies.flights import load_flights
+from matta.studies.journal import kept
 from matta.studies.pool import Run, counted, worker_processes
 from matta.studies.progressive import (
     Method,
@@ -180,8 +181,12 @@ def run(settings: QualitySettings) -> dict[str, Any]:
     require_new(out)
     plan = plan_of(settings)
     stream = LOADS[plan.stream](plan.setting.batch)
-    with on_workers(stream) as run_jobs, new_run_folder(out) as folder:
-        results = run_study(plan, len(stream), run_jobs, folder, console)
+    with (
+        on_workers(stream) as run_jobs,
+        kept(run_jobs, out, plan.stream, console) as run_kept,
+        new_run_folder(out) as folder,
+    ):
+        results = run_study(plan, len(stream), run_kept, folder, console)
     console.print(f"\nWritten to {out}: results.json, results.md and {picture(results)}.", highlight=False)
     return results
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from matta.checkpoints import load
 from matta.studies.arms import ARMS, Arm
 from matta.studies.family import measure_family
+from matta.studies.journal import kept
 from matta.studies.outcome import BASELINE, STUDENT, Outcome
 from matta.studies.pool import counted, progress_bar, worker_processes
 from matta.studies.ranker import Ranker
@@ -85,8 +86,12 @@ def run(settings: RelevanceSettings) -> dict[str, Any]:
     require_new(out)
     plan = plan_of(settings)
     data_path = prepare_data(plan.tuples, console)
-    with worker_processes(run_job, load_data, data_path) as run_jobs, new_run_folder(out) as folder:
-        results = run_study(plan, load_data(data_path), run_jobs, folder, console)
+    with (
+        worker_processes(run_job, load_data, data_path) as run_jobs,
+        kept(run_jobs, out, data_path.name, console) as run_kept,
+        new_run_folder(out) as folder,
+    ):
+        results = run_study(plan, load_data(data_path), run_kept, folder, console)
     console.print(_what_next(out, results))
     return results
 

@@ -17,7 +17,8 @@ def _seeds(default: str) -> dict[str, str]:
 
 
 def _out(study: str) -> dict[str, str]:
-    return {"help": f"new folder for results (default: runs/{study}-<date>)", "metavar": "DIR"}
+    told = f"new folder for results (default: runs/{study}-<date>); that of a study that was stopped: it goes on"
+    return {"help": told, "metavar": "DIR"}
 
 
 def _require_two(seeds: int | None) -> None:
