@@ -138,12 +138,14 @@ def _setting(results: Mapping[str, Any]) -> str:
     """The command, and what it ran."""
     setting = results["setting"]
     student, ta = (GptSize(**setting[name]) for name in ("student", "ta"))
-    num_trials = len(results["tried"]["baseline"])
+    tried = [each["validation_bpb"] for each in results["tried"]["baseline"]]
+    num_seeds = [len(each) for each in tried]
+    best = f", the best {sum(each > 1 for each in num_seeds)} with {max(num_seeds)} seeds" if max(num_seeds) > 1 else ""
     return (
         f"`matta study language --seeds {results['num_seeds']}`: GPT-2 of Transformers on the bytes of CPython's "
         f"`pydoc_data.topics` ({setting['source']}). Student: {student}; TA: {ta}. {setting['steps']:,} steps of "
-        f"{setting['batch']} × {setting['context']} bytes, rates falling to zero; {num_trials} trials for each arm, "
-        f"judged by the Student's bits per byte of a validation part; figures are of a test part."
+        f"{setting['batch']} × {setting['context']} bytes, rates falling to zero; {len(tried)} trials for each arm"
+        f"{best}, judged by the Student's bits per byte of a validation part; figures are of a test part."
     )
 
 

@@ -48,7 +48,7 @@ class Setting:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is tuned: the optimizer's highest rate, which falls to zero; for MatTA ω₁, ω₃ and the ramp.
+    """How a model is trained: the optimizer's highest rate, which falls to zero; for MatTA ω₁, ω₃ and the ramp.
 
     ω₂ is 1: only ratios matter to these optimizers. `ramp` is the share of the run over which the distillation
     comes in. With `sampled`, one of the sub-models K = 0 ... N-1 is trained along at each step. `longer` is how
