@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,11 @@ class Masked(nn.Module):
         self.register_buffer("mask", torch.ones(width))
 
 
+def _named(width: int) -> nn.Sequential:
+    tower = _tower(width)
+    return nn.Sequential(OrderedDict((f"step_{9 - i}", part) for i, part in enumerate(tower)))
+
+
 def _looped(width: int) -> nn.Sequential:
     layer = nn.Linear(width, width)
     return nn.Sequential(nn.Linear(3, width), layer, layer, nn.Linear(width, 2))
@@ -64,6 +70,7 @@ def _looped(width: int) -> nn.Sequential:
 JOINED = {"mlp.0.weight": matta.Layout.equal(2, axis=1)}
 FOUND: dict[str, tuple[Callable[[], matta.Nested], list[str]]] = {
     "each layer of a tower": (lambda: matta.nest(_tower(4), _tower(6)), ["0", "2", "4"]),
+    "each layer of a tower with names": (lambda: matta.nest(_named(4), _named(6)), ["step_9", "step_7", "step_5"]),
     "norms go with what they normalize": (
         lambda: matta.nest(_tower(4, norm=True), _tower(6, norm=True)),
         ["0", "3", "6"],

@@ -148,12 +148,13 @@ def _stack(student: nn.Module, spots: list[Spot]) -> list[Spot] | None:
     behind = [spot for spot in outside if _role(student, spot) == "in"]
     if before and behind:
         return None
-    inside.sort(key=lambda spot: (_entry(spot), _role(student, spot) != "in"))
+    entries = list(student.get_submodule(sequential[0])._modules)  # by number or by name
+    inside.sort(key=lambda spot: (entries.index(_entry(spot)), _role(student, spot) != "in"))
     return [*before, *inside, *behind]
 
 
-def _entry(spot: Spot) -> int:
-    return int(spot[0].rpartition(".")[0].rpartition(".")[2])
+def _entry(spot: Spot) -> str:
+    return spot[0].rpartition(".")[0].rpartition(".")[2]
 
 
 def _role(student: nn.Module, spot: Spot) -> str:
