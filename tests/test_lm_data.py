@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,6 +273,17 @@ class made_file:
 
     def __exit__(self, *_: object) -> None:
         self.folder.cleanup()
+
+
+def test_short_documents_are_read_as_fast_in_large_pieces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a sentence\n" * 80_000)
+    seconds = {}
+    for piece_bytes in (1 << 12, 1 << 20):
+        start = time.thread_time()
+        found, _ = texts_of(tmp_path, separator="\n", piece_bytes=piece_bytes)
+        seconds[piece_bytes] = time.thread_time() - start
+        assert found == ["a sentence"] * 80_000
+    assert seconds[1 << 20] < 4 * seconds[1 << 12]
 
 
 def test_cutting_before_spaces_leaves_the_tokens_as_they_were(tmp_path: Path) -> None:

@@ -126,25 +126,26 @@ def _opened(file: Path) -> IO[bytes]:
 def _text(file: Path, separator: str | None, piece_bytes: int) -> Iterator[Item]:
     """The documents of a text file. No more than a piece and a block is held."""
     mark = separator.encode() if separator is not None else None
-    row, is_first, data, is_over = 0, True, b"", False
+    row, is_first, is_over = 0, True, False
+    data, at = b"", 0  # what has been read, and how far it is used: to cut it at each document would copy the rest
     with _opened(file) as opened:
         if (head := opened.read(len(_BOM))) != _BOM:
             data = head
-        while not is_over or data:
-            if not is_over and len(data) <= piece_bytes + len(mark or b""):
+        while not is_over or at < len(data):
+            if not is_over and len(data) - at <= piece_bytes + len(mark or b""):
                 block = opened.read(piece_bytes + 64)
-                data, is_over = data + block, not block
-            end = data.find(mark, 0, piece_bytes + len(mark)) if mark is not None else -1
+                data, at, is_over = data[at:] + block, 0, not block
+            end = data.find(mark, at, at + piece_bytes + len(mark)) if mark is not None else -1
             if end >= 0 and mark is not None:
-                yield Item(_decoded(data[:end]), row, is_first)
-                row, is_first, data = row + 1, True, data[end + len(mark) :]
-            elif len(data) > piece_bytes + len(mark or b""):
-                at = _cut(data, piece_bytes)
-                yield Item(_decoded(data[:at]), row, is_first, False)
-                is_first, data = False, data[at:]
-            elif is_over and data:
-                yield Item(_decoded(data), row, is_first)
-                data = b""
+                yield Item(_decoded(data[at:end]), row, is_first)
+                row, is_first, at = row + 1, True, end + len(mark)
+            elif len(data) - at > piece_bytes + len(mark or b""):
+                end = at + _cut(data[at : at + piece_bytes + 1], piece_bytes)
+                yield Item(_decoded(data[at:end]), row, is_first, False)
+                is_first, at = False, end
+            elif is_over and at < len(data):
+                yield Item(_decoded(data[at:]), row, is_first)
+                at = len(data)
 
 
 def _json(file: Path, field: str, max_line_bytes: int) -> Iterator[Any]:
