@@ -205,3 +205,17 @@ def test_what_no_declaration_mends_is_said() -> None:
     pair = [nn.Sequential(nn.Linear(5, width), Scaled(width, 2)) for width in (4, 6)]
     with pytest.raises(ProbeError, match=r"from 1 on .*nest without example if the two models differ by design"):
         matta.probe(matta.nest(*pair), (X, Y))
+
+
+class Normed(nn.Module):
+    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.head = nn.Conv1d(4, width, 1), norm(width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.convolution(x)).mean(2))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, lambda width: nn.GroupNorm(1, width), nn.PReLU])
+def test_signals_as_long_as_the_ta_has_channels_are_no_channels(norm: Callable[[int], nn.Module]) -> None:
+    matta.nest(Normed(3, norm), Normed(X.shape[-1], norm), example=(X, Y))

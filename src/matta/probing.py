@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from matta.batches import Batch, call, logits_of, split_labels
@@ -258,9 +258,10 @@ def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str
 
 def _on_slice(module: nn.Module, axis: Axis) -> Callable[..., Tensor]:
     """The Student's module on the Student's channels of a wider input; zeros in the others."""
+    is_second = isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU)  # the last axis may be as long by chance
 
     def forward(wide: Tensor, *args: Any) -> Tensor:
-        dim = -1 if wide.shape[-1] == axis.ta_size else 1
+        dim = 1 if is_second or wide.shape[-1] != axis.ta_size else -1
         positions = torch.tensor(axis.positions(), device=wide.device)
         narrow: Tensor = module(wide.index_select(dim, positions), *args)
         return torch.zeros_like(wide).index_copy(dim, positions, narrow.to(wide.dtype))
