@@ -33,6 +33,7 @@ from matta.lm import corpus, hub, packing, streaming
 from matta.lm.documents import Counts, TextSource, read_documents
 from matta.lm.packing import PackedTokens
 from matta.lm.shuffling import Shuffled, draws
+from matta.lm.texts import held_out_documents
 from matta.lm.tokenizers import (
     batch_encoder,
     disagreement,
@@ -307,6 +308,20 @@ def test_a_document_without_a_good_piece_leaves_nothing_behind(tmp_path: Path) -
     made = corpus.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
     assert made.tokens.tolist() == [*b"first", END, *b"last", END]
     assert made.counts.skipped == {"not UTF-8": 3 + 3 + 1}
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(4, ["abcd"]), (5, ["abcd"]), (7, ["abcd€"]), (9, ["abcd€", "he"]), (99, ["abcd€", "hello"])],
+)
+def test_held_out_text_ends_where_a_document_is_cut(most: int, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcd€;hello", encoding="utf-8")
+    assert held_out_documents(TextSource(path=tmp_path, separator=";"), most) == expected
+
+
+def test_held_out_text_that_is_cut_in_a_character_goes_on_with_no_later_piece(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 15 + "€" + "z" * 40, encoding="utf-8")
+    assert held_out_documents(TextSource(path=tmp_path, piece_bytes=18), 17) == ["a" * 15]
 
 
 def test_files_are_read_in_their_order(tmp_path: Path) -> None:

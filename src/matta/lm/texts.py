@@ -47,12 +47,13 @@ def held_out_documents(source: TextSource, most_bytes: int) -> list[str]:
     documents: list[str] = []
     left, ended = most_bytes, True
     for document in read_documents(source):
-        text = document.text.encode()[:left].decode(errors="ignore")
+        data = document.text.encode()
+        text = data[:left].decode(errors="ignore")
         if ended:
             documents.append(text)
         else:
             documents[-1] += text
-        left, ended = left - len(text.encode()), document.ends
+        left, ended = left - len(data), document.ends
         if left <= 0:
             break
     return [document for document in documents if document]
