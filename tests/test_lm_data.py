@@ -186,8 +186,9 @@ def test_a_list_of_objects_in_a_json_file(tmp_path: Path) -> None:
     rows = [{"body": "one"}, {"body": 2}, 3, {"body": "four"}]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "b.json").write_text("[{")
+    (tmp_path / "c.JSON").write_text(json.dumps([{"body": "five"}]))
     found, counts = texts_of(tmp_path, field="body")
-    assert found == ["one", "four"]
+    assert found == ["one", "four", "five"]
     assert counts.skipped == {"body is no string": 1, "not a JSON object": 1, "not JSON": 1}
 
 

@@ -152,7 +152,7 @@ def _json(file: Path, field: str, max_line_bytes: int) -> Iterator[Any]:
     with _opened(file) as opened:
         first = opened.read(len(_BOM) + 64).removeprefix(_BOM).lstrip()[:1]
         opened.seek(0)
-        if first == b"[" and ".json" in file.suffixes[-2:]:
+        if first == b"[" and file.name.lower().endswith((".json", ".json.gz")):
             yield from _list(opened.read(), field)
         else:
             yield from _lines(opened, field, max_line_bytes)
