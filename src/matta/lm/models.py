@@ -19,6 +19,7 @@ from matta.growing import grow
 from matta.lm.recipe import ModelPart
 from matta.nesting import Nested, nest
 from matta.submodels import layer_names
+from matta.units import HIDDEN
 
 EXAMPLE_LENGTH: Final = 8  # tokens
 
@@ -109,12 +110,17 @@ def require_family(nested: Nested, ks: Iterable[int]) -> None:
     """Refuse sub-models that there are not.
 
     Raises:
-        RunError: more wide layers than layers.
+        RunError: more wide layers than layers, or some of them where the hidden width makes all alike.
     """
     names = layer_names(nested)
     for k in ks:
         if k > len(names):
             raise RunError(f"family.k: {k} layers are to be wide; expected at most {len(names)}, those of the TA")
+        if HIDDEN in names and 0 < k < len(names):
+            raise RunError(
+                f"family.k: {k} layers are to be wide, but the hidden width itself grows from Student to TA, so that "
+                f"wide and narrow layers do not fit together; expected 0 at most, or a TA of the Student's hidden width"
+            )
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
