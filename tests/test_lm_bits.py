@@ -100,6 +100,24 @@ def test_a_model_of_even_odds_has_the_bits_of_its_vocabulary() -> None:
     assert score.unit_bytes == (10,) * (len(plain) // 10) + (len(plain) % 10,) * (len(plain) % 10 > 0)
 
 
+def test_a_model_without_a_mask_is_scored_on_texts_of_several_lengths() -> None:
+    class Bigram(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(257, 257)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.table(input_ids)
+
+    torch.manual_seed(0)
+    model, documents = Bigram(), [TEXT[:9], TEXT]
+    together, *apart = (
+        bits_per_byte(model, byte_tokenizer(), text, context=16, batch=8) for text in (documents, *documents)
+    )
+    expected = [each.bits_per_byte * each.num_bytes for each in apart]
+    assert together.unit_bits == pytest.approx(expected, rel=1e-6)
+
+
 def test_batches_and_order_of_documents_do_not_matter() -> None:
     model, tokenizer = tiny_gpt2(), byte_tokenizer()
     documents = [TEXT[:9], TEXT, TEXT[30:77], ""]

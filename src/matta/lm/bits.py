@@ -6,6 +6,7 @@ of a token does.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -206,9 +207,15 @@ def _logits(model: nn.Module, inputs: Sequence[Tensor], device: torch.device) ->
     lengths = torch.tensor([len(each) for each in inputs])
     tokens = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True).to(device)
     arguments: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    if lengths.min() < lengths.max():
+    if lengths.min() < lengths.max() and _takes_mask(model):
         arguments["attention_mask"] = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(device)
     return logits_of(model(input_ids=tokens, **arguments))
+
+
+def _takes_mask(model: nn.Module) -> bool:
+    """Whether its forward has an argument for it; one that has none reads from left to right all the same."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    return any(each.name == "attention_mask" or each.kind is each.VAR_KEYWORD for each in arguments)
 
 
 def _score(nats: np.ndarray[Any, Any], sizes: Sequence[float], num_tokens: int) -> TextScore:
