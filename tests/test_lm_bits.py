@@ -78,6 +78,17 @@ def test_bits_equal_lm_evals_rolling_likelihood() -> None:
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
 
 
+@pytest.mark.parametrize("mark", [None, "</s>"])
+def test_a_tokenizer_written_in_python_counts_all_bytes(mark: str | None) -> None:
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer.eos_token = mark
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(400, 400))
+    model.forward = lambda input_ids: model[0](input_ids)  # type: ignore[method-assign]
+    score = bits_per_byte(model, tokenizer, "größer", context=3, batch=4)
+    assert (score.num_bytes, score.num_tokens) == (8, 7 if mark is None else 8)
+
+
 @pytest.mark.parametrize("length", range(30))
 @pytest.mark.parametrize(("context", "overlap"), [(1, 1), (4, 1), (4, 2), (4, 4), (9, 3)])
 def test_windows_predict_all_but_the_first_once(length: int, context: int, overlap: int) -> None:

@@ -173,9 +173,10 @@ def _document_windows(
     num_bytes = len(document.encode())
     starts = np.cumsum([0, *(scored for _, _, scored in spans[:-1])]) + (1 - len(prefix))
     if not spans or not tokenizer.is_fast:  # the bytes are then spread evenly over the tokens
-        return windows, np.append(starts * (num_bytes / max(1, len(tokens) - len(prefix))), num_bytes)
-    characters = np.asarray([offset[0] for offset in encoded["offset_mapping"]])[starts]
-    edges = _bytes_before(document)[characters]
+        edges = starts * (num_bytes / max(1, len(tokens) - len(prefix)))
+    else:
+        characters = np.asarray([offset[0] for offset in encoded["offset_mapping"]])[starts]
+        edges = _bytes_before(document)[characters]
     edges[0] = 0
     return windows, np.append(edges, num_bytes)
 
