@@ -111,6 +111,16 @@ def test_a_model_of_even_odds_has_the_bits_of_its_vocabulary() -> None:
     assert score.unit_bytes == (10,) * (len(plain) // 10) + (len(plain) % 10,) * (len(plain) % 10 > 0)
 
 
+def test_a_model_that_has_diverged_has_bits_and_no_finite_perplexity() -> None:
+    class Diverged(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([0.0] * 256 + [1e4]).expand(*input_ids.shape, 257)
+
+    score = bits_per_byte(Diverged(), byte_tokenizer(), "short", context=16, batch=8)
+    assert score.perplexity == math.inf
+    assert score.bits_per_byte == pytest.approx(1e4 / math.log(2))
+
+
 def test_a_model_without_a_mask_is_scored_on_texts_of_several_lengths() -> None:
     class Bigram(torch.nn.Module):
         def __init__(self) -> None:

@@ -37,7 +37,7 @@ class TextScore:
     """
 
     bits_per_byte: float
-    perplexity: float  # of a token
+    perplexity: float  # of a token; infinite from 710 nats on
     num_bytes: int  # of the text in UTF-8
     num_tokens: int  # that were predicted
     standard_error: float | None  # of the bits per byte; None with fewer than two units
@@ -223,10 +223,17 @@ def _score(nats: np.ndarray[Any, Any], sizes: Sequence[float], num_tokens: int) 
     bits = [float(each) * BITS_PER_NAT for each in nats]
     return TextScore(
         bits_per_byte=math.fsum(bits) / math.fsum(sizes),
-        perplexity=math.exp(math.fsum(nats) / num_tokens),
+        perplexity=_exponential(math.fsum(nats) / num_tokens),
         num_bytes=round(math.fsum(sizes)),
         num_tokens=num_tokens,
         standard_error=ratio_error(bits, sizes),
         unit_bits=tuple(bits),
         unit_bytes=tuple(sizes),
     )
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:  # from 710 on: a model that has diverged
+        return math.inf
