@@ -353,6 +353,14 @@ def test_a_teacher_at_hand_gives_the_students_logits(tmp_path: Path, sizes: tupl
     torch.testing.assert_close(out.ta_loss, -(probs * log_probs).sum(-1).mean())
 
 
+def test_a_build_for_gpus_labels_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert teaching._device() == torch.device("cpu")
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

@@ -200,4 +200,4 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[An
 
 
 def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
