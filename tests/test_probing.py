@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -219,3 +219,37 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, lambda width: nn.GroupNorm(1, width), nn.PReLU])
 def test_signals_as_long_as_the_ta_has_channels_are_no_channels(norm: Callable[[int], nn.Module]) -> None:
     matta.nest(Normed(3, norm), Normed(X.shape[-1], norm), example=(X, Y))
+
+
+class OwnType(nn.Module):
+    """Makes a float32 tensor itself, as the first state of a recurrent network is made."""
+
+    def __init__(self, width: int, halves: int = 1) -> None:
+        super().__init__()
+        self.up = nn.utils.parametrizations.weight_norm(nn.Linear(5, halves * width))
+        self.down = nn.Linear(width, 2)
+        self.halves = halves
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.up(x.mean(1).float() + torch.zeros(5)).chunk(self.halves, -1)[-1]
+        return self.down(first.relu())
+
+
+def test_a_module_that_makes_tensors_of_its_own_type_is_probed_in_it() -> None:
+    matta.nest(OwnType(3), OwnType(6), example=(X, Y))
+    wrong = {"up.*": 1, "down.*": 1}
+    with pytest.raises(ProbeError, match=r"the TA differs from the Student from down on"):
+        matta.nest(OwnType(3, 2), OwnType(6, 2), layouts=wrong, example=(X, Y))
+
+
+class Fields(NamedTuple):
+    x: Tensor
+
+
+def test_inputs_may_be_a_named_tuple() -> None:
+    matta.nest(*_pair(Gated), example=(Fields(X), Y))
+
+
+def test_an_example_that_the_student_cannot_take_is_refused() -> None:
+    with pytest.raises(ProbeError, match=r"the Student does not run on the example: .* pass as `example` a batch such"):
+        matta.nest(*_pair(Gated), example=(X[..., :3], Y))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import matta
-from matta.errors import NestingError
+from matta.errors import NestingError, TracingError
 from matta.layout import Axis, Layout
 from matta.slicing import LiveSlice, bind, copy_module, is_live, live_parameters, materialize, skeleton, slices_of
 
@@ -162,8 +162,14 @@ def test_what_the_slices_cannot_replace_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_a_module_that_cannot_be_copied_is_refused() -> None:
-    with pytest.raises(NestingError, match=r"Linear cannot be copied by copy.deepcopy.*use torch.nn.utils.param"):
-        copy_module(nn.utils.weight_norm(nn.Linear(2, 2)), {})
+    module, message = nn.utils.weight_norm(nn.Linear(2, 2)), r"cannot be copied by copy.deepcopy.*torch.nn.utils.param"
+    with pytest.raises(NestingError, match=message):
+        copy_module(module, {})
+    example = torch.ones(1, 2), None
+    with pytest.raises(NestingError, match=message):
+        matta.nest(module, nn.utils.weight_norm(nn.Linear(2, 2)), example=example)
+    with pytest.raises(TracingError, match=message):
+        matta.trace_layouts(module, module, example)
 
 
 def test_a_state_loaded_into_the_student_is_written_into_the_ta() -> None:

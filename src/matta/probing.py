@@ -21,31 +21,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from matta.batches import Batch, call, logits_of, split_labels
-from matta.errors import LayoutError, ProbeError
+from matta.errors import LabelError, LayoutError, NestingError, ProbeError
 from matta.layers import LayerMap
 from matta.layout import Axis, Layout
 from matta.plan import Placement, Plan
-from matta.slicing import is_live, materialize, write_slice
+from matta.slicing import deep_copy, is_live, materialize, write_slice
 from matta.tables import axis_role, output_axis
 
 _TOLERANCE = 1e-4
 _SEED = 20250523
 _ATTENTION = functional.scaled_dot_product_attention
-_SILENT = 1e-30  # as good as zero, but a weight norm divides by it
+_SILENT = {torch.float64: 1e-30, torch.float32: 1e-18}  # as good as zero, but a weight norm divides by it
 
 
 def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) -> None:
     """Check the nesting of one Student; see `matta.probe`.
 
     Raises:
-        ProbeError: the two computations differ, or the modules have no weights (meta device).
+        ProbeError: the two computations differ, the Student does not run on the example, or the modules
+            have no weights (meta device).
     """
     if any(parameter.is_meta for parameter in ta.parameters()):
         raise ProbeError("the TA is on the meta device and cannot be run; probe it once its weights are there")
-    inputs = _double(split_labels(example)[0])
-    pair = _Pair(student, ta, plan, inputs)
+    pair = _pair(student, ta, plan, split_labels(example)[0])
     found = pair.compare(plan.placements)
     if found is None:
         return
@@ -63,24 +64,40 @@ class Difference:
     error: float
 
 
+def _pair(student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any) -> _Pair:
+    """The pair in float64; in float32 where the Student makes tensors of that type itself."""
+    try:
+        return _Pair(student, ta, plan, inputs, torch.float64)
+    except (LabelError, NestingError):
+        raise
+    except Exception:
+        try:
+            return _Pair(student, ta, plan, inputs, torch.float32)
+        except Exception as error:
+            raise ProbeError(
+                f"the Student does not run on the example: {type(error).__name__}: {error}; pass as `example` a batch "
+                f"such as it trains on"
+            ) from error
+
+
 @final
 class _Pair:
     """Copies of both modules on random weights, ready to be compared under any placements."""
 
-    def __init__(self, student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any) -> None:
-        self.inputs = inputs
-        self.plan = plan
-        self.student = _random(materialize(student) if is_live(student) else copy.deepcopy(student))
-        self.ta = copy.deepcopy(ta).double().eval()
+    def __init__(self, student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, dtype: torch.dtype) -> None:
+        self.inputs = _in_type(inputs, dtype)
+        self.plan, self.dtype = plan, dtype
+        self.student = _random(_cast(materialize(student) if is_live(student) else deep_copy(student), dtype))
+        self.ta = _cast(deep_copy(ta), dtype)
         for layer_map in plan.layers:
             _keep_blocks(self.ta, layer_map)
-        self.expected, self.trace = _run(self.student, inputs)
+        self.expected, self.trace = _run(self.student, self.inputs)
         self.has_own_modules = not all(_has_room(self.ta, self.student, name) for name in plan.private)
 
     def compare(self, placements: Mapping[str, Placement]) -> Difference | None:
         """The first difference under these placements; None if there is none."""
         ta = copy.deepcopy(self.ta)
-        _plant(self.student, ta, placements, self.plan.private)
+        _plant(self.student, ta, placements, self.plan.private, _SILENT[self.dtype])
         _copy_scales(self.student, ta)
         _narrow_norms(self.student, ta, placements)
         channels = _output_axes(self.student, placements)
@@ -158,20 +175,23 @@ def _error(expected: Tensor, found: Tensor) -> float:
     return error / max(scale, 1e-12) if error == error else float("inf")
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: _double(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_double(each) for each in value)
-    return value
+def _in_type(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs of a batch with all tensors of numbers in one type."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return tree_map_only(Tensor, cast, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in a type, but for what is complex, and in eval mode."""
+    return (module.double() if dtype == torch.float64 else module.float()).eval()
 
 
 @torch.no_grad()
 def _random(module: nn.Module) -> nn.Module:
-    """The module in float64 and eval mode, its weights moved at random about where they are."""
-    module = module.double().eval()
+    """The module, its weights moved at random about where they are."""
     generator = torch.Generator().manual_seed(_SEED)
     for parameter in filter(_is_random, module.parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
@@ -202,10 +222,12 @@ def _has_room(ta: nn.Module, student: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _plant(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], private: Sequence[str]) -> None:
+def _plant(
+    student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], private: Sequence[str], silent: float
+) -> None:
     """Silence all of the TA but the Student's slices, which get the Student's weights."""
     for parameter in ta.parameters():
-        parameter.fill_(_SILENT)
+        parameter.fill_(silent)
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in placements.items():
         write_slice(ta.get_parameter(name), named[name], placement.axes)

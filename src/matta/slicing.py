@@ -82,6 +82,15 @@ def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn
     named = dict(module.named_parameters(remove_duplicate=False))
     memo: dict[int, Any] = {id(parameter): parameter for parameter in named.values()}
     memo |= {id(named[name]): parameter for name, parameter in parameters.items()}
+    return deep_copy(module, memo)
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """What copy.deepcopy gives.
+
+    Raises:
+        NestingError: the module holds a tensor that cannot be copied.
+    """
     try:
         return copy.deepcopy(module, memo)
     except RuntimeError as error:

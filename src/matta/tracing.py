@@ -88,7 +88,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     (a reshape into heads, a sort, an unknown operator), the dimension carries the `problem`.
 
     Raises:
-        TracingError: the module fails on the example.
+        TracingError: the module fails on the example, or cannot be copied.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -96,7 +96,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         >>> trace(mlp, (torch.zeros(5, 3), None)).describe(part.dimension)
         '0.weight (axis 0), 0.bias (axis 0), 2.weight (axis 1)'
     """
-    module, known = copy.deepcopy(module).eval(), Known()
+    module, known = _copied(module).eval(), Known()
     owners: dict[str, Rows] = {}
     for name, tensor in _state(module):
         owners[name] = known.label(tensor)
@@ -115,6 +115,16 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         outputs={name: atlas.parts(row) for name, row in atlas.own_axes(seen, own)},
         output_shapes=tuple(tensor.shape for tensor in returned),
     )
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:
+        raise TracingError(
+            f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; remove tensors with a graph "
+            f"from its attributes (torch.nn.utils.weight_norm leaves one: use torch.nn.utils.parametrizations)"
+        ) from error
 
 
 def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str, Layout]:
