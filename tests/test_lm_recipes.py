@@ -229,6 +229,16 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
 # --- models ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_heads_that_an_architecture_adds_by_default_must_fit(device: str) -> None:
+    part = ModelPart(architecture="qwen2", student={**SMALL, "intermediate_size": 24}, ta={"intermediate_size": 40})
+    with (
+        torch.device(device),
+        pytest.raises(RunError, match=r"model.student: 4 heads of queries cannot share 32 .* set num_key_value_heads"),
+    ):
+        build_pair(part, 257)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_are_what_torch_counts_and_the_family_adds_up(architecture: str) -> None:
     student, ta = pair(architecture, attn_implementation="eager")  # torch counts no fused attention on a CPU

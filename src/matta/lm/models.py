@@ -157,7 +157,21 @@ def _fresh(architecture: str, values: Mapping[str, Any], table: str) -> PreTrain
         config = CONFIG_MAPPING[architecture](**values)
     except Exception as error:  # configurations check themselves with errors of many kinds
         raise RunError(f"{table}: {_first_sentence(error)}; change the values") from None
+    _require_shared_heads(config, table)
     return from_config(config)
+
+
+def _require_shared_heads(config: PreTrainedConfig, table: str) -> None:
+    """Refuse heads of keys and values (often an architecture's default) that those of queries cannot share."""
+    keys = config.to_dict().get("num_key_value_heads")
+    if not isinstance(keys, int):
+        return
+    queries = config.num_attention_heads
+    if isinstance(queries, int) and (keys < 1 or queries % keys):
+        raise RunError(
+            f"{table}: {queries} heads of queries cannot share {keys} of keys and values; expected as many, or a part "
+            f"of them: set num_key_value_heads too"
+        )
 
 
 def _canonical(architecture: str, values: Mapping[str, Any], table: str) -> dict[str, Any]:
