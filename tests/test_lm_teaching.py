@@ -361,6 +361,14 @@ def test_a_build_for_gpus_labels_on_a_machine_without_one(monkeypatch: pytest.Mo
     assert teaching._device() == torch.device("cpu")
 
 
+def test_a_teacher_whose_weights_are_cut_off_is_refused(tmp_path: Path) -> None:
+    name = save(gpt2(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(RunError, match="the Teacher .* cannot be loaded: .*incomplete.*; expected a decoder"):
+        load_teacher(name, BYTES)
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

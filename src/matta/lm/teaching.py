@@ -75,7 +75,7 @@ def load_teacher(
     require_agreement(load_tokenizer(name), tokenizer, names=(name, "the data"))
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         reason = str(error).strip().split("\n")[0][:200]
         raise RunError(
             f"the Teacher {name!r} cannot be loaded: {reason}; expected a decoder: a folder of Transformers, or a "
