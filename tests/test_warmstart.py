@@ -50,6 +50,19 @@ class Block(nn.Module):
         return x + getattr(self, self.output)(functional.gelu(self.up(self.norm(x))))
 
 
+class Recurrent(nn.Module):
+    """Layers in both directions, read at the last step."""
+
+    def __init__(self, kind: Any, width: int, **sizes: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.rnn = kind(5, width, num_layers=2, batch_first=True, bidirectional=True, **sizes)
+        self.head = nn.Linear(2 * sizes.get("proj_size", width), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.unsqueeze(1).repeat(1, 3, 1))[0][:, -1])
+
+
 def _gpt2(**changes: Any) -> nn.Module:
     import transformers
 
@@ -67,11 +80,20 @@ def _logits(module: nn.Module, batch: Any) -> Tensor:
 
 
 TOKENS = {"input_ids": torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(1))}
+BOTH_WAYS = {"layouts": {"head.weight": matta.Layout.equal(2, axis=1)}}
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
     "mlp-width": (lambda: _tower(4), lambda: _tower(9), {}, (X, Y)),
     "residual-width": (lambda: Residual(2, 4), lambda: Residual(2, 7), {}, (X, Y)),
     "residual-depth": (lambda: Residual(2, 4), lambda: Residual(4, 7), {"layers": {"blocks": "even"}}, (X, Y)),
     "residual-ends": (lambda: Residual(2, 4), lambda: Residual(3, 4), {"layers": {"blocks": "ends"}}, (X, Y)),
+    "lstm": (lambda: Recurrent(nn.LSTM, 4), lambda: Recurrent(nn.LSTM, 6), BOTH_WAYS, (X, Y)),
+    "gru": (lambda: Recurrent(nn.GRU, 4), lambda: Recurrent(nn.GRU, 6), BOTH_WAYS, (X, Y)),
+    "lstm-projected": (
+        lambda: Recurrent(nn.LSTM, 4, proj_size=2),
+        lambda: Recurrent(nn.LSTM, 6, proj_size=3),
+        BOTH_WAYS,
+        (X, Y),
+    ),
     "gpt2-width": (_gpt2, lambda: _gpt2(n_inner=24), {}, TOKENS),
     "gpt2-depth": (_gpt2, lambda: _gpt2(n_layer=4, n_inner=24), {"layers": {"transformer.h": "even"}}, TOKENS),
 }
@@ -140,6 +162,21 @@ def test_a_wider_mlp_that_is_not_residual_warns_where_depth_is_added() -> None:
     with pytest.warns(UserWarning, match=r"not residual; the Student itself starts exactly where it was"):
         nested = matta.nest(student, deep(3), layers={"1": "first"}, warm_start=True, example=(X, Y))
     assert torch.equal(nested.student.eval()(X), before)
+
+
+def test_inputs_that_are_not_known_are_named() -> None:
+    class Raw(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, width), nn.Parameter(torch.ones(width, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x) @ self.down
+
+    with pytest.warns(UserWarning, match=r"which axis of down \(Raw\) its inputs are on.*pass example=batch"):
+        matta.nest(Raw(4), Raw(6), warm_start=True)
+    with pytest.warns(UserWarning, match=r"differ from the Student's by"):
+        matta.nest(Raw(4), Raw(6), warm_start=True, example=(X, Y))
 
 
 def test_without_a_warm_start_the_ta_is_untouched() -> None:

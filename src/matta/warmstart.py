@@ -32,7 +32,7 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
 
     With an example it is checked that the TA now computes what the Student computes; where it
     cannot (norms over a wider hidden state, blocks that are not residual), a warning gives the
-    difference.
+    difference. Without one, a warning names a parameter of which it is not known what its inputs are.
 
     Raises:
         NestingError: an extra block has no output projection that is known, and no example is
@@ -49,12 +49,14 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
         _silence_extra_blocks(ta, layer_map, example, used)
     if example is not None:
         _warn_if_different(student, ta, example)
+    else:
+        _warn_of_unknown_inputs(student, plan)
 
 
 @torch.no_grad()
 def _silence_extra_inputs(target: Tensor, placement: Placement, owner: nn.Module, leaf: str) -> None:
     """Zero the weights that lead from the TA's extra inputs to the Student's outputs."""
-    inputs = [axis for axis in range(len(placement.axes)) if axis_role(owner, leaf, axis) == "in"]
+    inputs = _input_axes(owner, leaf, len(placement.axes))
     if not inputs or not placement.axes[inputs[0]].grows:
         return
     mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
@@ -64,6 +66,12 @@ def _silence_extra_inputs(target: Tensor, placement: Placement, owner: nn.Module
         shape = [-1 if i == dim else 1 for i in range(target.ndim)]
         mask &= (~inside if dim == inputs[0] else inside).reshape(shape)
     target[mask] = 0
+
+
+def _input_axes(owner: nn.Module, leaf: str, num_axes: int) -> list[int]:
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):  # weight_ih, weight_hh, weight_hr
+        return [1] if num_axes > 1 else []
+    return [axis for axis in range(num_axes) if axis_role(owner, leaf, axis) == "in"]
 
 
 def _silence_extra_blocks(ta: nn.Module, layer_map: LayerMap, example: Batch | None, used: set[int]) -> None:
@@ -138,6 +146,22 @@ def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
     found = found[0] if isinstance(found, tuple) else found
     given = args[0] if args else next(iter(kwargs.values()))
     return isinstance(found, Tensor) and found.shape == given.shape and torch.allclose(found, given, atol=1e-5)
+
+
+def _warn_of_unknown_inputs(student: nn.Module, plan: Plan) -> None:
+    for name, placement in plan.placements.items():
+        path, _, leaf = name.rpartition(".")
+        owner, grows = student.get_submodule(path), [axis for axis, each in enumerate(placement.axes) if each.grows]
+        is_vector = sum(axis.ta_size > 1 for axis in placement.axes) < 2
+        if is_vector or _input_axes(owner, leaf, len(placement.axes)):
+            continue
+        if any(axis_role(owner, leaf, axis) == "unknown" for axis in grows):
+            warnings.warn(
+                f"the warm start does not know which axis of {name} ({type(owner).__name__}) its inputs are on, and "
+                f"silenced none: the TA may start worse than the Student; pass example=batch to have that checked",
+                stacklevel=4,
+            )
+            return
 
 
 @torch.no_grad()
