@@ -239,6 +239,15 @@ def test_heads_that_an_architecture_adds_by_default_must_fit(device: str) -> Non
         build_pair(part, 257)
 
 
+@pytest.mark.parametrize("architecture", ["olmo", "phi3"])  # which pad with token 1, and with one beyond the bytes
+def test_no_token_is_an_architecture_s_padding(architecture: str) -> None:
+    part = ModelPart(architecture=architecture, student=GQA, ta={"intermediate_size": 40})
+    for model in build_pair(part, 257, end_of_text=256):
+        embedding: Any = model.get_input_embeddings()
+        embedding(torch.arange(257)).sum().backward()
+        assert embedding.weight.grad.all()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_are_what_torch_counts_and_the_family_adds_up(architecture: str) -> None:
     student, ta = pair(architecture, attn_implementation="eager")  # torch counts no fused attention on a CPU

@@ -46,7 +46,8 @@ def build_pair(
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     values = _canonical(part.architecture, part.student, "model.student")
     changes = _canonical(part.architecture, part.ta, "model.ta")
-    values = {"vocab_size": tokenizer_size, **ends, **values}
+    # An architecture's own padding would be some token of this tokenizer, whose embedding would then not be trained.
+    values = {"vocab_size": tokenizer_size, "pad_token_id": None, **ends, **values}
     student = _fresh(part.architecture, values, "model.student")
     _require_vocabulary(student.config, tokenizer_size)
     return student, _fresh(part.architecture, {**values, **changes}, "model.ta")
