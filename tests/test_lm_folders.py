@@ -377,7 +377,8 @@ def a_run(nestings: dict[str, matta.Nested], tmp_path: Path) -> Path:
     write_run(path, recipe, nested, load_tokenizer("bytes"))
     matta.save(nested, path / NESTED)
     row = {"name": "k=2", "bits_per_byte": 1.25, "standard_error": 0.5, "perplexity": 3.0}
-    (path / RESULTS).write_text(json.dumps({"models": [row, {**row, "name": "ta", "bits_per_byte": None}]}))
+    rows = [row, {**row, "name": "ta", "bits_per_byte": None}]
+    (path / RESULTS).write_text(json.dumps({"steps": 12, "models": rows}))
     return path
 
 
@@ -394,7 +395,9 @@ def test_models_of_a_run_are_extracted(
     for each in found:
         sizes = sum(p.numel() for p in _extract(nestings["gpt2"], each["name"]).parameters())
         assert each["parameters"] == sizes
-        assert ("1.2500 ± 0.5000" in (Path(each["folder"]) / "README.md").read_text()) == (each["name"] == "k=2")
+        card = (Path(each["folder"]) / "README.md").read_text()
+        assert ("1.2500 ± 0.5000" in card) == (each["name"] == "k=2")
+        assert "\n12 steps on pydoc" in card  # what was done, whatever the recipe says
     loaded = transformers.AutoModelForCausalLM.from_pretrained(found[2]["folder"])
     assert torch.equal(_logits(loaded), _logits(nestings["gpt2"].ta))
     printed = capsys.readouterr().out

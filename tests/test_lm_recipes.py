@@ -442,6 +442,17 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert [each.name for each in out.iterdir()] == ["mine.txt"]
 
 
+def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path) -> None:
+    recipe = values(tmp_path, steps=1000, warmup=0, checkpoint_every=1000)
+    recipe["data"] = {**recipe["data"], "passes": 1}
+    recipe["family"] = {"k": []}
+    results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
+    assert results is not None
+    assert 0 < results["steps"] < 1000
+    card = (tmp_path / "out" / "models" / "student" / "README.md").read_text()
+    assert f"\n{results['steps']} steps on " in card
+
+
 def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None:
     first = values(tmp_path)
     results = run(TrainSettings(recipe=write(tmp_path, first), out=tmp_path / "first"))

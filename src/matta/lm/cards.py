@@ -100,11 +100,10 @@ def held_out_scores(bits_per_byte: float, standard_error: float | None, perplexi
 
 
 def recipe_card(
-    nested: Nested, name: str, spec: SubModel | None, recipe: Recipe, *, scores: tuple[Score, ...] = ()
+    nested: Nested, name: str, spec: SubModel | None, recipe: Recipe, *, steps: int, scores: tuple[Score, ...] = ()
 ) -> ModelCard:
-    """The card of a model that a recipe has trained."""
+    """The card of a model that a recipe has trained for `steps` steps, less than it says where its text has ended."""
     data = recipe.data.train
-    steps = recipe.train.num_steps(recipe.data.context)
     return replace(
         card_of(nested, name, spec, title=f"{recipe.name}, {name}"),
         datasets=(data.hub,) if data.hub else (),

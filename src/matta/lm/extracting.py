@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,8 +40,8 @@ def run(settings: ExtractSettings) -> dict[str, Any]:
     folders = {name: out / folder_name(name) for name in specs}
     for folder in folders.values() if settings.out else ():
         require_new(folder)
-    scores = _scores(settings.run)
-    rows = [_write(found, name, spec, folders[name], scores) for name, spec in specs.items()]
+    results = _results(settings.run)
+    rows = [_write(found, name, spec, folders[name], results) for name, spec in specs.items()]
     _print(rows, out)
     return {"run": str(settings.run), "models": rows}
 
@@ -115,14 +115,13 @@ def model_of(nested: Nested, name: str, spec: SubModel | None) -> nn.Module:
     return nested.ta if name == TA else extract(nested, spec).eval()
 
 
-def _write(
-    found: LanguageRun, name: str, spec: SubModel | None, folder: Path, scores: Mapping[str, tuple[Score, ...]]
-) -> dict[str, Any]:
+def _write(found: LanguageRun, name: str, spec: SubModel | None, folder: Path, results: _Results) -> dict[str, Any]:
     """Write one model, unless it is there; its row of the table."""
     model = model_of(found.nested, name, spec)
     assert isinstance(model, PreTrainedModel), "load_run builds nothing else"
     if not folder.exists():
-        card = recipe_card(found.nested, name, spec, found.recipe, scores=scores.get(name, ()))
+        steps = results.steps or found.recipe.train.num_steps(found.recipe.data.context)
+        card = recipe_card(found.nested, name, spec, found.recipe, steps=steps, scores=results.scores.get(name, ()))
         export(model, folder, tokenizer=found.tokenizer, card=card)
     return {
         "name": name,
@@ -134,15 +133,24 @@ def _write(
     }
 
 
-def _scores(path: Path) -> dict[str, tuple[Score, ...]]:
-    """What the run has measured of its models, by name; nothing if it has not."""
+class _Results(NamedTuple):
+    """What a run tells in its results: its steps, and what it has measured of its models, by name."""
+
+    steps: int | None = None
+    scores: Mapping[str, tuple[Score, ...]] = {}
+
+
+def _results(path: Path) -> _Results:
+    """The results of a run; nothing if it was stopped before it had any."""
     file = path / RESULTS
     if not file.is_file():
-        return {}
+        return _Results()
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["models"]
+        values = json.loads(file.read_text(encoding="utf-8"))
         keys = ("bits_per_byte", "standard_error", "perplexity")
-        return {row["name"]: held_out_scores(*(row[key] for key in keys)) for row in rows if row[keys[0]] is not None}
+        rows = [row for row in values["models"] if row[keys[0]] is not None]
+        scores = {row["name"]: held_out_scores(*(row[key] for key in keys)) for row in rows}
+        return _Results(int(values["steps"]), scores)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged: {error!r}; remove it to extract models without figures") from None
 

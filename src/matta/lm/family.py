@@ -95,7 +95,7 @@ def _finish_model(outcome: Outcome, member: Member) -> dict[str, Any]:
     model = extract(outcome.nested, member.spec).eval()
     score = _score(outcome, model)
     scores = () if score is None else held_out_scores(score.bits_per_byte, score.standard_error, score.perplexity)
-    card = recipe_card(outcome.nested, member.name, member.spec, outcome.recipe, scores=scores)
+    card = recipe_card(outcome.nested, member.name, member.spec, outcome.recipe, steps=outcome.fit.steps, scores=scores)
     folder = outcome.path / MODELS / folder_name(member.name)
     if (folder / "config.json").is_file():
         shutil.rmtree(folder)  # of an earlier end of this run
