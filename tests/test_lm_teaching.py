@@ -369,6 +369,15 @@ def test_a_teacher_whose_weights_are_cut_off_is_refused(tmp_path: Path) -> None:
         load_teacher(name, BYTES)
 
 
+def test_a_teacher_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    name = save(gpt2(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"has no weights for transformer.h.0.mlp.c_fc.weight \(1 such\), and"):
+        load_teacher(name, BYTES)
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

@@ -70,17 +70,22 @@ def load_teacher(
         dtype: Of its weights.
 
     Raises:
-        RunError: there is no such model, or it has another tokenizer or fewer tokens.
+        RunError: there is no such model, or not all of its weights, or it has another tokenizer or fewer tokens.
     """
     require_agreement(load_tokenizer(name), tokenizer, names=(name, "the data"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         reason = str(error).strip().split("\n")[0][:200]
         raise RunError(
             f"the Teacher {name!r} cannot be loaded: {reason}; expected a decoder: a folder of Transformers, or a "
             f"name on the hub"
         ) from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise RunError(
+            f"the Teacher {name!r} has no weights for {missing[0]} ({len(missing)} such), and Transformers would draw "
+            f"them at random; expected a decoder that was saved whole, with the head that gives its logits"
+        )
     if model.config.vocab_size < len(tokenizer):
         raise RunError(
             f"the Teacher {name} has logits of {model.config.vocab_size} tokens, and the tokenizer has "
