@@ -125,6 +125,39 @@ def test_weights_of_any_type_and_layout(dtype: torch.dtype, tmp_path: Path) -> N
     assert torch.equal(loaded.student.count, nested.student.count)
 
 
+class Counted(nn.Linear):
+    """Keeps something in its state that is no tensor."""
+
+    def __init__(self, width: int, seen: object) -> None:
+        super().__init__(3, width)
+        self.seen = seen
+
+    def get_extra_state(self) -> object:
+        return self.seen
+
+    def set_extra_state(self, state: object) -> None:
+        self.seen = state
+
+
+def test_what_modules_keep_beside_tensors_is_saved_too(tmp_path: Path) -> None:
+    nested = matta.nest(Counted(4, {"batches": [3, 4]}), Counted(6, "many"), layouts={"*": 1})
+    path = matta.save(nested, tmp_path / "x")
+    loaded = matta.load(path, Counted(4, None), Counted(6, None))
+    assert (loaded.student.seen, loaded.ta.seen) == ({"batches": [3, 4]}, "many")
+    file = path / checkpoints.DESCRIPTION
+    file.write_text(file.read_text().replace("many", "none"))
+    with pytest.raises(CheckpointError, match=r"is damaged: the digest"):
+        matta.load(path, Counted(4, None), Counted(6, None))
+
+
+@pytest.mark.parametrize("seen", [{1: 2}, (1, 2), {"x": torch.zeros(2)}, {3, 4}])
+def test_what_json_does_not_bring_back_is_not_saved(seen: object, tmp_path: Path) -> None:
+    nested = matta.nest(Counted(4, 1), Counted(6, seen), layouts={"*": 1})
+    with pytest.raises(CheckpointError, match=r"ta._extra_state is .*expected get_extra_state to give"):
+        matta.save(nested, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 # ------------------------------------------------------------------------ replacing, failing in the middle
 
 

@@ -37,18 +37,21 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     An earlier nesting at `path` is replaced as a whole.
 
     Raises:
-        CheckpointError: `path` is something else than a saved nesting.
+        CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
+            (`get_extra_state`) that JSON cannot hold.
     """
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
+    extra = _extra_state(nested)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file({name: tensor.contiguous() for name, tensor in _tensors(nested).items()}, made / WEIGHTS)
         students = [_plan_to_json(plan) for plan in nested.plans]
-        digest = _digest(made / WEIGHTS, students)
-        description = {"format": FORMAT, "version": VERSION, "digest": digest, "students": students}
+        described = {"students": students, **({"extra_state": extra} if extra else {})}
+        digest = _digest(made / WEIGHTS, described)
+        description = {"format": FORMAT, "version": VERSION, "digest": digest, **described}
         (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
         made.chmod(0o755)
         _move(made, target)
@@ -86,7 +89,7 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
             f"load(path, student, ..., ta)"
         )
     _check_fit(folder, tensors, _tensors(nested))
-    nested.load_state_dict(tensors, strict=False)
+    nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
     return nested
 
 
@@ -102,9 +105,25 @@ def _tensors(nested: Nested) -> dict[str, Tensor]:
     seen: set[int] = set()
     found = {}
     for name, tensor in nested.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = tensor.detach()
+    return found
+
+
+def _extra_state(nested: Nested) -> dict[str, Any]:
+    """What modules keep in their state beside tensors."""
+    found = {name: value for name, value in nested.state_dict().items() if not isinstance(value, Tensor)}
+    for name, value in found.items():
+        try:
+            is_plain = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            is_plain = False
+        if not is_plain:
+            raise CheckpointError(
+                f"{name} is {type(value).__name__}, and does not come back from JSON as it was; expected "
+                f"get_extra_state to give a tensor, or numbers, text, lists and mappings from text"
+            )
     return found
 
 
@@ -124,8 +143,10 @@ def _move(made: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _digest(weights: Path, students: list[dict[str, Any]]) -> str:
-    plans = hashlib.blake2b(json.dumps(students).encode())
+def _digest(weights: Path, description: Mapping[str, Any]) -> str:
+    plans = hashlib.blake2b(json.dumps(description["students"]).encode())
+    if "extra_state" in description:
+        plans.update(json.dumps(description["extra_state"]).encode())
     with weights.open("rb") as file:
         return hashlib.file_digest(file, lambda: plans).hexdigest()
 
@@ -158,7 +179,7 @@ def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...
 def _read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
-        if _digest(path, description["students"]) != description.get("digest"):
+        if _digest(path, description) != description.get("digest"):
             raise CheckpointError(
                 f"{folder} is damaged: the digest of weights and plan is not the one saved; take another copy of it"
             )
