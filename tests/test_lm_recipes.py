@@ -31,7 +31,7 @@ from matta.lm.models import build_pair, nest_pair
 from matta.lm.optimizing import make_optimizer, rate_factor
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, read_recipe, recipe_from_values, recipe_to_values
-from matta.lm.runs import load_run
+from matta.lm.runs import load_run, read_run_recipe
 from matta.lm.settings import TrainSettings
 from matta.lm.texts import held_out_documents, pydoc_topics, text_source
 from matta.lm.training import Meter, run
@@ -425,6 +425,7 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(
     assert main(["train", str(path), "--out", str(out)]) == 2
     assert "exists and holds a run" in capsys.readouterr().err
     assert main(["train", str(path), "--resume", "--out", str(out), "family.k=[1]"]) == 0
+    assert read_run_recipe(out).family.k == (1,)
     run(TrainSettings(recipe=path, out=tmp_path / "whole"))
     assert_equal(weights(out), weights(tmp_path / "whole"))
     assert sorted(each.name for each in (out / "models").iterdir()) == ["k-1", "student", "ta"]

@@ -90,6 +90,11 @@ def write_run(path: Path, recipe: Recipe, nested: Nested, tokenizer: PreTrainedT
         assert isinstance(model, PreTrainedModel), "the models of a recipe are Transformers'"
         model.config.save_pretrained(path / CONFIGS[role])
     tokenizer.save_pretrained(path / TOKENIZER)
+    write_recipe(path, recipe)
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Put the recipe into the folder of a run."""
     write_json(path / RECIPE, recipe_to_values(recipe))
 
 

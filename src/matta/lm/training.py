@@ -28,7 +28,7 @@ from matta.lm.models import build_pair, nest_pair, require_context, require_fami
 from matta.lm.optimizing import make_optimizer, make_scheduler
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import DataPart, Recipe, read_recipe, recipe_to_values
-from matta.lm.runs import is_run, read_run_recipe, write_run
+from matta.lm.runs import is_run, read_run_recipe, write_recipe, write_run
 from matta.lm.settings import TrainSettings
 from matta.lm.teaching import StoredTeacher, is_stored, load_teacher, with_teacher
 from matta.lm.texts import held_out_documents, text_source
@@ -263,6 +263,8 @@ def _folder(path: Path, session: _Session, accelerator: Accelerator) -> Iterator
     if accelerator.is_main_process and is_new:
         RunFolder(path, resume=True).begin()
         write_run(path, session.recipe, session.nested, session.tokenizer)
+    elif accelerator.is_main_process:
+        write_recipe(path, session.recipe)  # with what may change
     accelerator.wait_for_everyone()
     try:
         yield
