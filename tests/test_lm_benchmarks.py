@@ -442,7 +442,7 @@ def test_each_model_of_a_run_is_judged_as_if_it_were_live(tmp_path: Path) -> Non
 def test_models_that_a_run_holds_are_taken_from_there(tmp_path: Path) -> None:
     nested = nesting()
     path = make_run(tmp_path / "run", nested)
-    for name in ("student", "k-0", "k-2", "ta", "k-1"):
+    for name in ("student", "k-0", "k-2", "ta", "k-1", ".k-3-half_written"):
         export(matta.extract(nested), path / "models" / name, tokenizer=load_tokenizer("bytes"))
     write_json(path / "results.json", {"models": [{"name": name} for name in ("student", "k=0", "k=2", "ta")]})
     found = contestants([str(path)])

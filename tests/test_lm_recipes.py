@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -429,6 +430,27 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(
     run(TrainSettings(recipe=path, out=tmp_path / "whole"))
     assert_equal(weights(out), weights(tmp_path / "whole"))
     assert sorted(each.name for each in (out / "models").iterdir()) == ["k-1", "student", "ta"]
+
+
+def test_a_run_killed_while_it_ends_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings(recipe=write(tmp_path, values(tmp_path, steps=1)), out=tmp_path / "out", resume=True)
+    run(settings)
+    remove = shutil.rmtree
+
+    def remove_half(path: Path, **options: bool) -> None:
+        if "student" not in Path(path).name:
+            remove(path, **options)
+        else:
+            (Path(path) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_half)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    (tmp_path / "out" / "models" / ".ta-half_written").mkdir()
+    run(settings)
+    assert sorted(each.name for each in (tmp_path / "out" / "models").iterdir()) == ["k-0", "k-2", "student", "ta"]
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,8 @@ def _of(given: str, trust: bool) -> list[Contestant]:
 
 def _of_run(given: str, path: Path, trust: bool) -> list[Contestant]:
     """The models in the folder of a run; those that are not there are written when their turn comes."""
-    there = {file.parent.name: file.parent for file in sorted((path / MODELS).glob("*/config.json"))}
+    folders = [file.parent for file in sorted((path / MODELS).glob("*/config.json"))]
+    there = {folder.name: folder for folder in folders if not folder.name.startswith(".")}  # those are half-written
     names = _names_of_run(path)
     if names and all(folder_name(name) in there for name in names):
         run, missing = None, {}

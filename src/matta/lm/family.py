@@ -70,6 +70,8 @@ def members(nested: Nested, ks: tuple[int, ...]) -> Iterator[Member]:
 def finish(outcome: Outcome) -> dict[str, Any]:
     """Extract, judge, write `results.json`, and print the table."""
     recipe = outcome.recipe
+    for left in (outcome.path / MODELS).glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)  # half-written, or half-removed, when the run was killed
     models = [_finish_model(outcome, member) for member in members(outcome.nested, recipe.family.k)]
     results = {
         "recipe": recipe.name,
@@ -97,8 +99,8 @@ def _finish_model(outcome: Outcome, member: Member) -> dict[str, Any]:
     scores = () if score is None else held_out_scores(score.bits_per_byte, score.standard_error, score.perplexity)
     card = recipe_card(outcome.nested, member.name, member.spec, outcome.recipe, steps=outcome.fit.steps, scores=scores)
     folder = outcome.path / MODELS / folder_name(member.name)
-    if (folder / "config.json").is_file():
-        shutil.rmtree(folder)  # of an earlier end of this run
+    if (folder / "config.json").is_file():  # of an earlier end of this run
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
     export(model, folder, tokenizer=outcome.tokenizer, card=card)
     return {
         "name": member.name,
