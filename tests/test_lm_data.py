@@ -697,6 +697,14 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     assert pack(path, cache=tmp_path / "cache").fingerprint() == pack(path).fingerprint() != first.fingerprint()
 
 
+def test_a_cache_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "text", WORDS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pack(path, cache="~/cache")
+    assert list(tmp_path.glob("cache/*/tokens.bin")) and not (tmp_path / "~").exists()
+
+
 def test_large_vocabularies_are_kept_in_four_bytes(tmp_path: Path) -> None:
     path = written(tmp_path / "text", WORDS)
     words = {f"w{index}": index for index in range(65_600)} | {"[UNK]": 65_600, "[END]": 65_601}

@@ -378,6 +378,12 @@ def test_a_teacher_without_some_of_its_weights_is_refused(tmp_path: Path) -> Non
         load_teacher(name, BYTES)
 
 
+def test_a_teacher_or_its_labels_may_be_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert load_teacher("~/teacher", BYTES).num_classes == 257
+    assert stored.is_stored("~/labels") and StoredTeacher("~/labels").path == folder / "labels"
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

@@ -258,7 +258,7 @@ class _Slices:
         passes: int | None,
         cache: str | os.PathLike[str] | None,
     ) -> None:
-        corpus = load_corpus(source, tokenizer, None if cache is None else Path(cache))
+        corpus = load_corpus(source, tokenizer, None if cache is None else Path(cache).expanduser())
         self.fingerprint, self.order = corpus.fingerprint, f"seed {seed}"
         self.num_samples: int | None = len(corpus.tokens) // context
         if not self.num_samples:

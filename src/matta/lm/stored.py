@@ -93,7 +93,7 @@ def samples_per_shard(top: int, vocabulary: int, context: int, batch: int) -> in
 
 def is_stored(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder of labels."""
-    return (Path(path) / MANIFEST).is_file()
+    return (Path(path).expanduser() / MANIFEST).is_file()
 
 
 def read_about(path: Path) -> About:
@@ -180,7 +180,7 @@ class StoredTeacher:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.about = read_about(self.path)
         self._files = [self._open(shard) for shard in range(self.about.num_shards)]
         ids = [file.get_tensor("samples") for file in self._files]

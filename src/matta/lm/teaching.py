@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -74,7 +75,9 @@ def load_teacher(
     """
     require_agreement(load_tokenizer(name), tokenizer, names=(name, "the data"))
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            os.path.expanduser(name), dtype=dtype, output_loading_info=True
+        )
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         reason = str(error).strip().split("\n")[0][:200]
         raise RunError(
