@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from random import Random
 from typing import Any
 
@@ -211,6 +213,28 @@ def test_sampling_is_repeated_after_a_resume_and_varies() -> None:
         cotrain((X, Y))
     assert draws == first
     assert len(set(first)) == 2
+
+
+def test_sub_models_that_were_sampled_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deep(width: int) -> nn.Module:
+        hidden = (nn.Linear(width, width, dtype=torch.float64) for _ in range(4))
+        return nn.Sequential(*_tower(width, width), *hidden, nn.Linear(width, 2, dtype=torch.float64))
+
+    made: list[weakref.ref[nn.Module]] = []
+
+    def noted(nested: matta.Nested, spec: matta.SubModel) -> nn.Module:
+        module = matta.live(nested, spec)
+        made.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr("matta.cotraining.live", noted)
+    nested = matta.nest(deep(4), deep(7))
+    cotrain = _cotraining(nested, sample=matta.random_sub_model(nested))
+    for _ in range(80):
+        cotrain((X, Y))
+    gc.collect()
+    assert len(made) > 30
+    assert sum(each() is not None for each in made) <= 16
 
 
 # ------------------------------------------------------------------------ copies

@@ -21,6 +21,8 @@ from matta.objectives import Objective
 from matta.schedule import Ramp, Weights
 from matta.submodels import SubModel, live
 
+_MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers there are 2ᴺ
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +181,13 @@ class CoTraining(nn.Module):
         if self.sample is None or not self.training:
             return []
         spec = self.sample(Random(int(self.step)))
-        if spec not in self._live:
-            self._live[spec] = live(self.nested, spec)
-        return [self._live[spec].train()]
+        made = self._live.pop(spec, None)
+        if made is None:
+            made = live(self.nested, spec)
+        if len(self._live) >= _MOST_LIVE:
+            del self._live[next(iter(self._live))]
+        self._live[spec] = made
+        return [made.train()]
 
     def _apply(self, fn: Any, recurse: bool = True) -> CoTraining:
         super()._apply(fn, recurse)
