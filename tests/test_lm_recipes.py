@@ -162,6 +162,14 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
     assert (recipe.model.ta["n_layer"], recipe.family.k) == (8, ())
     assert recipe.data.train == SourcePart(path="a b.txt")
     assert recipe.data.evaluate == SourcePart(path=str(tmp_path / "text.txt"), field="content")
+    recipe = read_recipe(path, ["data.train.hub=a/b", "data.train.config=en", "data.evaluate.hub=a/b"])
+    assert recipe.data.train == SourcePart(hub="a/b", config="en", separator="\n")
+    assert recipe.data.evaluate == SourcePart(hub="a/b")
+    recipe = read_recipe(
+        path, ["data.train.hub=a/b", "data.train.path=c.txt", "model.pretrained=d", "model.student={}"]
+    )
+    assert recipe.data.train == SourcePart(path="c.txt", separator="\n")
+    assert (recipe.model.pretrained, recipe.model.architecture) == ("d", "")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,10 @@ class ModelPart:
                 f"received architecture={self.architecture!r} and pretrained={self.pretrained!r}; expected one of them"
             )
         if self.pretrained and self.student:
-            raise RunError("student: a pretrained Student has its sizes already; leave the table out")
+            raise RunError(
+                "student: a pretrained Student has its sizes already; leave the table out, or empty it: "
+                "'model.student={}'"
+            )
         if not self.ta:
             raise RunError("ta: the table is empty; expected what is larger in the TA, such as n_layer = 36")
         if isinstance(self.layers, str) and self.layers not in ("first", "last", "even", "ends"):
@@ -288,8 +291,13 @@ class Recipe:
     family: FamilyPart = field(default_factory=FamilyPart)
 
 
-EXCLUSIVE: Final = (("train.steps", "train.tokens"), ("model.architecture", "model.pretrained"))
-"""Keys of which one is given: replacing the one drops the other."""
+EXCLUSIVE: Final = (
+    ("train.steps", "train.tokens"),
+    ("model.architecture", "model.pretrained"),
+    ("data.train.path", "data.train.hub"),
+    ("data.evaluate.path", "data.evaluate.hub"),
+)
+"""Keys of one table, of which one is given: replacing the one drops the other."""
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -354,10 +362,6 @@ def _replace(values: dict[str, Value], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RunError(f"received {override!r}; expected KEY=VALUE, such as train.steps=100")
-    for group in EXCLUSIVE:
-        if key in group:
-            for other in group:
-                _drop(values, other)
     *tables, last = key.split(".")
     node = values
     for name in tables:
@@ -366,13 +370,9 @@ def _replace(values: dict[str, Value], override: str) -> None:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
             raise RunError(f"{override}: {name} is no table, but {node!r}; replace it as a whole")
+    for other in next((group for group in EXCLUSIVE if key in group), ()):
+        node.pop(other.rpartition(".")[2], None)
     node[last] = _read_value(text)
-
-
-def _drop(values: dict[str, Value], key: str) -> None:
-    table, _, last = key.partition(".")
-    if isinstance(values.get(table), dict):
-        values[table].pop(last, None)
 
 
 def _read_value(text: str) -> Value:
