@@ -432,7 +432,7 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(
     assert main(["train", str(path), "train.batch=8", "--resume", "--out", str(out)]) == 2
     assert "was begun with train.batch = 4, and now it is 8; expected the same" in capsys.readouterr().err
     assert main(["train", str(path), "--out", str(out)]) == 2
-    assert "exists and holds a run" in capsys.readouterr().err
+    assert f"{out} exists and holds a run; go on with it by --resume" in capsys.readouterr().err
     assert main(["train", str(path), "--resume", "--out", str(out), "family.k=[1]"]) == 0
     assert read_run_recipe(out).family.k == (1,)
     run(TrainSettings(recipe=path, out=tmp_path / "whole"))
@@ -461,7 +461,9 @@ def test_a_run_killed_while_it_ends_can_end(tmp_path: Path, monkeypatch: pytest.
     assert sorted(each.name for each in (tmp_path / "out" / "models").iterdir()) == ["k-0", "k-2", "student", "ta"]
 
 
-def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_at_once_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, out = write(tmp_path, values(tmp_path)), tmp_path / "out"
     stop_at(monkeypatch, 1, crash)
     with pytest.raises(ZeroDivisionError):
@@ -469,7 +471,10 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    assert main(["train", str(path), "--out", str(out)]) == 2
+    for more in ([], ["--resume"]):
+        assert main(["train", str(path), "--out", str(out), *more]) == 2
+        message = f"{out} exists and holds no run; expected a new folder: name another with --out"
+        assert message in capsys.readouterr().err
     assert [each.name for each in out.iterdir()] == ["mine.txt"]
 
 

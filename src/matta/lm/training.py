@@ -36,7 +36,7 @@ from matta.lm.tokenizers import load_tokenizer
 from matta.loop import FitResult
 from matta.nesting import Nested
 from matta.objectives import CausalLM
-from matta.runs import RunFolder
+from matta.runs import MARKER, RunFolder
 from matta.schedule import Ramp, Weights
 from matta.submodels import random_sub_model
 
@@ -66,7 +66,7 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
     recipe = read_recipe(settings.recipe, settings.overrides)
     accelerator = Accelerator()
     path = _agreed_path(settings.out, recipe.name, accelerator)
-    RunFolder(path, resume=settings.resume)
+    _require_free(path, resume=settings.resume)
     if is_run(path):
         _require_same(recipe, read_run_recipe(path), path)
     session = _Session(recipe, accelerator)
@@ -87,6 +87,20 @@ def _agreed_path(out: Path | None, name: str, accelerator: Accelerator) -> Path:
     if accelerator.num_processes > 1:
         broadcast_object_list(paths)
     return Path(paths[0])
+
+
+def _require_free(path: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds something else, or a run that is not to go on.
+
+    Raises:
+        RunError: it does.
+    """
+    is_used = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if is_used and not (path / MARKER).is_file():
+        raise RunError(f"{path} exists and holds no run; expected a new folder: name another with --out")
+    if is_used and not resume:
+        raise RunError(f"{path} exists and holds a run; go on with it by --resume, or name a new folder with --out")
+    RunFolder(path, resume=resume)
 
 
 def _require_same(recipe: Recipe, begun: Recipe, path: Path) -> None:
