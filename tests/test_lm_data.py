@@ -705,6 +705,15 @@ def test_a_cache_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.glob("cache/*/tokens.bin")) and not (tmp_path / "~").exists()
 
 
+def test_a_cache_in_the_folder_of_the_texts_is_no_text(tmp_path: Path) -> None:
+    path = written(tmp_path, WORDS)
+    made = [pack(path, cache=path / "cache").report() for _ in range(2)]
+    assert made[0] == made[1] and not made[1]["skipped"]
+    assert len(list(path.glob("cache/*/tokens.bin"))) == 1
+    (path / "corpus.json").write_text('{"text": "one of the user\'s"}')
+    assert pack(path, cache=path / "cache").report()["documents"] == len(WORDS) + 1
+
+
 def test_large_vocabularies_are_kept_in_four_bytes(tmp_path: Path) -> None:
     path = written(tmp_path / "text", WORDS)
     words = {f"w{index}": index for index in range(65_600)} | {"[UNK]": 65_600, "[END]": 65_601}

@@ -85,11 +85,18 @@ def _files_of(path: str) -> list[Path]:
         return [Path(path)]
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
     matches = glob.glob(pattern, recursive=True)
-    found = [each for each in matches if each.lower().endswith(SUFFIXES) and os.path.isfile(each)]
+    texts = [each for each in matches if each.lower().endswith(SUFFIXES) and os.path.isfile(each)]
+    found = [each for each in texts if not _is_of_cache(each)]
     if not found:
         what = "no such file or folder" if not os.path.exists(path) else "a folder"
         raise RunError(f"{path} leads to no text ({what}); expected files that end in {', '.join(SUFFIXES)}")
     return [Path(each) for each in sorted(found)]
+
+
+def _is_of_cache(file: str) -> bool:
+    """Whether `matta.lm.corpus` wrote it, whose cache may be in the folder of the texts."""
+    folder, name = os.path.split(file)
+    return name == "corpus.json" and os.path.isfile(os.path.join(folder, "tokens.bin"))
 
 
 class Document(NamedTuple):
