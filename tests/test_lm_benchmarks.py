@@ -601,6 +601,14 @@ def test_answers_longer_than_the_context_leave_a_benchmark_out(workshop: Path, t
     assert f"hellaswag stays empty for short: {sum(too_long)} of its answers are longer than the 32" in told[1]
 
 
+def test_a_folder_is_not_taken_by_what_fails_at_once(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(workshop / "student"), "--tasks", "none", "--text", str(workshop / "text.txt")]
+    assert "beyond the model's" in complaint(capsys, *arguments, "--context", "999", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_baseline_is_one_model(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", nesting())
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")

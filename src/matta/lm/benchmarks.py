@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +50,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     found, baseline = _contestants(settings)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matta-")))
-        folder = _new_folder(settings.out) if settings.out else scratch
+        folder = stack.enter_context(_new_folder(settings.out)) if settings.out else scratch
         suite = Suite(benchmarks, settings.data, folder / "tasks", limit=settings.limit)
         judged: list[_Judged] = []
         for contestant in found:
@@ -110,11 +111,17 @@ def _contestants(settings: EvaluateSettings) -> tuple[list[Contestant], str | No
     return [baseline, *(each for each in found if each is not baseline)], baseline.name
 
 
-def _new_folder(path: Path) -> Path:
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A new folder, which is removed again where no model came to be judged."""
     if path.exists():
         raise RunError(f"--out {path} exists; expected a new folder: name another, or remove it")
     path.mkdir(parents=True)
-    return path
+    try:
+        yield path
+    finally:
+        if not (path / "results.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _judge(
