@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import socket
 import statistics
 import subprocess
@@ -449,6 +450,16 @@ def test_models_that_a_run_holds_are_taken_from_there(tmp_path: Path) -> None:
     assert [each.name for each in found] == ["student", "k=0", "k=2", "ta", "k-1"]
     assert [Path(each.source or "").name for each in found] == ["student", "k-0", "k-2", "ta", "k-1"]
     assert all(Path(each.source or "").parent == path.resolve() / "models" for each in found)
+
+
+def test_damaged_files_are_told_in_a_line(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_run(tmp_path / "run", nesting())
+    (path / "results.json").write_text('{"models": [{}]}')
+    assert "results.json is damaged: KeyError('name'); remove it to judge" in complaint(capsys, str(path))
+    shutil.copytree(workshop / "student", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    arguments = ["--tasks", "none", "--text", str(workshop / "text.txt")]
+    assert f"{tmp_path / 'cut'} cannot be loaded (" in complaint(capsys, str(tmp_path / "cut"), *arguments)
 
 
 def test_models_of_one_name_are_told_apart(workshop: Path, tmp_path: Path) -> None:

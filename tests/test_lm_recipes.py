@@ -513,8 +513,10 @@ def test_a_pretrained_student_s_ta_must_be_larger(tmp_path: Path) -> None:
     pair("gpt2")[0].save_pretrained(tmp_path / "student")
     with pytest.raises(GrowthError, match="shrinks"):
         build_pair(ModelPart(pretrained=str(tmp_path / "student"), ta={"n_inner": 8}), 257)
-    with pytest.raises(RunError, match=r"model.pretrained = 'nowhere' cannot be loaded"):
-        build_pair(ModelPart(pretrained="nowhere", ta={"n_inner": 8}), 257)
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"cut")
+    for name in ("nowhere", str(tmp_path / "student")):
+        with pytest.raises(RunError, match=rf"model.pretrained = '{name}' cannot be loaded"):
+            build_pair(ModelPart(pretrained=name, ta={"n_inner": 8}), 257)
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:

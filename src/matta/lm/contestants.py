@@ -106,7 +106,10 @@ def _names_of_run(path: Path) -> list[str]:
     """The models that the run says it has; none if it was stopped before."""
     if not (path / RESULTS).is_file():
         return []
-    return [each["name"] for each in json.loads((path / RESULTS).read_text(encoding="utf-8"))["models"]]
+    try:
+        return [each["name"] for each in json.loads((path / RESULTS).read_text(encoding="utf-8"))["models"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / RESULTS} is damaged: {error!r}; remove it to judge the models all the same") from None
 
 
 def _writer(run: LanguageRun, member: Member) -> Callable[[Path], Path]:

@@ -75,11 +75,12 @@ def load_judge(source: str, *, batch: int, trust: bool = False) -> HFLM:
     """
     import torch
     from lm_eval.models.huggingface import HFLM
+    from safetensors import SafetensorError
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         return HFLM(pretrained=source, batch_size=batch, device=device, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RunError(
             f"{source} cannot be loaded ({error}); expected a Transformers folder with a model and its tokenizer, a "
             f"run of matta train, or a name on the hub"

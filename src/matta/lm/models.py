@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -144,7 +145,7 @@ def _pretrained(name: str) -> PreTrainedModel:
         if torch.get_default_device().type == "meta":
             return from_config(AutoConfig.from_pretrained(name))
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(
