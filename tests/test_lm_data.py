@@ -724,6 +724,15 @@ def test_large_vocabularies_are_kept_in_four_bytes(tmp_path: Path) -> None:
     assert batch["input_ids"][0].tolist() == [65_600, 65_601] * 2
 
 
+def test_text_of_which_the_tokenizer_knows_nothing_is_too_little(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("zzz")
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "[END]": 1}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(RunError, match="the text has 0 tokens; expected at least context=16 of them"):
+            pack(tmp_path, tokenizer=tokenizer, cache=cache)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     path = written(tmp_path / "text", WORDS)
     (tmp_path / "file").touch()

@@ -127,5 +127,8 @@ def _load(folder: Path) -> Corpus | None:
             return None
     except (FileNotFoundError, ValueError):
         return None
-    tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
+    if about["size"]:
+        tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
+    else:
+        tokens = np.zeros(0, about["kind"])  # nothing cannot be mapped
     return Corpus(tokens=tokens, fingerprint=about["fingerprint"], counts=Counts.from_state(about["counts"]))
