@@ -136,6 +136,27 @@ class Normed(nn.Module):
         return x
 
 
+def test_a_block_unlike_the_students_is_narrow_as_it_is_where_blocks_do_not_grow() -> None:
+    class Stage(nn.Module):
+        def __init__(self, depth: int, width: int) -> None:
+            super().__init__()
+            down = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 4))
+            self.blocks = nn.Sequential(down, *(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(depth - 1)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x)
+
+    deeper = matta.nest(Stage(1, 5), Stage(3, 5), layers={"blocks": "first"})
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        for spec in (matta.narrow(deeper), matta.SubModel({"blocks.1": "wide"})):
+            assert torch.equal(matta.live(deeper, spec).eval()(x), deeper.ta.eval()(x))
+            assert torch.equal(matta.extract(deeper, spec).eval()(x), deeper.ta(x))
+    wider = matta.nest(Stage(1, 5), Stage(3, 7), layers={"blocks": "first"}, layouts={"*": 1})
+    with pytest.raises(matta.MattaError, match=r"block 1 of blocks cannot be narrow: no Student block shares all"):
+        matta.live(wider, matta.narrow(wider))
+
+
 def test_buffers_are_copies_of_those_of_the_blocks_they_come_from() -> None:
     nested = matta.nest(Normed(4, 2), Normed(6, 2))
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))

@@ -119,6 +119,9 @@ def _narrow_block(
     ta_path = f"{layers.ta}.{index}" if layers.ta else str(index)
     names = {name for name, _ in ta.get_submodule(ta_path).named_parameters(remove_duplicate=False)}
     template = _template(ta, student, plan, layers, index, names)
+    if template is None:
+        _require_one_width(plan, layers, index)
+        return copy_module(ta.get_submodule(ta_path), {}), _whole(ta, ta_path)
     path = f"{layers.student}.{template}" if layers.student else str(template)
     home = f"{layers.ta}.{layers.indices[template]}" if layers.ta else str(layers.indices[template])
     block = student.get_submodule(path)
@@ -176,7 +179,9 @@ def _below(placement: Placement, layers: LayerMap) -> str | None:
     return placement.ta[len(prefix) :].partition(".")[2]
 
 
-def _template(ta: nn.Module, student: nn.Module, plan: Plan, layers: LayerMap, index: int, names: set[str]) -> int:
+def _template(
+    ta: nn.Module, student: nn.Module, plan: Plan, layers: LayerMap, index: int, names: set[str]
+) -> int | None:
     """The Student block whose structure a TA block takes: its own, or the nearest with the same parameters."""
     prefix = f"{layers.ta}." if layers.ta else ""
     if index in layers.indices:
@@ -190,10 +195,18 @@ def _template(ta: nn.Module, student: nn.Module, plan: Plan, layers: LayerMap, i
         fits = set(live) == names and _has_sizes(plan, path, ta.get_submodule(f"{prefix}{index}"), names)
         if live and set(live) == set(own) and (index in layers.indices or fits):
             return candidate
-    raise SubModelError(
-        f"the TA's block {index} of {layers.ta or 'the module'} cannot be narrow: no Student block shares all of its "
-        f"parameters with the TA; take it wide or skip it, or nest with share='all'"
-    )
+    return None
+
+
+def _require_one_width(plan: Plan, layers: LayerMap, index: int) -> None:
+    """Refuse a narrow block of another kind than all of the Student's, unless narrow and wide are the same."""
+    prefix = f"{layers.student}." if layers.student else ""
+    is_private = any(name.startswith(prefix) for name in plan.private)
+    if is_private or any(each.grows for name, each in plan.placements.items() if name.startswith(prefix)):
+        raise SubModelError(
+            f"the TA's block {index} of {layers.ta or 'the module'} cannot be narrow: no Student block shares all of "
+            f"its parameters with the TA; take it wide or skip it, or nest with share='all'"
+        )
 
 
 def _has_sizes(plan: Plan, path: str, block: nn.Module, names: set[str]) -> bool:
