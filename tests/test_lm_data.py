@@ -662,6 +662,16 @@ def test_an_endless_stream_that_runs_dry_is_an_error(tmp_path: Path) -> None:
         next(pack(tmp_path, stream=True, passes=None))
 
 
+@pytest.mark.parametrize(("num_files", "what"), [(1, "documents of each file"), (2, "files")])
+def test_a_process_without_text_of_its_own_says_what_its_share_is(num_files: int, what: str, tmp_path: Path) -> None:
+    path = written(tmp_path, ["all that there is"], num_files)
+    empty = 0 if num_files == 2 else 1  # the first of two files has no line
+    packed = pack(path, stream=True, passes=None)
+    packed.shard(empty, 2)
+    with pytest.raises(RunError, match=f"the share of rank {empty} of 2, one in 2 of the {what}, gave no document"):
+        next(packed)
+
+
 def test_the_report_counts_everything(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abcdefg"}\n{"text": 1}\n{"text": "hi"}\n')
     report = pack(tmp_path, context=4).report()

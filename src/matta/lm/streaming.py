@@ -111,7 +111,7 @@ class _Producer:
         if not place.next_in_pass:
             counts = self.documents.counts
             few = f"gave {len(place.carry)} tokens; expected at least context={self.context} of them"
-            raise RunError(f"a pass over the data {few if counts.bytes else describe_empty(counts)}")
+            raise RunError(f"a pass over {self._share()} {few if counts.bytes else describe_empty(counts)}")
         next_id = 0 if self.seed is None else place.next_id  # in the order of the data each pass is the same
         counts = deepcopy(self.documents.counts)
         end = _Place(number=place.number + 1, next_id=next_id, tokens=place.tokens, counts=counts)
@@ -126,6 +126,14 @@ class _Producer:
         count = len(self.documents.shards.names)
         order = list(range(count)) if self.seed is None else Shuffled(count, self.seed, number).at(0, count).tolist()
         return order[self.rank :: self.num_ranks] if count >= self.num_ranks else order
+
+    def _share(self) -> str:
+        """What this process reads, in words."""
+        if self.num_ranks == 1:
+            return "the data"
+        num_files = len(self.documents.shards.names)
+        what = "files" if num_files >= self.num_ranks else "documents of each file"
+        return f"the share of rank {self.rank} of {self.num_ranks}, one in {self.num_ranks} of the {what},"
 
     def takes(self, row: int) -> bool:
         """Whether a document is this process's: with fewer files than processes, each takes every n-th document."""
