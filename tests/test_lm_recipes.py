@@ -513,6 +513,10 @@ def test_a_pretrained_student_s_ta_must_be_larger(tmp_path: Path) -> None:
     pair("gpt2")[0].save_pretrained(tmp_path / "student")
     with pytest.raises(GrowthError, match="shrinks"):
         build_pair(ModelPart(pretrained=str(tmp_path / "student"), ta={"n_inner": 8}), 257)
+    body = pair("llama")[0].base_model
+    body.save_pretrained(tmp_path / "body")
+    with pytest.raises(RunError, match=r"body' has no weights for lm_head.weight \(1 such\), and"):
+        build_pair(ModelPart(pretrained=str(tmp_path / "body"), ta={"intermediate_size": 40}), 257)
     (tmp_path / "student" / "model.safetensors").write_bytes(b"cut")
     for name in ("nowhere", str(tmp_path / "student")):
         with pytest.raises(RunError, match=rf"model.pretrained = '{name}' cannot be loaded"):

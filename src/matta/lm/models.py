@@ -144,7 +144,7 @@ def _pretrained(name: str) -> PreTrainedModel:
     try:
         if torch.get_default_device().type == "meta":
             return from_config(AutoConfig.from_pretrained(name))
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, RunError):
             raise
@@ -152,6 +152,13 @@ def _pretrained(name: str) -> PreTrainedModel:
             f"model.pretrained = {name!r} cannot be loaded: {_first_sentence(error)}; expected a folder of "
             f"Transformers, or a name on the hub"
         ) from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise RunError(
+            f"model.pretrained = {name!r} has no weights for {missing[0]} ({len(missing)} such), and Transformers "
+            f"would draw them at random; expected a decoder that was saved whole, with its head"
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _fresh(architecture: str, values: Mapping[str, Any], table: str) -> PreTrainedModel:
