@@ -302,6 +302,13 @@ def test_a_bit_that_a_disk_has_changed_is_found(folder: Path, tmp_path: Path, na
         labels.labels(torch.from_numpy(arrays["samples"][-1:]))
 
 
+def test_labels_that_cannot_be_written_are_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    about = StoredTeacher(folder / "labels").about
+    labels = TopK(*(torch.zeros(1, CONTEXT - 1, TOP) for _ in range(3)))
+    with pytest.raises(RunError, match="labels-00000.safetensors cannot be written: .*; make room for it, and run"):
+        stored.write_shard(tmp_path / "gone", 0, about, np.zeros(1, np.int64), labels)
+
+
 def test_labels_of_other_data_are_refused(folder: Path, tmp_path: Path) -> None:
     labels = StoredTeacher(folder / "labels")
     (tmp_path / "text.txt").write_text(TEXT.upper())

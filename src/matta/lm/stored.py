@@ -146,7 +146,11 @@ def shard_file(path: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64], labels: TopK) -> None:
-    """Write a file that is whole or not there; the labels are of all positions but the first."""
+    """Write a file that is whole or not there; the labels are of all positions but the first.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     file = shard_file(path, shard)
     made = file.with_name(f".{file.name}.part")
     arrays = {
@@ -156,7 +160,13 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
     }
     checks = [_check(*each) for each in zip(*arrays.values(), strict=True)]
     arrays["checks"] = np.array(checks, dtype=np.uint32)
-    save_file(arrays, made)
+    try:
+        save_file(arrays, made)
+    except SafetensorError as error:  # also of a disk that is full
+        raise RunError(
+            f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which goes on "
+            f"with the files that are missing"
+        ) from None
     made.chmod(0o644)  # it is written for its owner alone
     with made.open("rb+") as written:
         os.fsync(written.fileno())
