@@ -391,6 +391,16 @@ def test_a_teacher_or_its_labels_may_be_in_the_home_folder(folder: Path, monkeyp
     assert stored.is_stored("~/labels") and StoredTeacher("~/labels").path == folder / "labels"
 
 
+def test_a_teacher_that_gives_nan_writes_no_labels(folder: Path, tmp_path: Path) -> None:
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.wpe.weight[3] = torch.nan
+    teacher = settings(folder, teacher=save(model, tmp_path / "teacher"), out=tmp_path / "labels")
+    with pytest.raises(RunError, match=r"gives logits that are not finite \(precision no\); expected numbers"):
+        teaching.run(teacher)
+    assert [each.name for each in (tmp_path / "labels").iterdir()] == [MANIFEST]
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

@@ -200,6 +200,11 @@ def _label(teacher: Teacher, ids: Tensor, about: About) -> TopK:
     with eval_mode(teacher), _autocast(about.precision, device):
         logits = teacher(ids.to(device))
     labels = top_k(logits[:, :-1], about.top)
+    if not bool(labels.log_probs[..., 0].isfinite().all()):
+        raise RunError(
+            f"the Teacher {about.teacher} gives logits that are not finite (precision {about.precision}); expected "
+            f"numbers: look for NaN in its weights, or run it with train.precision=no"
+        )
     return TopK(*(each.cpu() for each in labels._replace(log_probs=labels.log_probs.half())))
 
 
