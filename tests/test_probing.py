@@ -250,6 +250,12 @@ def test_inputs_may_be_a_named_tuple() -> None:
     matta.nest(*_pair(Gated), example=(Fields(X), Y))
 
 
+def test_models_of_different_classes_are_told_so() -> None:
+    pair = [nn.Sequential(nn.Linear(5, width), nn.Linear(width, classes)) for width, classes in ((3, 2), (6, 4))]
+    with pytest.raises(ProbeError, match=r"logits have shape \(3, 4, 2\) .*TA's \(3, 4, 4\); expected the same c"):
+        matta.nest(*pair, example=(X, Y))
+
+
 def test_an_example_that_the_student_cannot_take_is_refused() -> None:
     with pytest.raises(ProbeError, match=r"the Student does not run on the example: .* pass as `example` a batch such"):
         matta.nest(*_pair(Gated), example=(X[..., :3], Y))

@@ -106,6 +106,12 @@ class _Pair:
                 actual, trace = _run(ta, self.inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ProbeError(f"the TA does not run on the example: {error}") from error
+        if not self.has_own_modules and actual.shape != self.expected.shape:
+            raise ProbeError(
+                f"the Student's logits have shape {tuple(self.expected.shape)} on the example and the TA's "
+                f"{tuple(actual.shape)}; expected the same classes (or vocabulary) and positions of both; build the TA "
+                f"with the Student's"
+            )
         by_call = trace.by_call()
         for order, ((name, nth), expected) in enumerate(self.trace.by_call().items()):
             found = by_call.get((name, nth))
