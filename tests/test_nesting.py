@@ -272,6 +272,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no-students": (lambda: matta.nest([], _tower(4)), r"empty list of Students; expected at least one module"),
     "no-module": (lambda: matta.nest("gpt2", _tower(4)), r"the Student is str; expected a torch.nn.Module"),
+    "no-model": (lambda: matta.nest(_tower, _tower(4)), r"the Student is function; expected a torch.nn.Module"),
     "no-ta": (lambda: matta.nest(_tower(4), None), r"the TA is NoneType; expected a torch.nn.Module"),
     "share": (
         lambda: matta.nest(_tower(4), _tower(6), share="2.*"),

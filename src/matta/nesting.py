@@ -122,7 +122,7 @@ def nest(
         >>> nest(nn.Sequential(nn.Linear(3, 4), student), nn.Sequential(nn.Linear(3, 8), ta)).student[1].weight.shape
         torch.Size([2, 4])
     """
-    students = [student] if isinstance(student, nn.Module) else list(student)
+    students = [student] if isinstance(student, nn.Module) or not isinstance(student, Sequence) else list(student)
     if not students:
         raise NestingError("received an empty list of Students; expected at least one module")
     for module, role in [*((each, "Student") for each in students), (ta, "TA")]:

@@ -89,7 +89,7 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
             "the Student shares no layer with the TA, so that there is nothing between them; expected a nesting with "
             "share='all' or patterns; matta.extract(nested) is the Student, nested.ta the TA"
         )
-    if not 0 <= k <= len(names):
+    if not hasattr(k, "__index__") or not 0 <= k <= len(names):
         raise SubModelError(f"received k={k}; expected 0 to {len(names)}, the number of layers: {', '.join(names)}")
     low, high = k - k // 2, k // 2
     chosen = [*names[:low], *names[len(names) - high :]]
@@ -113,9 +113,11 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
     Its buffers (BatchNorm statistics) are copies of those of the blocks that it consists of.
 
     Raises:
-        SubModelError: an unknown layer, a choice that the layer does not have, or a layer whose
+        SubModelError: no `SubModel`, an unknown layer, a choice that the layer does not have, or a layer whose
             weights the Student does not share.
     """
+    if not isinstance(spec, SubModel):
+        raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")
     units = find_units(nested.student, nested.ta, nested.plan)
     names = [unit.name for unit in units]
     for name in spec.choices:
