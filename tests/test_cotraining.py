@@ -289,3 +289,20 @@ def test_models_of_different_classes_are_refused() -> None:
     nested = matta.nest(_tower(4, 2), _tower(7, 3), layouts={"3.*": 1})
     with pytest.raises(LabelError, match=r"\(6, 2\) and the TA's \(6, 3\)"):
         _cotraining(nested)((X, Y))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nested": _tower(4)}, r"received Sequential as nested; expected what matta.nest gives"),
+        (
+            {"objective": Binary},
+            r"received the class Binary as objective; expected such as matta.obj",
+        ),
+        ({"accumulate": 0}, r"received accumulate=0; expected a whole number from 1 up"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(wrong: dict[str, Any], message: str) -> None:
+    arguments = {"nested": matta.nest(_tower(4), _tower(7)), "objective": Classification(), **wrong}
+    with pytest.raises(matta.MattaError, match=message):
+        matta.CoTraining(**arguments)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.batches import Batch, call, eval_mode, logits_of, split_labels
-from matta.errors import LabelError
+from matta.errors import LabelError, MattaError
 from matta.heads import LaterLogits, deferred, deferring, undeferred
 from matta.labels import Labels, TopK
 from matta.losses import LossWeights
@@ -95,6 +95,9 @@ class CoTraining(nn.Module):
         sample: Draws a sub-model for each step, which is trained as one more Student.
         accumulate: Forwards to one optimizer step.
 
+    Raises:
+        MattaError: no nesting, no objective (its class, say), or fewer than one forward to a step.
+
     Example:
         >>> import matta
         >>> nested = matta.nest(nn.Linear(4, 1), nn.Linear(4, 1))
@@ -115,6 +118,13 @@ class CoTraining(nn.Module):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
+        for argument, value, kind in (("nested", nested, Nested), ("objective", objective, Objective)):
+            if not isinstance(value, kind):
+                what = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+                remedy = "what matta.nest gives" if kind is Nested else "such as matta.objectives.Binary()"
+                raise MattaError(f"received {what} as {argument}; expected {remedy}")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
         self.nested = nested
         self.objective = objective
         self.weights = weights or Weights()
