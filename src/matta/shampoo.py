@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, final, overload
 
 import torch
@@ -342,7 +343,11 @@ def _expand_modules(params: nn.Module | Iterable[Any]) -> Iterable[Any]:
 
 def _check_group(group: Mapping[str, Any]) -> None:
     for name, expected, holds in _RANGES:
-        if not holds(group[name]):
+        try:
+            is_right = holds(group[name])
+        except TypeError:
+            is_right = False
+        if not is_right:
             raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
     for parameter in group["params"]:
         if hasattr(parameter, "placements"):
@@ -355,6 +360,10 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral)
+
+
 _RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
     ("lr", "a number from 0 up", lambda value: value >= 0),
     (
@@ -365,9 +374,9 @@ _RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
     ("eps", "a number from 0 up", lambda value: value >= 0),
     ("weight_decay", "a number from 0 up", lambda value: value >= 0),
     ("graft", " or ".join(map(repr, GRAFTS)), lambda value: value in GRAFTS),
-    ("block_size", "a whole number from 1 up", lambda value: value >= 1),
-    ("max_dim", "a whole number from 0 up", lambda value: value >= 0),
-    ("statistics_every", "a whole number from 1 up", lambda value: value >= 1),
-    ("refresh_every", "a whole number from 1 up", lambda value: value >= 1),
+    ("block_size", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
+    ("max_dim", "a whole number from 0 up", lambda value: _is_whole(value) and value >= 0),
+    ("statistics_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
+    ("refresh_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
     ("root_eps", "a number over 0", lambda value: value > 0),
 )
