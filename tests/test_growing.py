@@ -313,6 +313,8 @@ def test_grown_module_holds_the_student_where_the_layouts_say(case: str) -> None
         (mlp, floats(2, 5), {"0": 4}, GrowthError, "would shrink from 8 channels.*write 4.0 for a factor"),
         (mlp, floats(2, 5), {"0": 0.5}, GrowthError, "would shrink"),
         (mlp, floats(2, 5), {"0": "wide"}, GrowthError, "a factor .float. or a number"),
+        (mlp, floats(2, 5), {"0": float("nan")}, GrowthError, "a factor .float. or a number"),
+        (mlp, floats(2, 5), ["0"], GrowthError, "widths=.'0'.; expected a mapping from names"),
         (mlp, floats(2, 4), {"0": 2.0}, TracingError, "fails on the example with RuntimeError"),
         (SwiGLU, floats(2, 6), {"gate": 2.0, "up": 3.0}, GrowthError, "as wide as one another: gate.weight"),
         (FusedSwiGLU, floats(2, 6), {"up": 25}, GrowthError, "multiple of 16"),

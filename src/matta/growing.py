@@ -67,6 +67,9 @@ def grow(
     """
     if not config and not widths and not layers:
         raise GrowthError("received nothing to grow; expected config=, widths= or layers= with an entry")
+    for argument, changes in (("config", config), ("widths", widths), ("layers", layers)):
+        if changes is not None and not isinstance(changes, Mapping):
+            raise GrowthError(f"{argument}={changes!r}; expected a mapping from names to new values")
     if widths and example is None:
         raise GrowthError("widths= needs an example batch, to find what the layers feed; pass example=")
     grown = _reconfigured(student, config) if config else copy.deepcopy(student)

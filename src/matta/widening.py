@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any, Final
 
 import torch
@@ -131,7 +132,7 @@ def _check_free(found: Trace, asked: str, name: str, part: Part) -> None:
 
 
 def _new_size(asked: str, name: str, size: int, total: int, width: float) -> int:
-    if isinstance(width, bool) or not isinstance(width, int | float):
+    if isinstance(width, bool) or not isinstance(width, int | float) or not isfinite(width):
         raise GrowthError(f"{asked}: expected a factor (float) or a number of channels (int)")
     if isinstance(width, float):
         new = round(size * width)
