@@ -275,6 +275,20 @@ def test_flops_are_what_torch_counts_and_the_family_adds_up(architecture: str) -
     assert costs[4] == cost_of(ta, 16)
 
 
+def test_experts_are_counted_as_if_all_ran() -> None:
+    torch.manual_seed(0)
+    experts = {**GQA, "num_local_experts": 3, "num_experts_per_tok": 3, "attn_implementation": "eager"}
+    part = ModelPart(architecture="mixtral", student=experts, ta={"intermediate_size": 40})
+    model, _ = build_pair(part, 257)
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
+    rotary = 2 * 2 * 16 * 2
+    assert abs(counter.get_total_flops() - 32 * cost_of(model, 16).flops_per_token) <= rotary
+    with pytest.raises(RunError, match=r"^MixtralForCausalLM cannot be run on fake tensors.* \(\w+: [^\n]*$"):
+        saved_bytes(model.config, batch=1, context=8, precision="no")
+
+
 def test_a_family_of_hidden_widths_is_counted_model_by_model() -> None:
     student, ta = {**SMALL, "n_inner": 24}, {"n_embd": 32, "n_inner": 48}
     part = ModelPart(architecture="gpt2", student=student, ta=ta)

@@ -80,7 +80,9 @@ def _is_block(model: nn.Module, name: str) -> bool:
 
 
 def _linear_weights(part: nn.Module) -> int:
-    """The weights of a linear layer, or of one of GPT-2's, which are called convolutions."""
+    """The weights of a linear layer, of one of GPT-2's, which are called convolutions, or of a row of experts."""
+    if "Experts" in type(part).__name__:
+        return sum(each.numel() for each in part.parameters(recurse=False) if each.ndim == 3)
     weight = getattr(part, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(part, nn.Embedding):
         return 0

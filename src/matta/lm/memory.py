@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedConfig
 
+from matta.errors import RunError
 from matta.fused import _CHUNK_ELEMENTS
 from matta.lm.models import from_config
 from matta.lm.optimizing import make_optimizer
@@ -68,7 +69,11 @@ def step_memory(nested: Nested, part: TrainPart, *, batch: int, context: int) ->
 
 
 def saved_bytes(config: PreTrainedConfig, *, batch: int, context: int, precision: str) -> int:
-    """Bytes that autograd keeps of the forward of a decoder without its head; its weights are not counted."""
+    """Bytes that autograd keeps of the forward of a decoder without its head; its weights are not counted.
+
+    Raises:
+        RunError: the model cannot be run on fake tensors, as some with experts.
+    """
     kept = _Kept()
     with FakeTensorMode(), torch.device("cpu"):
         model = from_config(config).train()
@@ -76,7 +81,14 @@ def saved_bytes(config: PreTrainedConfig, *, batch: int, context: int, precision
         tokens = torch.zeros(batch, context, dtype=torch.int64)
         hooks = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            model.base_model(input_ids=tokens, use_cache=False, past_key_values=_PassedThrough())
+            try:
+                model.base_model(input_ids=tokens, use_cache=False, past_key_values=_PassedThrough())
+            except Exception as error:  # of the model's code, or of operations that know no fake tensors
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise RunError(
+                    f"{type(model).__name__} cannot be run on fake tensors, so that the memory of a step is not to be "
+                    f"planned ({reason}); matta train runs it for real"
+                ) from error
     return kept.bytes
 
 
