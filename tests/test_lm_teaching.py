@@ -151,7 +151,12 @@ def test_streamed_text_has_labels_by_the_ids_of_its_samples(folder: Path, tmp_pa
     about = About(**{**vars(StoredTeacher(folder / "labels").about), "num_samples": 40, "samples_per_shard": 16})
     about = About(**{**vars(about), "data": stream().fingerprint(order=False)})
     begin(tmp_path / "labels", about)
-    assert teaching._write(settings(folder, out=tmp_path / "labels"), about, stream(), teacher) == 3
+    labelled = stream()
+    assert teaching._write(settings(folder, out=tmp_path / "labels"), about, labelled, teacher) == 3
+    expected = stream()
+    for _ in range(10):
+        next(expected)
+    assert torch.equal(labelled.last_samples, expected.last_samples), "no more text was labelled than is kept"
     data = with_teacher(stream(), StoredTeacher(tmp_path / "labels"))
     for _ in range(10):
         assert_in_step(next(data))

@@ -164,15 +164,15 @@ def _samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Packed
 
 def _write(settings: TeachSettings, about: About, packed: PackedTokens, teacher: Teacher) -> int:
     """Write the files that are missing; gives their number."""
-    num_written, per_shard = 0, about.samples_per_shard // packed.batch
+    num_written = 0
     for shard in range(about.num_shards):
-        batches = islice(packed, per_shard)
+        rows = about.rows_of(shard)
+        batches = islice(packed, -(-rows // packed.batch))  # streamed text goes on after the last of them
         if shard_file(settings.out, shard).is_file():
             for _ in batches:  # read past
                 pass
             continue
         samples, labels = _labelled(batches, packed, teacher, about)
-        rows = about.rows_of(shard)
         if len(samples) < rows:
             raise RunError(
                 f"the text ended after {len(samples)} samples of file {shard}; expected {rows}: the same text"
