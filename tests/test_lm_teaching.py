@@ -406,6 +406,11 @@ def test_a_teacher_that_gives_nan_writes_no_labels(folder: Path, tmp_path: Path)
     assert [each.name for each in (tmp_path / "labels").iterdir()] == [MANIFEST]
 
 
+def test_no_teacher_is_not_the_labels_of_the_present_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "labels")
+    assert stored.is_stored(".") and not stored.is_stored("")
+
+
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match="the tokenizers of .*other and the data differ: 258 tokens and 257; expected one"

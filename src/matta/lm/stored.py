@@ -92,8 +92,8 @@ def samples_per_shard(top: int, vocabulary: int, context: int, batch: int) -> in
 
 
 def is_stored(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a folder of labels."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    """Whether a path is a folder of labels; an empty one, a recipe's word for no Teacher, is not the present folder."""
+    return bool(os.fspath(path)) and (Path(path).expanduser() / MANIFEST).is_file()
 
 
 def read_about(path: Path) -> About:
