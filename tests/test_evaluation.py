@@ -53,6 +53,31 @@ def test_classes() -> None:
     assert judge(pair)["ta_accuracy"] == pytest.approx(right.float().mean().item())
 
 
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("objective", [matta.objectives.Binary(), matta.objectives.Classification()])
+def test_labels_that_are_ignored_have_no_weight(objective: matta.objectives.Objective, soft: bool) -> None:
+    outputs = 1 if isinstance(objective, matta.objectives.Binary) else 4
+    pair = nested(outputs)
+    (x, y), (other, _), (last, z) = data(outputs)
+    if soft:
+        y, z = (each if outputs == 1 else functional.one_hot(each, 4).float() for each in (y, z))
+    y[3:], ignored = -100, torch.full_like(y, -100)
+    judged = matta.Evaluation(data=[(x, y), (other, ignored), (last, z)], objective=objective)(pair)
+    kept = torch.cat([x[:3], last]), torch.cat([y[:3], z])
+    assert judged == pytest.approx(matta.Evaluation(data=[kept], objective=objective)(pair), rel=1e-6)
+    with pytest.raises(RunError, match="all labels of the evaluation data are ignored"):
+        matta.Evaluation(data=[(other, ignored)], objective=objective)(pair)
+
+
+def test_texts_of_different_lengths_count_by_their_tokens() -> None:
+    torch.manual_seed(0)
+    pair = matta.nest(*(nn.Sequential(nn.Embedding(7, width), nn.Linear(width, 7)) for width in (3, 4)))
+    texts = [torch.randint(7, (1, length)) for length in (3, 9)]
+    whole = matta.Evaluation(data=[(each, each) for each in texts], objective=matta.objectives.CausalLM())(pair)
+    losses = [functional.cross_entropy(pair.ta(each)[0, :-1], each[0, 1:], reduction="sum") for each in texts]
+    assert whole["ta_loss"] == pytest.approx(torch.stack(losses).sum().item() / (2 + 8), rel=1e-6)
+
+
 def test_what_cannot_be_evaluated_is_refused() -> None:
     with pytest.raises(RunError, match="neither an objective nor metrics; expected at least one"):
         matta.Evaluation(data=data())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matta.batches import Batch, call, logits_of, split_labels
 from matta.errors import RunError
-from matta.labels import Labels, TopK, num_examples
+from matta.labels import Labels, TopK
 from matta.nesting import Nested
 from matta.objectives import Objective
 from matta.submodels import SubModel, live
@@ -55,15 +55,15 @@ class Evaluation:
 
     Args:
         data: Batches that can be passed over again and again.
-        objective: Gives `<model>_loss` in nats: the cross-entropy, the mean over examples. With labels that are a
-            `TopK` it is the loss that they are trained with.
+        objective: Gives `<model>_loss` in nats: the cross-entropy, the mean over all examples or positions that
+            are not ignored. With labels that are a `TopK` it is the loss that they are trained with.
         metrics: Objects with `update(logits, labels)`, `compute()` and `reset()`, by name, such as those of
             torchmetrics. Logits come as (examples, classes), or in the shape of the labels if equally many.
         models: Sub-models to be judged too, by name.
 
     Raises:
-        RunError: neither an objective nor a metric, an iterator as data, data without batches, or metrics for labels
-            that are a `TopK`.
+        RunError: neither an objective nor a metric, an iterator as data, data without batches or without labels that
+            count, or metrics for labels that are a `TopK`.
 
     Example:
         >>> import matta
@@ -110,6 +110,7 @@ class _Tally:
         self.metrics = {name: copy.deepcopy(metric) for name, metric in evaluation.metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
+        self.has_data = False
         self.losses: list[Tensor] = []
         self.counts: list[int] = []
 
@@ -117,13 +118,16 @@ class _Tally:
         logits = logits_of(call(self.module, inputs))
         if self.objective is not None:
             self.losses.append(self.objective.cross_entropy(logits, labels).double())
-        self.counts.append(num_examples(labels))
+            self.counts.append(self.objective.num_counted(labels))
+        self.has_data = True
         for metric in self.metrics.values():
             metric.update(*_rows(logits, labels))
 
     def values(self) -> Iterator[tuple[str, float]]:
-        if not self.counts:
+        if not self.has_data:
             raise RunError("the evaluation data gave no batch; expected at least one")
+        if self.losses and not any(self.counts):
+            raise RunError("all labels of the evaluation data are ignored; expected some that count")
         if self.losses:
             counts = torch.tensor(self.counts, dtype=torch.float64, device=self.losses[0].device)
             yield "loss", float(torch.stack(self.losses) @ counts / counts.sum())

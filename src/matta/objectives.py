@@ -25,6 +25,7 @@ from matta.labels import Labels as Labels
 from matta.labels import TopK as TopK
 from matta.labels import (
     ignored_positions,
+    num_examples,
     refuse_improbable,
     refuse_improbable_rows,
     refuse_improper,
@@ -94,6 +95,10 @@ class Objective(ABC):
             LabelError: labels that do not fit the logits.
         """
 
+    def num_counted(self, labels: Labels) -> int:
+        """How many rows `cross_entropy` is the mean of; all examples, unless the objective says otherwise."""
+        return num_examples(labels)
+
     @abstractmethod
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         """Soft labels from a Teacher's logits; positions that `labels` ignores stay ignored."""
@@ -138,6 +143,9 @@ class Binary(Objective):
     def cross_entropy(self, logits: Tensor, labels: Labels) -> Tensor:
         rows = self._rows(logits)
         return binary_cross_entropy(rows, *self._labels(rows, labels))
+
+    def num_counted(self, labels: Labels) -> int:
+        return int((_whole(labels) != self.ignore_index).sum())
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = self._rows(logits).sigmoid()
@@ -264,6 +272,9 @@ class Classification(Objective):
         targets, kept = self._targets(logits, labels)
         return self._cross_entropy(log_probabilities(logits.flatten(0, -2)), targets, kept)
 
+    def num_counted(self, labels: Labels) -> int:
+        return int((~ignored_positions(labels, self.ignore_index)).sum())
+
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
         if labels is None:
@@ -354,6 +365,9 @@ class CausalLM(Objective):
 
     def cross_entropy(self, logits: Tensor, labels: Labels) -> Tensor:
         return self._classes.cross_entropy(logits[:, :-1], self._shifted(logits, labels))
+
+    def num_counted(self, labels: Labels) -> int:
+        return self._classes.num_counted(_after_first(labels))
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         tail = None if labels is None else _after_first(labels)
