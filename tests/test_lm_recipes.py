@@ -197,6 +197,7 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
         ("data.context=17", "data.context = 17: GPT2LMHeadModel has 16 positions; expected at most as many"),
         ("family.k=[5]", "family.k: 5 layers are to be wide; expected at most 4"),
         ("model.ta={n_embd = 32, n_layer = 4}", "family.k: 2 layers are to be wide, but the hidden width itself grows"),
+        ("model.share=none", "family.k: [0, 2], but the Student shares no layer with the TA"),
         ("model.student.vocab_size=256", "the Student's vocabulary has 256 entries and the tokenizer 257"),
         ("model.student.n_head=3", "change the values"),
         ("train.micro_batch=3", "train.batch = 4 cannot be shared out over 1 process(es) with 3 sequences"),

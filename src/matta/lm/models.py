@@ -5,7 +5,7 @@ Everything works on the meta device too (`with torch.device("meta")`), where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -108,14 +108,20 @@ def require_context(model: PreTrainedModel, context: int) -> None:
         )
 
 
-def require_family(nested: Nested, ks: Iterable[int]) -> None:
+def require_family(nested: Nested, ks: Sequence[int]) -> None:
     """Refuse sub-models that there are not.
 
     Raises:
-        RunError: more wide layers than layers, or some of them where the hidden width makes all alike.
+        RunError: more wide layers than layers, some of them where the hidden width makes all alike, or any where
+            Student and TA share no layer.
     """
     names = layer_names(nested)
     for k in ks:
+        if not names and nested.plan.private:
+            raise RunError(
+                f"family.k: {list(ks)}, but the Student shares no layer with the TA, so that there is nothing between "
+                f"them; expected family.k = []"
+            )
         if k > len(names):
             raise RunError(f"family.k: {k} layers are to be wide; expected at most {len(names)}, those of the TA")
         if HIDDEN in names and 0 < k < len(names):
