@@ -134,6 +134,11 @@ def test_the_small_recipe_is_planned_as_json(capsys: pytest.CaptureFixture[str])
     assert "Where the Student lives in the TA" in err
 
 
+def test_a_batch_that_cannot_be_trained_with_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "gpt2_mini"), "train.micro_batch=3"]) == 2
+    assert "train.batch = 8 cannot be shared out over 1 process(es) with 3 sequences" in capsys.readouterr().err
+
+
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = recipe_from_values(values(tmp_path), "tiny")
     assert recipe_from_values(json.loads(json.dumps(recipe_to_values(recipe))), "json") == recipe

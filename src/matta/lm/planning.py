@@ -59,9 +59,13 @@ def nest_on_meta(recipe: Recipe) -> Nested:
 
 
 def plan_figures(recipe: Recipe, nested: Nested) -> dict[str, Any]:
-    """All figures of a plan: nesting, sizes, FLOPs, steps, and the bytes of a step on one process."""
+    """All figures of a plan: nesting, sizes, FLOPs, steps, and the bytes of a step on one process.
+
+    Raises:
+        RunError: the batch cannot be shared out, whatever the number of processes.
+    """
     part, context = recipe.train, recipe.data.context
-    steps, micro_batch = part.num_steps(context), part.micro_batch or part.batch
+    steps, (micro_batch, _) = part.num_steps(context), part.shares(num_processes=1)
     models = list(_models(nested, recipe.family.k, context))
     pair = [each["flops_per_token"] for each in models if each["name"] in ("student", "ta")]
     memory = step_memory(nested, part, batch=micro_batch, context=context)
