@@ -133,6 +133,27 @@ def test_the_suggestion_for_wider_heads_runs_as_it_stands() -> None:
     assert nested.plan.placements["out.weight"].axes[1].positions() == expected
 
 
+class Grouped(nn.Module):
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(5, width, 1), nn.Conv1d(width, width, 1, groups=groups)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)).mean(2))
+
+
+def test_wider_groups_are_refused_and_more_groups_are_not() -> None:
+    example = torch.randn(2, 5, 3), None
+    of_head = {"head.weight": matta.Layout.factors([(2, 2), (2, 4)], axis=1), "head.bias": 1}
+    for groups in (2, 1):
+        with pytest.raises(NestingError, match=r"second.weight is of a convolution of 2 groups, from 2 channels"):
+            matta.nest(Grouped(4, 2), Grouped(8, groups))
+    matta.probe(matta.nest(Grouped(4, 2), Grouped(8, 2), layouts={**of_head, "*": 2}), example)
+    matta.probe(matta.nest(Grouped(4, 2), Grouped(8, 4)), example)
+    matta.probe(matta.nest(Grouped(4, 1), Grouped(8, 2)), example)
+
+
 def test_growths_are_what_grows_in_each_segment() -> None:
     assert growths(Axis.plain(3, 3)) == []
     assert growths(Axis.plain(3, 5)) == [((3, 5),)]

@@ -56,6 +56,8 @@ def refuse_ambiguous_axes(
             roles.setdefault(growth, set()).add(role)
             siblings[_parent(each.student), growth] += role == "out"
     for each in matrices:
+        if each.student not in declared:
+            _refuse_wider_groups(student, ta, each)
         for axis, growth, role in _growing(student, each):
             if each.student in declared or not _is_plain(each.axes[axis]):
                 continue
@@ -136,6 +138,29 @@ def _refuse_heads(student: nn.Module, ta: nn.Module, placement: Placement, axis:
             f"heads in the Student and {heads[1]} in the TA: if the axis is split into heads, declare layouts="
             f"{{{placement.student!r}: matta.Layout.factors([({heads[0]}, {heads[1]}), ({dims[0]}, {dims[1]})], "
             f"axis={axis})}}; if it is one plain vector, declare 1; or pass example=batch to have it probed"
+        )
+
+
+def _refuse_wider_groups(student: nn.Module, ta: nn.Module, placement: Placement) -> None:
+    """Refuse a convolution whose groups become wider: the Student's channels then lie in each group, not first."""
+    owners = [
+        module.get_submodule(name.rpartition(".")[0])
+        for module, name in ((student, placement.student), (ta, placement.ta))
+    ]
+    groups = [getattr(each, "groups", 1) for each in owners]
+    if not all(isinstance(each, nn.modules.conv._ConvNd) for each in owners) or groups[0] == 1:
+        return
+    sizes = [
+        (each.in_channels // count, each.out_channels // count)  # type: ignore[operator]
+        for each, count in zip(owners, groups, strict=True)
+    ]
+    if sizes[0] != sizes[1]:
+        raise NestingError(
+            f"{placement.student} is of a convolution of {groups[0]} groups, from {sizes[0][0]} channels to "
+            f"{sizes[0][1]} each, and in the TA of {groups[1]}, from {sizes[1][0]} to {sizes[1][1]}: the Student's "
+            f"channels lie in each group; declare that for it and for the layers about it, layouts="
+            f"{{{placement.student!r}: {groups[0]}, ...}}, or pass example=batch to have it probed; it is simplest to "
+            f"let the number of groups grow and their widths be"
         )
 
 
