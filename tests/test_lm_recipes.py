@@ -474,7 +474,7 @@ def test_a_run_killed_while_it_ends_can_end(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", remove_half)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=rf"by the same command and --resume --out {settings.out}$"):
             run(settings)
     (tmp_path / "out" / "models" / ".ta-half_written").mkdir()
     run(settings)

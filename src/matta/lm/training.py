@@ -74,7 +74,12 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         result = _train(session, path)
     if not accelerator.is_main_process:
         return None
-    return finish(session.outcome(result, path))
+    try:
+        return finish(session.outcome(result, path))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped after training; go on with its models by the same command and --resume --out {path}"
+        ) from None
 
 
 def _agreed_path(out: Path | None, name: str, accelerator: Accelerator) -> Path:
