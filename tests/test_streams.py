@@ -71,6 +71,7 @@ BAD_CSV = {
     "too large": (CSV.replace(b",3,", b",10.5,"), "x: received '10.5'; expected 0 to 10"),
     "too small": (CSV.replace(b",3,", b",-1,"), "x: received '-1'; expected 0 to 10"),
     "infinite": (CSV.replace(b",0.5,", b",inf,"), "y: received 'inf'; expected a finite number"),
+    "too large to square": (CSV.replace(b",0.5,", b",1e200,"), "y: received '1e200'; expected a finite number, to"),
     "overflow": (CSV.replace(b",0.5,", b",1e999,"), "y: received '1e999'"),
     "required number missing": (CSV.replace(b",0.5,", b",,"), "y: received nothing; expected a number"),
     "required category missing": (CSV.replace(b"JFK", b"NA"), "origin: received nothing; expected a category"),
