@@ -150,6 +150,20 @@ def test_what_modules_keep_beside_tensors_is_saved_too(tmp_path: Path) -> None:
         matta.load(path, Counted(4, None), Counted(6, None))
 
 
+def test_buffers_that_share_memory_are_saved_each_for_itself(tmp_path: Path) -> None:
+    class Tabled(nn.Linear):
+        def __init__(self, width: int) -> None:
+            super().__init__(3, width)
+            table = torch.randn(10)
+            self.register_buffer("head", table[:5])
+            self.register_buffer("middle", table[3:7])
+
+    nested = matta.nest(Tabled(4), Tabled(6), layouts={"*": 1})
+    loaded = matta.load(matta.save(nested, tmp_path / "x"), Tabled(4), Tabled(6))
+    for name, buffer in nested.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), buffer)
+
+
 @pytest.mark.parametrize("seen", [{1: 2}, (1, 2), {"x": torch.zeros(2)}, {3, 4}])
 def test_what_json_does_not_bring_back_is_not_saved(seen: object, tmp_path: Path) -> None:
     nested = matta.nest(Counted(4, 1), Counted(6, seen), layouts={"*": 1})

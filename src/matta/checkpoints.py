@@ -47,7 +47,7 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save_file({name: tensor.contiguous() for name, tensor in _tensors(nested).items()}, made / WEIGHTS)
+        save_file(apart(_tensors(nested)), made / WEIGHTS)
         students = [_plan_to_json(plan) for plan in nested.plans]
         described = {"students": students, **({"extra_state": extra} if extra else {})}
         digest = _digest(made / WEIGHTS, described)
@@ -108,6 +108,18 @@ def _tensors(nested: Nested) -> dict[str, Tensor]:
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = tensor.detach()
+    return found
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, none of which shares memory with another, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return found
 
 

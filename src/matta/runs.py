@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matta.checkpoints import apart
 from matta.errors import CheckpointError, RunError
 
 MARKER: Final = "fit.json"
@@ -78,7 +79,7 @@ class RunFolder:
         made = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
         try:
             tensors, others = _split(module)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / MODEL)
+            save_file(apart(tensors), made / MODEL)
             torch.save({**training, "extra_state": others}, made / TRAINING)
             for file in made.iterdir():
                 _put_on_disk(file)
