@@ -210,3 +210,16 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict[st
 def test_a_model_names_a_file(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it names a file"):
         matta.Snapshots(tmp_path, every_s=1, models={"../student": None})
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: object) -> None: ...
+
+    nested = matta.nest(Counting(3, 1), Counting(3, 1))
+    with pytest.raises(RunError, match="student keeps _extra_state in its state, which is no tensor.*with matta.save"):
+        matta.Snapshots(tmp_path, every_events=1).publish(nested)
+    assert not any(tmp_path.iterdir())

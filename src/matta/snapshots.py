@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, final
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from matta.batches import Batch, split_labels
 from matta.cotraining import CoTraining, CoTrainingOutput
@@ -144,7 +144,13 @@ class Snapshots:
 
     def _write(self, made: Path, nested: Nested, version: int) -> None:
         for name, spec in self.models.items():
-            save_model(extract(nested, spec), str(made / f"{name}.safetensors"))
+            module = extract(nested, spec)
+            if others := [key for key, value in module.state_dict().items() if not isinstance(value, Tensor)]:
+                raise RunError(
+                    f"{name} keeps {others[0]} in its state, which is no tensor, and a snapshot holds tensors alone; "
+                    f"expected none (get_extra_state): publish with matta.save instead"
+                )
+            save_model(module, str(made / f"{name}.safetensors"))
         if self._encoder is not None:
             (made / ENCODER).write_text(json.dumps(self._encoder.state_dict()), encoding="utf-8")
         digests = {file.name: _digest(file) for file in made.iterdir()}
