@@ -255,6 +255,24 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert_equal(resumed.state(), whole.state())
 
 
+def test_a_fault_of_the_last_evaluation_costs_no_step(tmp_path: Path) -> None:
+    whole, stopped, resumed = Setup(), Setup(), Setup()
+    expected = whole.fit(noisy(), steps=5, run=tmp_path / "whole", evaluate=draw_and_judge)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(noisy(), steps=5, run=tmp_path / "run", evaluate=interrupted)
+    assert_equal(stopped.state(), whole.state())
+    for _ in range(2):
+        result = resumed.fit([], steps=5, run=tmp_path / "run", resume=True, evaluate=draw_and_judge)
+        assert_equal(resumed.state(), whole.state())
+        assert (result.steps, result.evaluations) == (5, expected.evaluations)
+    assert (tmp_path / "run" / "nested").is_dir()
+
+
+def interrupted(nested: matta.Nested) -> dict[str, float]:
+    """An evaluation during which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
+
+
 def run_until_killed(folder: str) -> None:
     """For the test below, in a process of its own: a long run with a checkpoint at each step."""
     Setup().fit(noisy(), steps=100_000, run=folder, checkpoint_every=1)

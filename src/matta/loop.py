@@ -273,7 +273,7 @@ class Training:
 
     def _finish(self) -> None:
         if not self.evaluations or self.evaluations[-1].step != self.step:
-            self._evaluate()
+            self._evaluate_at_end()
         if self.bar is not None:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
@@ -283,6 +283,15 @@ class Training:
             if isinstance(self.optimizer, Shampoo):
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
+
+    def _evaluate_at_end(self) -> None:
+        """All steps are made: whoever goes on after a fault of the evaluation only evaluates."""
+        try:
+            self._evaluate()
+        except BaseException:
+            if self.accelerator.num_processes == 1:  # of several, one alone evaluates
+                self._save()
+            raise
 
     def _evaluate(self) -> None:
         if self.evaluate is None:
