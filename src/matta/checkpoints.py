@@ -43,11 +43,12 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
-    extra = _extra_state(nested)
+    tensors, extra = split_state(nested)
+    _require_json(extra)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save_file(apart(_tensors(nested)), made / WEIGHTS)
+        save_file(apart(tensors), made / WEIGHTS)
         students = [_plan_to_json(plan) for plan in nested.plans]
         described = {"students": students, **({"extra_state": extra} if extra else {})}
         digest = _digest(made / WEIGHTS, described)
@@ -88,7 +89,7 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
             f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
             f"load(path, student, ..., ta)"
         )
-    _check_fit(folder, tensors, _tensors(nested))
+    _check_fit(folder, tensors, split_state(nested)[0])
     nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
     return nested
 
@@ -100,15 +101,18 @@ def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan,
         raise CheckpointError(f"{folder} does not fit the modules: {error}") from None
 
 
-def _tensors(nested: Nested) -> dict[str, Tensor]:
-    """The state by name, each tensor once: of tied names the first."""
+def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state by name: tensors (of tied names the first), and what else modules keep in their state."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
     seen: set[int] = set()
-    found = {}
-    for name, tensor in nested.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach()
-    return found
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            others[name] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            tensors[name] = value.detach()
+    return tensors, others
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,10 +127,9 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _extra_state(nested: Nested) -> dict[str, Any]:
-    """What modules keep in their state beside tensors."""
-    found = {name: value for name, value in nested.state_dict().items() if not isinstance(value, Tensor)}
-    for name, value in found.items():
+def _require_json(extra_state: Mapping[str, Any]) -> None:
+    """Refuse what modules keep in their state beside tensors if JSON cannot hold it."""
+    for name, value in extra_state.items():
         try:
             is_plain = json.loads(json.dumps(value)) == value
         except (TypeError, ValueError):
@@ -136,7 +139,6 @@ def _extra_state(nested: Nested) -> dict[str, Any]:
                 f"{name} is {type(value).__name__}, and does not come back from JSON as it was; expected "
                 f"get_extra_state to give a tensor, or numbers, text, lists and mappings from text"
             )
-    return found
 
 
 def _move(made: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matta.checkpoints import apart
+from matta.checkpoints import apart, split_state
 from matta.errors import CheckpointError, RunError
 
 MARKER: Final = "fit.json"
@@ -78,7 +78,7 @@ class RunFolder:
             return
         made = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
         try:
-            tensors, others = _split(module)
+            tensors, others = split_state(module)
             save_file(apart(tensors), made / MODEL)
             torch.save({**training, "extra_state": others}, made / TRAINING)
             for file in made.iterdir():
@@ -107,23 +107,9 @@ class RunFolder:
             raise CheckpointError(
                 f"{found[-1]} cannot be read: {error}; remove that folder and begin the run afresh"
             ) from None
-        _check_fit(found[-1], tensors, _split(module)[0])
+        _check_fit(found[-1], tensors, split_state(module)[0])
         module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
         return training
-
-
-def _split(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state by name: tensors (of tied names the first), and what else modules keep in their state."""
-    tensors: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
-    seen: set[int] = set()
-    for name, value in module.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            others[name] = value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            tensors[name] = value.detach()
-    return tensors, others
 
 
 def _check_fit(path: Path, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
