@@ -5,12 +5,12 @@ Everything works on the meta device too (`with torch.device("meta")`), where it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -146,25 +146,47 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         ) from None
 
 
-def _pretrained(name: str) -> PreTrainedModel:
+def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A decoder of Transformers with all of its weights.
+
+    Args:
+        name: A folder, or a name on the hub.
+        who: Stands for it in messages.
+        dtype: Of its weights.
+
+    Raises:
+        RunError: there is no such model, or not all of its weights.
+    """
     try:
-        if torch.get_default_device().type == "meta":
-            return from_config(AutoConfig.from_pretrained(name))
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, RunError):
-            raise
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            os.path.expanduser(name), dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         raise RunError(
-            f"model.pretrained = {name!r} cannot be loaded: {_first_sentence(error)}; expected a folder of "
-            f"Transformers, or a name on the hub"
+            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"name on the hub"
         ) from None
     if missing := sorted(loaded["missing_keys"]):
         raise RunError(
-            f"model.pretrained = {name!r} has no weights for {missing[0]} ({len(missing)} such), and Transformers "
-            f"would draw them at random; expected a decoder that was saved whole, with its head"
+            f"{who} has no weights for {missing[0]} ({len(missing)} such), and Transformers would draw them at random; "
+            f"expected a decoder that was saved whole, with the head that gives its logits"
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _pretrained(name: str) -> PreTrainedModel:
+    who = f"model.pretrained = {name!r}"
+    if torch.get_default_device().type != "meta":
+        return load_decoder(name, who)
+    try:
+        config = AutoConfig.from_pretrained(os.path.expanduser(name))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"name on the hub"
+        ) from None
+    return from_config(config)
 
 
 def _fresh(architecture: str, values: Mapping[str, Any], table: str) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta import __version__
 from matta.batches import eval_mode
 from matta.errors import RunError
 from matta.labels import TopK, top_k
-from matta.lm.models import require_context
+from matta.lm.models import load_decoder, require_context
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import Recipe, read_recipe
 from matta.lm.settings import TeachSettings
@@ -74,21 +73,7 @@ def load_teacher(
         RunError: there is no such model, or not all of its weights, or it has another tokenizer or fewer tokens.
     """
     require_agreement(load_tokenizer(name), tokenizer, names=(name, "the data"))
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            os.path.expanduser(name), dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
-        reason = str(error).strip().split("\n")[0][:200]
-        raise RunError(
-            f"the Teacher {name!r} cannot be loaded: {reason}; expected a decoder: a folder of Transformers, or a "
-            f"name on the hub"
-        ) from None
-    if missing := sorted(loaded["missing_keys"]):
-        raise RunError(
-            f"the Teacher {name!r} has no weights for {missing[0]} ({len(missing)} such), and Transformers would draw "
-            f"them at random; expected a decoder that was saved whole, with the head that gives its logits"
-        )
+    model = load_decoder(name, f"the Teacher {name!r}", dtype)
     if model.config.vocab_size < len(tokenizer):
         raise RunError(
             f"the Teacher {name} has logits of {model.config.vocab_size} tokens, and the tokenizer has "
