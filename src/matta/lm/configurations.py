@@ -1,9 +1,11 @@
 """Find the configuration that builds a given model of Transformers, block by block where its blocks differ.
 
-A sub-model's modules are right, but the configuration that it carries is that of the Student or of the TA. What a
-configuration builds is compared with the model in full: the names and shapes of all tensors, which are tied, the class
-of every module, and the numbers that modules keep (heads, scales, epsilons). Models are built on the meta device,
-which takes no memory.
+A sub-model's modules are right, but its blocks come from Student and TA, and each holds the configuration it was built
+from. The model's own configuration is that of the whole, and the values in which a block's differs are that block's,
+whether or not a parameter shows them: some are read in `forward` alone. Sizes that no configuration states are read off
+the shapes. What a configuration builds is compared with the model: names and shapes of all tensors, ties, the class of
+every module, and the values that modules keep (heads, scales, epsilons). Models are built on the meta device, which
+takes no memory; `matta.lm.folders` compares what both compute.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ Signature = dict[tuple[str, str], Any]
 """What there is to a model: for each module's path and the name of a thing in it, its shape or value."""
 
 Values = dict[str, Any]
-"""Values of a configuration that differ."""
+"""Values of a configuration, such as those that differ."""
+
+Held = dict[str, Values]
+"""The values of the configurations that modules hold, by the modules' paths."""
 
 
 @final
@@ -55,8 +60,8 @@ def fit_configuration(model: PreTrainedModel) -> Fit:
     config = search.best_whole()
     wrong = search.differences(config)
     blocks: dict[str, list[Values]] = {}
-    for path, count in search.lists.items() if wrong else ():
-        values = [search.values_of_block(config, f"{path}.{i}.") for i in range(count)]
+    for path, count in search.lists.items():
+        values = [search.values_of_block(config, path, i) for i in range(count)]
         if any(values):
             blocks[path] = values
             wrong = {key for key in wrong if not search.is_mended(config, path, values, key)}
@@ -79,6 +84,19 @@ def signature(model: nn.Module) -> Signature:
         for name, value in vars(part).items():
             if _is_decided(name, value) and not isinstance(part, nn.Dropout):
                 found[prefix, name] = value
+    return found
+
+
+def held_configurations(model: nn.Module) -> Held:
+    """The configurations that the modules of a model read in `forward`."""
+    found: Held = {}
+    known: dict[int, Values] = {}
+    for path, part in model.named_modules():
+        config = vars(part).get("config")
+        if isinstance(config, PreTrainedConfig):
+            if id(config) not in known:
+                known[id(config)] = config.to_dict()
+            found[path] = known[id(config)]
     return found
 
 
@@ -106,14 +124,15 @@ class _Search:
         self.model = model
         self.target = signature(model)
         self.lists = _block_lists(model)
-        self._built: dict[str, Signature | None] = {}
+        self._built: dict[str, tuple[Signature, Held] | None] = {}
 
-    def build(self, config: PreTrainedConfig) -> Signature | None:
-        """The signature of what the model's class builds, or None where it cannot."""
+    def build(self, config: PreTrainedConfig) -> tuple[Signature, Held] | None:
+        """What the model's class builds, as signature and held configurations; None where it cannot."""
         key = json.dumps(config.to_dict(), sort_keys=True, default=str)
         if key not in self._built:
             try:
-                self._built[key] = signature(build(type(self.model), config))
+                made = build(type(self.model), config)
+                self._built[key] = signature(made), held_configurations(made)
             except Exception:  # classes check their values with errors of many kinds
                 self._built[key] = None
         return self._built[key]
@@ -124,67 +143,99 @@ class _Search:
         wanted = {key: value for key, value in self.target.items() if key[0].startswith(prefix)}
         if built is None:
             return {*wanted, ("", "cannot be built")}
-        given = {key: value for key, value in built.items() if key[0].startswith(prefix)}
+        given = {key: value for key, value in built[0].items() if key[0].startswith(prefix)}
         return {key for key in wanted.keys() | given.keys() if wanted.get(key, _MISSING) != given.get(key, _MISSING)}
 
     def best_whole(self) -> PreTrainedConfig:
-        """The configuration with the fewest differences in the whole model."""
-        start = copy.deepcopy(self.model.config)
-        if not self.differences(start):
-            return start
-        tie = {"tie_word_embeddings": not getattr(start, "tie_word_embeddings", False)}
-        depths = [{key: n} for key in _number_keys(start) if "layer" in key for n in set(self.lists.values())]
-        found = self._try(start, [tie, *depths, *self._of_blocks(start, "")], "")
-        if not self.differences(found):
-            return found
-        wrong_outside = {key for key in self.differences(found) if not self._is_in_block(key)}
-        if wrong_outside or _are_alike(self.target, self.lists):
-            return self._search_numbers(found, "")
-        return found
+        """The model's own configuration, with the ties, the depth and the sizes that the model has.
 
-    def values_of_block(self, whole: PreTrainedConfig, prefix: str) -> Values:
-        """The fewest values that build the block at `prefix` as it is in the model."""
-        if not self.differences(whole, prefix):
-            return {}
-        found = self._try(whole, self._of_blocks(whole, prefix), prefix)
-        found = self._search_numbers(found, prefix)
-        values = _changes(whole, found)
-        for key in sorted(values):
-            fewer = {name: value for name, value in values.items() if name != key}
-            if not self.differences(_with(whole, fewer), prefix):
-                values = fewer
-        return values
+        Blocks have a say in it where they are all alike, in sizes that their shapes show or that it leaves open.
+        """
+        start = copy.deepcopy(self.model.config)
+        wrong = self.differences(start)
+        if not wrong:
+            return start
+        candidates: list[Values] = [{"tie_word_embeddings": not getattr(start, "tie_word_embeddings", False)}]
+        if self._has_other_depth(start):
+            candidates += [{key: n} for key in _number_keys(start) if "layer" in key for n in set(self.lists.values())]
+        found = self._try(start, candidates, "")
+        if _are_alike(self.target, self.lists):
+            found = self._try(found, self._sizes_of_blocks(found), "")
+            return self._search_numbers(found, "")
+        is_outside = any(not self._is_in_block(key) for key in self.differences(found))
+        return self._search_numbers(found, "") if is_outside else found
+
+    def values_of_block(self, whole: PreTrainedConfig, path: str, index: int) -> Values:
+        """What the block holds otherwise than the model's configuration gives it, and what it takes beyond that."""
+        prefix = f"{path}.{index}."
+        tried = [each for values in self._held(prefix) if (each := _with(whole, values)) is not None]
+        start = min(tried, key=lambda each: len(self.differences(each, prefix)), default=whole)
+        found = self._try(start, self._kinds(start, path, index), prefix)
+        return _changes(whole.to_dict(), self._search_numbers(found, prefix).to_dict())
 
     def is_mended(self, whole: PreTrainedConfig, path: str, blocks: Sequence[Values], key: tuple[str, str]) -> bool:
         """Whether a difference in a list of blocks is gone with the values of the blocks."""
-        return any(
-            key[0].startswith(f"{path}.{i}.") and not self.differences(_with(whole, values), f"{path}.{i}.")
-            for i, values in enumerate(blocks)
-        )
+        for i, values in enumerate(blocks):
+            if key[0].startswith(f"{path}.{i}."):
+                changed = _with(whole, values)
+                return changed is not None and not self.differences(changed, f"{path}.{i}.")
+        return False
 
     def _try(self, start: PreTrainedConfig, candidates: Sequence[Values], prefix: str) -> PreTrainedConfig:
         """Take each of the candidates that leaves fewer differences than there were."""
         best, fewest = start, len(self.differences(start, prefix))
         for values in candidates:
-            try:
-                changed = _with(best, values)
-            except Exception:  # not a value for this key; configurations raise errors of many kinds
-                continue
-            count = len(self.differences(changed, prefix))
-            if count < fewest:
+            changed = _with(best, values)
+            if changed is not None and (count := len(self.differences(changed, prefix))) < fewest:
                 best, fewest = changed, count
         return best
 
-    def _of_blocks(self, whole: PreTrainedConfig, prefix: str) -> list[Values]:
-        """What the configurations that modules hold have otherwise than the whole: all of it, and each value."""
+    def _held(self, prefix: str) -> list[Values]:
+        """What configurations below `prefix` have otherwise than those that the model's own gives there, each once."""
+        own = self.model.config.to_dict()
+        built = self.build(self.model.config)
+        given = {} if built is None else built[1]
         found: dict[str, Values] = {}
-        for path, part in self.model.named_modules():
-            held = vars(part).get("config")
-            if isinstance(held, type(whole)) and f"{path}.".startswith(prefix):
-                values = {key: value for key, value in _changes(whole, held).items() if not _is_depth(key, value)}
-                for each in (values, *({key: value} for key, value in values.items())):
-                    found.setdefault(json.dumps(each, sort_keys=True, default=str), each)
-        return [each for each in found.values() if each]
+        for path, held in held_configurations(self.model).items():
+            if f"{path}.".startswith(prefix) and held.get("model_type") == own.get("model_type"):
+                changes = _changes(given.get(path, own), held).items()
+                values = {key: value for key, value in changes if not (_is_depth(key, value) or _is_of_whole(key))}
+                found.setdefault(json.dumps(values, sort_keys=True, default=str), values)
+        return list(found.values())
+
+    def _sizes_of_blocks(self, config: PreTrainedConfig) -> list[Values]:
+        """Each number that blocks have otherwise than the model, where shapes show it or the model leaves it open."""
+        found = [{key: value} for values in self._held("") for key, value in values.items() if type(value) is int]
+        return [each for each in found if self._shows(config, each)]
+
+    def _shows(self, config: PreTrainedConfig, values: Values) -> bool:
+        changed = _with(config, values)
+        if changed is None or all(getattr(config, key, None) is None for key in values):
+            return changed is not None
+        before, after = (
+            {key for key in self.differences(each) if _is_shape(self.target.get(key))} for each in (config, changed)
+        )
+        return after < before
+
+    def _has_other_depth(self, config: PreTrainedConfig) -> bool:
+        """Whether a configuration builds lists of blocks of other lengths than the model's."""
+        built = self.build(config)
+        return built is None or any(
+            (f"{path}.{count - 1}", "class") not in built[0] or (f"{path}.{count}", "class") in built[0]
+            for path, count in self.lists.items()
+        )
+
+    def _kinds(self, config: PreTrainedConfig, path: str, index: int) -> list[Values]:
+        """For a block of another kind than its place has (sliding or full attention): lists that say so."""
+        wrong = self.differences(config, f"{path}.{index}.")
+        kinds = {value for key in wrong if isinstance(value := self.target.get(key), str | bool)}
+        found: list[Values] = []
+        for key, value in config.to_dict().items():
+            plain = isinstance(value, list) and all(isinstance(each, str | int) for each in value)
+            if plain and len(value) == self.lists[path]:
+                others = [each for each in sorted({*kinds, *value}, key=str) if type(each) is type(value[index])]
+                found += [{key: [*value[:index], each, *value[index + 1 :]]} for each in others if each != value[index]]
+        return found
 
     def _search_numbers(self, config: PreTrainedConfig, prefix: str) -> PreTrainedConfig:
         """Try the numbers that the model has where it differs, in place of each number of the configuration."""
@@ -247,17 +298,25 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple)
 
 
-def _with(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+def _with(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig | None:
+    """The configuration with other values; None where it does not take them."""
     changed = copy.deepcopy(config)
-    for key, value in values.items():
-        setattr(changed, key, copy.deepcopy(value))
+    try:
+        for key, value in values.items():
+            setattr(changed, key, copy.deepcopy(value))
+    except Exception:  # configurations raise errors of many kinds
+        return None
     return changed
 
 
-def _changes(whole: PreTrainedConfig, other: PreTrainedConfig) -> Values:
-    before, after = whole.to_dict(), other.to_dict()
+def _changes(before: Values, after: Values) -> Values:
     unset = object()
     return {key: value for key, value in after.items() if before.get(key, unset) != value and key != "dtype"}
+
+
+def _is_of_whole(key: str) -> bool:
+    """Whether a value is no block's to have: names, tokens, ties."""
+    return key.startswith("_") or key.endswith("_id") or key in _OF_WHOLE
 
 
 def _is_depth(key: str, value: Any) -> bool:
@@ -275,13 +334,14 @@ def _number_keys(config: PreTrainedConfig) -> list[str]:
     ]
 
 
+_OF_WHOLE = ("architectures", "transformers_version", "tie_word_embeddings", "use_cache", "id2label", "label2id")
 _NO_SIZES = ("architectures", "dtype", "problem_type", "chunk_size_feed_forward", "pretraining_tp", "id2label")
 
 
 def _complaint(model: nn.Module, config: PreTrainedConfig, search: _Search, key: tuple[str, str]) -> str:
     name = f"{key[0]}{key[1]}"
-    built = search.build(config) or {}
-    is_, would_be = (each.get(key, "missing") for each in (search.target, built))
+    built = search.build(config)
+    is_, would_be = (each.get(key, "missing") for each in (search.target, built[0] if built else {}))
     return (
         f"no {type(config).__name__} builds this {type(model).__name__}: {name} is {is_}, and {would_be} by its "
         f"configuration; expected a model as matta.extract gives it, of modules that Transformers' own class builds"
