@@ -12,6 +12,11 @@ from matta.errors import RunError
 from matta.lm.bits import bits_per_byte, change, rolling_windows
 
 transformers = pytest.importorskip("transformers")
+
+from matta.lm.blocks import token_blocks  # noqa: E402
+from matta.lm.documents import Document  # noqa: E402
+from matta.lm.tokenizers import batch_encoder  # noqa: E402
+
 TEXT = "Wide above, narrow below: ein größeres Modell ⊃ das kleine 🪆. " * 4
 
 
@@ -199,3 +204,66 @@ def test_the_model_keeps_its_modes() -> None:
 def test_what_cannot_work_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         bits_per_byte(tiny_gpt2(), byte_tokenizer(), **{"text": TEXT, **arguments})
+
+
+NAMED = "A text may say </s> or <s>, and <unk> too: </s></s> größer </s> it goes on."
+
+
+def _trained(kind: str) -> Any:
+    """A tokenizer whose special tokens the text says by name."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if kind == "written in Python":
+        return transformers.ByT5Tokenizer(extra_ids=0)
+    special = ["<unk>", "<s>", "</s>"]
+    made: dict[str, tuple[Any, Any, Any]] = {
+        "byte-level BPE": (
+            models.BPE(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        ),
+        "unigram": (
+            models.Unigram(),
+            pre_tokenizers.Metaspace(),
+            trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False),
+        ),
+        "words": (
+            models.WordLevel(unk_token="<unk>"),  # type: ignore[call-arg]
+            pre_tokenizers.Whitespace(),
+            trainers.WordLevelTrainer(special_tokens=special, show_progress=False),
+        ),
+    }  # fmt: skip
+    model, cut, trainer = made[kind]
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = cut
+    inner.train_from_iterator([TEXT, NAMED.replace("</s>", "the end").replace("<s>", "a start")] * 4, trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+class Uniform(torch.nn.Module):
+    """Gives every token the same chance, and keeps what it has read."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.read = size, list[list[int]]()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.read += input_ids.tolist()
+        return torch.zeros(*input_ids.shape, self.size)
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "unigram", "words", "written in Python"])
+def test_the_name_of_a_special_token_is_text_as_in_training(kind: str) -> None:
+    tokenizer = _trained(kind)
+    (block,) = token_blocks([Document(NAMED, ends=False)], batch_encoder(tokenizer), tokenizer.eos_token_id)
+    model = Uniform(len(tokenizer))
+    score = bits_per_byte(model, tokenizer, NAMED, context=300, batch=1)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    assert model.read == [[first, *block.tokens[:-1].tolist()]]
+    assert kind == "unigram" or tokenizer.eos_token_id not in block.tokens  # a unigram model has it as a piece, too
+    assert (score.num_tokens, score.num_bytes) == (len(block.tokens), len(NAMED.encode()))
+    assert score.bits_per_byte == pytest.approx(score.num_tokens * math.log2(model.size) / score.num_bytes)
+    cut = bits_per_byte(model, tokenizer, NAMED, context=5, batch=3)
+    assert (cut.num_tokens, math.fsum(cut.unit_bytes)) == (score.num_tokens, score.num_bytes)

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from matta.batches import logits_of
 from matta.errors import RunError
 from matta.evaluation import evaluating
+from matta.lm.tokenizers import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def bits_per_byte(
 
     Args:
         model: Gives logits of (batch, tokens, vocabulary), or an object with `.logits`.
-        tokenizer: The model's; no special tokens are added.
+        tokenizer: The model's; no special tokens are added, and none are read out of the text.
         text: A text, or documents.
         context: Tokens that the model reads at once.
         batch: Windows at a time.
@@ -82,10 +83,11 @@ def bits_per_byte(
     """
     _check(model, context, batch, overlap)
     documents = [text] if isinstance(text, str) else [each for each in text if each]
+    encoder, first = TextEncoder(tokenizer), _first_token(tokenizer)
     windows: list[Window] = []
     sizes: list[float] = []
     for document in documents:
-        found, edges = _document_windows(tokenizer, document, context, overlap)
+        found, edges = _document_windows(encoder, document, first, context, overlap)
         if len(documents) == 1:
             windows, sizes = found, np.diff(edges).tolist()
         else:
@@ -159,24 +161,27 @@ def _check(model: nn.Module, context: int, batch: int, overlap: int) -> None:
         raise RunError(f"context={context} is beyond the model's {limit} positions; expected at most these")
 
 
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the first token of a document is predicted from: one token or none."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if first is None else [first]
+
+
 def _document_windows(
-    tokenizer: PreTrainedTokenizerBase, document: str, context: int, overlap: int
+    encoder: TextEncoder, document: str, prefix: list[int], context: int, overlap: int
 ) -> tuple[list[Window], np.ndarray[Any, Any]]:
     """The windows of a document, a unit each, and the bytes at which their scored parts begin, and the last ends."""
-    encoded = tokenizer(document, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    prefix = [] if first is None else [first]
-    tokens = prefix + encoded["input_ids"]
+    ids, first_characters = encoder.with_starts(document)
+    tokens = prefix + ids.tolist()
     held = torch.tensor(tokens, dtype=torch.int64)
     spans = list(rolling_windows(tokens, context, overlap))
     windows = [Window(held[start:end], scored, unit) for unit, (start, end, scored) in enumerate(spans)]
     num_bytes = len(document.encode())
     starts = np.cumsum([0, *(scored for _, _, scored in spans[:-1])]) + (1 - len(prefix))
-    if not spans or not tokenizer.is_fast:  # the bytes are then spread evenly over the tokens
+    if not spans or first_characters is None:  # the bytes are then spread evenly over the tokens
         edges = starts * (num_bytes / max(1, len(tokens) - len(prefix)))
     else:
-        characters = np.asarray([offset[0] for offset in encoded["offset_mapping"]])[starts]
-        edges = _bytes_before(document)[characters]
+        edges = _bytes_before(document)[first_characters[starts]]
     edges[0] = 0
     return windows, np.append(edges, num_bytes)
 

@@ -70,6 +70,9 @@ class Suite:
 def load_judge(source: str, *, batch: int, trust: bool = False) -> HFLM:
     """A model in lm-eval's own class, on a GPU if there is one.
 
+    As in training, a special token's name in a text is read as the characters that it consists of; lm-eval's command
+    line reads it as the token.
+
     Raises:
         RunError: there is no such model, or it cannot be loaded.
     """
@@ -79,12 +82,14 @@ def load_judge(source: str, *, batch: int, trust: bool = False) -> HFLM:
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        return HFLM(pretrained=source, batch_size=batch, device=device, trust_remote_code=trust)
+        judge = HFLM(pretrained=source, batch_size=batch, device=device, trust_remote_code=trust)
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(
             f"{source} cannot be loaded ({error}); expected a Transformers folder with a model and its tokenizer, a "
             f"run of matta train, or a name on the hub"
         ) from None
+    judge.tokenizer.split_special_tokens = True
+    return judge
 
 
 def scores_of(judge: HFLM, suite: Suite) -> tuple[dict[str, dict[str, Any]], Values]:

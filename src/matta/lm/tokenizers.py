@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,29 +107,43 @@ def _short(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """A function from texts to their ids: nothing is added, cut or padded, and no text is a special token.
+@final
+class TextEncoder:
+    """From texts to ids, for training, held-out text and benchmarks alike: no text is a special token.
 
-    A document that says `<|endoftext|>` does not end there. The tokenizer itself is left as it is.
+    Nothing is added, cut or padded. A document that says `<|endoftext|>` does not end there, unless the tokenizer's
+    model has the name as an ordinary piece too (Unigram). The tokenizer itself is left as it is.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one that is written in Python
 
-        def encode_plainly(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-            found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._own: Tokenizer | None = None  # stays so for one that is written in Python
+        if backend is not None:
+            self._own = Tokenizer.from_str(backend.to_str())
+            self._own.no_truncation()
+            self._own.no_padding()
+            self._own.encode_special_tokens = True
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """The ids of each text."""
+        if self._own is None:
+            found = self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
             return [np.array(ids, np.int64) for ids in found["input_ids"]]
+        encoded = self._own.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int64) for each in encoded]
 
-        return encode_plainly
-    own = Tokenizer.from_str(backend.to_str())
-    own.no_truncation()
-    own.no_padding()
-    own.encode_special_tokens = True
+    def with_starts(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The ids of a text, and the character at which each begins; None if the tokenizer does not tell."""
+        if self._own is None:
+            return self([text])[0], None
+        found = self._own.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int64), np.array([start for start, _ in found.offsets], np.int64)
 
-    def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        found = own.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.int64) for each in found]
 
-    return encode
+def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """A function from texts to their ids."""
+    return TextEncoder(tokenizer)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
