@@ -39,6 +39,13 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
             (`get_extra_state`) that JSON cannot hold.
+
+    Example:
+        >>> import matta
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(matta.nest(nn.Linear(3, 1), nn.Linear(3, 1)), f"{folder}/ranker")
+        ...     sorted(file.name for file in path.iterdir())
+        ['nested.json', 'nested.safetensors']
     """
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
@@ -71,6 +78,14 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     Raises:
         CheckpointError: the folder is missing, damaged or something else, or does not fit the
             modules; they are then as they were.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(5, 1), layouts={"weight": 1})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = load(save(nested, f"{folder}/ranker"), nn.Linear(3, 1), nn.Linear(5, 1))
+        >>> bool((loaded.student.weight == nested.student.weight).all())
+        True
     """
     folder = Path(path)
     description = _read_description(folder)

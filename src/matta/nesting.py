@@ -33,6 +33,14 @@ class Nested(nn.Module):
     `ta` is the module that the user gave. `students` are live copies: they run as modules of the
     user's own classes and always show the TA's present weights. `parameters()` are the TA's and
     the private ones of the Students, each once: they are what an optimizer gets.
+
+    Example:
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = nest(tower(4), tower(8))
+        >>> nested.student[0], nested.ta[0]
+        (Linear(in_features=3, out_features=4, bias=True), Linear(in_features=3, out_features=8, bias=True))
+        >>> [tuple(parameter.shape) for parameter in nested.parameters()]
+        [(8, 3), (8,), (1, 8), (1,)]
     """
 
     def __init__(self, ta: nn.Module, students: Sequence[nn.Module], plans: Sequence[Plan]) -> None:
@@ -73,6 +81,12 @@ def probe(nested: Nested, example: Batch) -> None:
 
     Raises:
         ProbeError: with the parameter at fault, and the layout that mends it where one is found.
+
+    Example:
+        >>> import torch
+        >>> def gated(width): return nn.Sequential(nn.Linear(3, 2 * width), nn.GLU(), nn.Linear(width, 1))
+        >>> nested = nest(gated(2), gated(4), layouts={"0.*": 2, "2.*": 1})
+        >>> probe(nested, (torch.ones(1, 3), torch.ones(1)))  # no error: the two agree
     """
     for student, plan in zip(nested.students, nested.plans, strict=True):
         probe_pair(student, nested.ta, plan, example)

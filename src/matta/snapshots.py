@@ -190,6 +190,15 @@ def read_snapshot(
 
     Raises:
         CheckpointError: there is no version, it has no such model, it does not fit the module, or it is damaged.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     version = Snapshots(folder, every_s=60).publish(nested)
+        ...     snapshot = read_snapshot(folder, lambda: nn.Linear(3, 1))
+        >>> bool((snapshot.module.weight == nested.student.weight).all())
+        True
     """
     for _ in range(_TRIES):  # a version may be removed while it is read: there is a newer one then
         try:

@@ -22,6 +22,11 @@ class Numeric:
 
     Raises:
         RunError: no number lies between `low` and `high`.
+
+    Example:
+        >>> schema = Schema(columns={"distance": Numeric(low=0), "seats": Numeric(required=True)}, label="late")
+        >>> schema.num_numbers  # two values, and a mark for a missing distance
+        3
     """
 
     low: float = -math.inf
@@ -46,6 +51,10 @@ class Categorical:
 
     Raises:
         RunError: not one of `buckets` and `vocabulary` is given, or it is less than 1.
+
+    Example:
+        >>> Categorical(buckets=64).num_ids, Categorical(vocabulary=1000).num_ids
+        (65, 1002)
     """
 
     buckets: int | None = None

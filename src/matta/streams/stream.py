@@ -23,7 +23,12 @@ from matta.streams.schema import Schema
 @final
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Events given out in batches, and the rows and files set aside."""
+    """Events given out in batches, and the rows and files set aside.
+
+    Example:
+        >>> Counts(events=400, bad_rows=1, bad_files=0).events
+        400
+    """
 
     events: int
     bad_rows: int
