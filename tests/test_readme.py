@@ -36,3 +36,25 @@ def test_python_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_readme_has_an_example() -> None:
     assert README in PAGES
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 70
+    assert max(map(len, lines)) <= 100
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[-+]\d+\.\d+%(?: \[[^]]+\])?", README.read_text(encoding="utf-8"))
+    assert len(figures) > 10
+    assert [figure for figure in figures if figure not in results] == []
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
