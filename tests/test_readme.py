@@ -58,3 +58,14 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
+
+
+def test_the_log_lists_its_sections_and_sums_up_in_twenty_lines() -> None:
+    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    _, summary, contents, sections = re.split(
+        r"^## (?:Summary|Contents|(?=The search))", log, maxsplit=3, flags=re.MULTILINE
+    )
+    assert re.findall(r"^(\d+)\. ", summary, re.MULTILINE) == [str(number) for number in range(1, 21)]
+    assert re.findall(r"^- \[(.*)\]", contents, re.MULTILINE) == re.findall(
+        r"^## (.*)$", f"## {sections}", re.MULTILINE
+    )
