@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import matta
 
@@ -40,6 +42,14 @@ def named(name: str) -> object:
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+@pytest.mark.parametrize("name", [*public_names()])
+def test_examples_run_as_copied_from_a_page(name: str) -> None:
+    known = {"matta": matta, "torch": torch, "nn": torch.nn, name.split(".")[-1]: named(name)}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(named(name)) or "", known, name, None, None)
+    shown: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=shown.append).failed == 0, "".join(shown)
 
 
 @pytest.mark.parametrize("name", [*public_names()])

@@ -41,7 +41,7 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
             (`get_extra_state`) that JSON cannot hold.
 
     Example:
-        >>> import matta
+        >>> import matta, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(matta.nest(nn.Linear(3, 1), nn.Linear(3, 1)), f"{folder}/ranker")
         ...     sorted(file.name for file in path.iterdir())
@@ -80,10 +80,10 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
             modules; they are then as they were.
 
     Example:
-        >>> import matta
+        >>> import matta, tempfile
         >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(5, 1), layouts={"weight": 1})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     loaded = load(save(nested, f"{folder}/ranker"), nn.Linear(3, 1), nn.Linear(5, 1))
+        ...     loaded = load(matta.save(nested, f"{folder}/ranker"), nn.Linear(3, 1), nn.Linear(5, 1))
         >>> bool((loaded.student.weight == nested.student.weight).all())
         True
     """

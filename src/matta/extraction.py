@@ -43,7 +43,8 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
         >>> import matta
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
-        >>> recalibrate(extract(nested, matta.SubModel({"0": "wide"})), [(torch.randn(16, 3), torch.ones(16))] * 5)
+        >>> mixed = matta.extract(nested, matta.SubModel({"0": "wide"}))
+        >>> recalibrate(mixed, [(torch.randn(16, 3), torch.ones(16))] * 5)
         5
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]

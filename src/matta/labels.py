@@ -31,7 +31,8 @@ class TopK(NamedTuple):
             k: then how the rest is divided is left open.
 
     Example:
-        >>> labels = top_k(torch.tensor([[0.1, 0.7, 0.2]]).log(), 2, torch.tensor([2]))
+        >>> import matta
+        >>> labels = matta.objectives.top_k(torch.tensor([[0.1, 0.7, 0.2]]).log(), 2, torch.tensor([2]))
         >>> labels.indices.tolist(), [round(p, 4) for p in labels.log_probs[0].exp().tolist()], labels.shape
         ([[1, 2]], [0.7, 0.2], torch.Size([1]))
     """

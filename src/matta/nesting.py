@@ -35,8 +35,9 @@ class Nested(nn.Module):
     the private ones of the Students, each once: they are what an optimizer gets.
 
     Example:
+        >>> import matta
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
-        >>> nested = nest(tower(4), tower(8))
+        >>> nested = matta.nest(tower(4), tower(8))
         >>> nested.student[0], nested.ta[0]
         (Linear(in_features=3, out_features=4, bias=True), Linear(in_features=3, out_features=8, bias=True))
         >>> [tuple(parameter.shape) for parameter in nested.parameters()]
@@ -83,9 +84,9 @@ def probe(nested: Nested, example: Batch) -> None:
         ProbeError: with the parameter at fault, and the layout that mends it where one is found.
 
     Example:
-        >>> import torch
+        >>> import matta, torch
         >>> def gated(width): return nn.Sequential(nn.Linear(3, 2 * width), nn.GLU(), nn.Linear(width, 1))
-        >>> nested = nest(gated(2), gated(4), layouts={"0.*": 2, "2.*": 1})
+        >>> nested = matta.nest(gated(2), gated(4), layouts={"0.*": 2, "2.*": 1})
         >>> probe(nested, (torch.ones(1, 3), torch.ones(1)))  # no error: the two agree
     """
     for student, plan in zip(nested.students, nested.plans, strict=True):

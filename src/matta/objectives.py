@@ -57,8 +57,9 @@ class Losses:
     """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each.
 
     Example:
+        >>> import matta
         >>> logits = torch.zeros(2)
-        >>> losses = Binary().losses([logits], logits, torch.tensor([0.0, 1.0]))
+        >>> losses = matta.objectives.Binary().losses([logits], logits, torch.tensor([0.0, 1.0]))
         >>> round(losses.ta.item(), 4), len(losses.students), len(losses.distill)
         (0.6931, 1, 1)
     """
@@ -74,10 +75,10 @@ class Joint:
     """L of a batch, which carries the graph, and what it consists of.
 
     Example:
-        >>> weights = LossWeights(student=1.0, ta=1.0, distill=torch.tensor(0.5))
-        >>> joint = Binary().joint([torch.zeros(2)], torch.zeros(2), torch.tensor([0.0, 1.0]), weights)
-        >>> round(joint.loss.item() / joint.losses.ta.item(), 4)
-        2.5
+        >>> from matta.objectives import Losses
+        >>> losses = Losses(students=(torch.ones(()),), ta=torch.ones(()), distill=(torch.ones(()),))
+        >>> Joint(loss=losses.ta + losses.students[0] + 0.5 * losses.distill[0], losses=losses).loss
+        tensor(2.5000)
     """
 
     loss: Tensor
@@ -88,6 +89,7 @@ class Objective(ABC):
     """How logits and labels become losses; subclass it for an objective of your own.
 
     Example:
+        >>> from matta.objectives import Losses
         >>> class SquaredError(Objective):
         ...     def losses(self, students, ta, labels):
         ...         return Losses(

@@ -74,12 +74,12 @@ class Snapshots:
         RunError: settings that cannot work.
 
     Example:
-        >>> import matta
+        >>> import matta, tempfile
         >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     snapshots = Snapshots(folder, every_events=1000)
         ...     version = snapshots.publish(nested)
-        ...     snapshot = read_snapshot(folder, lambda: nn.Linear(3, 1))
+        ...     snapshot = matta.read_snapshot(folder, lambda: nn.Linear(3, 1))
         >>> snapshot.version, snapshot.module
         (1, Linear(in_features=3, out_features=1, bias=True))
     """
@@ -192,10 +192,10 @@ def read_snapshot(
         CheckpointError: there is no version, it has no such model, it does not fit the module, or it is damaged.
 
     Example:
-        >>> import matta
+        >>> import matta, tempfile
         >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     version = Snapshots(folder, every_s=60).publish(nested)
+        ...     version = matta.Snapshots(folder, every_s=60).publish(nested)
         ...     snapshot = read_snapshot(folder, lambda: nn.Linear(3, 1))
         >>> bool((snapshot.module.weight == nested.student.weight).all())
         True

@@ -71,7 +71,7 @@ def narrow(nested: Nested) -> SubModel:
         >>> import matta
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
-        >>> narrow(nested) == SubModel({"0": "narrow"})
+        >>> narrow(nested) == matta.SubModel({"0": "narrow"})
         True
     """
     return wide_narrow_wide(nested, 0)
@@ -84,7 +84,7 @@ def wide(nested: Nested) -> SubModel:
         >>> import matta
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
-        >>> wide(nested) == SubModel({"0": "wide"})
+        >>> wide(nested) == matta.SubModel({"0": "wide"})
         True
     """
     names = layer_names(nested)
@@ -126,10 +126,10 @@ def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
     Where one hidden width runs through all layers, they are all wide or all narrow.
 
     Example:
-        >>> import matta
+        >>> import matta, random
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
-        >>> random_sub_model(nested)(Random(0)).choices
+        >>> random_sub_model(nested)(random.Random(0)).choices
         {'0': 'wide'}
     """
     names = layer_names(nested)
@@ -151,7 +151,7 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
         >>> import matta
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
-        >>> half = live(nested, SubModel({"0": "wide"}))
+        >>> half = live(nested, matta.SubModel({"0": "wide"}))
         >>> half[0].weight.shape, bool((half[0].weight == nested.ta[0].weight).all())
         (torch.Size([8, 3]), True)
     """

@@ -47,7 +47,7 @@ class Chunk:
     are the places before and after the chunk. `raw` gives a row of the table as it was read.
 
     Example:
-        >>> from matta.streams import Numeric, Rows
+        >>> from matta.streams import Numeric, Rows, Schema
         >>> rows = Rows([{"x": 1, "late": 0}, {"x": 2, "late": 1}])
         >>> rows.begin(Schema(columns={"x": Numeric()}, label="late"), places={})
         >>> chunk = rows.next_chunk()

@@ -47,7 +47,8 @@ class Folder:
 
     Example:
         >>> import tempfile
-        >>> from matta.streams import Numeric, Stream
+        >>> from pathlib import Path
+        >>> from matta.streams import Numeric, Schema, Stream
         >>> schema = Schema(columns={"x": Numeric()}, label="late")
         >>> with tempfile.TemporaryDirectory() as path:
         ...     _ = Path(path, "2013-01-01.csv").write_text("x,late\n1.5,0\n2.5,1\n")

@@ -24,6 +24,7 @@ class Numeric:
         RunError: no number lies between `low` and `high`.
 
     Example:
+        >>> from matta.streams import Schema
         >>> schema = Schema(columns={"distance": Numeric(low=0), "seats": Numeric(required=True)}, label="late")
         >>> schema.num_numbers  # two values, and a mark for a missing distance
         3
@@ -97,6 +98,7 @@ class Schema:
         RunError: a column has two roles, or there is none.
 
     Example:
+        >>> from matta.streams import Categorical, Numeric
         >>> schema = Schema(columns={"origin": Categorical(buckets=8), "distance": Numeric(low=0)}, label="late")
         >>> schema.num_ids, schema.num_numbers
         ((9,), 2)

@@ -57,7 +57,7 @@ class Stream:
 
     Example:
         >>> import tempfile
-        >>> from matta.streams import Numeric, Rows
+        >>> from matta.streams import Numeric, Rows, Schema
         >>> schema = Schema(columns={"x": Numeric()}, label="late")
         >>> rows = Rows([{"x": 1.5, "late": 0}, {"x": "much", "late": 1}, {"x": None, "late": 1}])
         >>> with tempfile.TemporaryDirectory() as folder:
