@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from matta.batches import Batch
 from matta.errors import RunError
+from matta.processes import is_shared_out
 from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
 
 
@@ -200,6 +201,8 @@ def _is_map_style(data: DataLoader[Any]) -> bool:
 
 def _prepared(data: DataLoader[Any], accelerator: Any) -> DataLoader[Any]:
     """A DataLoader of this process's batches, without samples dealt twice to fill the last ones up."""
+    if is_shared_out(data):
+        return data
     fills_up, accelerator.even_batches = accelerator.even_batches, accelerator.even_batches and not _is_map_style(data)
     try:
         return accelerator.prepare_data_loader(data)

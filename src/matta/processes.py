@@ -48,7 +48,7 @@ def gathered(value: Any) -> list[Any]:
 def is_shared_out(data: Any) -> bool:
     """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
     is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1
-    return is_sampled or (num_processes() > 1 and hasattr(data, "_is_accelerate_prepared"))
+    return is_sampled or (num_processes() > 1 and type(data).__module__.startswith("accelerate."))
 
 
 def num_launched() -> int:
