@@ -30,10 +30,10 @@ _MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers the
 class CoTrainingOutput:
     """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
 
-    Each loss is the mean over the `num_labels` labels of the batch that count; `loss` is the share of the batch in
-    the mean over a whole step, if `CoTraining` was told the labels of that. With several Students, `student_loss`, `distill_loss` and `student_logits` are the first one's. Where the
-    losses were fused with the heads, no logits were kept: reading them computes them, each time, and is
-    refused once the optimizer has moved the head.
+    Each loss is the mean over the `num_labels` labels of the batch that count. `loss` is the batch's share of the
+    mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
+    `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
+    were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
     """
 
     loss: Tensor

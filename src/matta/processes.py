@@ -110,11 +110,11 @@ def require_one(what: str) -> None:
 
 
 def _warn_of_one_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` names an address for its processes, and starts one."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        if num_launched() == 1:
-            warnings.warn(
-                "accelerate launch was asked for several processes and started one, as it does on a CPU; this run has "
-                "one process: for more use torchrun --nproc-per-node N",
-                stacklevel=3,
-            )
+    """Warn of `accelerate launch --cpu --num_processes 2`: it names an address for its processes, and starts one."""
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if asked and num_launched() == 1:
+        warnings.warn(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; this run has one "
+            "process: for more use torchrun --nproc-per-node N",
+            stacklevel=3,
+        )

@@ -46,7 +46,7 @@ class Losses:
         """Take in the batches of a step; in one process nothing is computed, of several the means are taken."""
         rows = [(out.student_loss, out.ta_loss, out.distill_loss, out.num_labels) for out in outputs]
         if num_processes() > 1:
-            rows = [tuple(_means(summed(_sums(rows))))]  # type: ignore[list-item]
+            rows = [tuple(_means(summed(_sums(rows))))]
         self.latest = (*rows[-1][:3], outputs[-1].distill_weight)
         self._unread += rows
 
