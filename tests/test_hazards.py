@@ -375,8 +375,13 @@ def test_bf16_autocast_gives_the_gradients_of_separate_models(case_id: str) -> N
     inputs, labels = chosen.batch()
     inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
     plain, plain_ta = plain_student(chosen, student, ta), copy.deepcopy(ta)
-    with torch.autocast("cpu", torch.bfloat16):
-        student_logits, ta_logits = plain(*inputs).float(), plain_ta(*inputs).float()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            student_logits, ta_logits = plain(*inputs).float(), plain_ta(*inputs).float()
+    except RuntimeError as error:  # oneDNN has no bf16 LSTM for processors without AVX-512
+        if "primitive descriptor" not in str(error):
+            raise
+        pytest.skip(f"torch cannot run this module in bf16 here: {error}")
     soft = ta_logits.detach().softmax(-1)
     loss = 0.7 * nn.functional.cross_entropy(student_logits, labels)
     loss = loss + 0.5 * nn.functional.cross_entropy(student_logits, soft)
