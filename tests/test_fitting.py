@@ -413,6 +413,33 @@ def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     assert [round(each.value, 4) for each in events.Scalars("distill_weight")] == [0.0, 0.2, 0.6, 1.0]
 
 
+def test_trackers_of_accelerate_get_the_same_values(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Kept(GeneralTracker):
+        name, requires_logging_directory, tracker = "kept", False, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.values: list[tuple[int, set[str]]] = []
+            self.is_finished = False
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
+            self.values.append((step or 0, set(values)))
+
+        def finish(self) -> None:
+            self.is_finished = True
+
+    kept = Kept()
+    accelerator = Accelerator(cpu=True, log_with=kept)
+    accelerator.init_trackers("ranker")
+    Setup().fit(batches(), steps=4, log_every=2, evaluate=draw_and_judge, accelerator=accelerator)
+    names = {"loss/student", "loss/ta", "loss/distill", "learning_rate", "distill_weight", "skipped_steps"}
+    assert kept.values == [(2, names), (4, names), (4, {"evaluation/loss"})]
+    assert not kept.is_finished  # it is the user's to finish
+
+
 def test_the_bar_shows_the_losses_and_the_weight(capsys: pytest.CaptureFixture[str]) -> None:
     Setup().fit(batches(), steps=4, progress=True)
     shown = capsys.readouterr()

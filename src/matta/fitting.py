@@ -84,14 +84,15 @@ def fit(
         run: A new folder for checkpoints and TensorBoard.
         resume: Go on with a run that is there.
         checkpoint_every: Steps between checkpoints.
-        log_every: Steps over which the losses are averaged for TensorBoard and the result.
+        log_every: Steps over which the losses are averaged for trackers and the result.
         max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.
-        tensorboard: Write scalars into the run folder.
+        tensorboard: Write the values for TensorBoard into the run folder.
         progress: Show a progress bar with the losses of the present batch.
-        accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed.
+        accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed. Its trackers (W&B,
+            MLflow and others: `Accelerator(log_with=...)`, then `init_trackers`) get the losses and evaluations.
 
     Raises:
         RunError: settings that cannot work, a run folder that exists, data without batches, losses that stay
@@ -128,7 +129,7 @@ def fit(
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
     training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
-    return training.run(progress=progress, tensorboard=tensorboard)
+    return training.run(progress=progress, has_tensorboard=tensorboard)
 
 
 def _accumulate(cotrain: CoTraining, accumulate: int | None) -> int:

@@ -21,12 +21,13 @@ from matta.feeding import Feed, full_groups
 from matta.interrupts import Interrupt
 from matta.nesting import Nested
 from matta.randomness import random_state_kept
-from matta.reporting import Bar, Losses, Scalars
+from matta.reporting import Bar, Losses, tensorboard
 from matta.runs import RunFolder
 from matta.shampoo import Shampoo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from torch.optim.lr_scheduler import LRScheduler
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
@@ -148,16 +149,17 @@ class Training:
         self.best: Evaluated | None = None
         self.saved_step: int | None = None
         self.bar: Bar | None = None
-        self.scalars: Scalars | None = None
+        self.trackers: list[GeneralTracker] = []
+        self.own_tracker: GeneralTracker | None = None
 
-    def run(self, *, progress: bool, tensorboard: bool) -> FitResult:
+    def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
         """Train to the end."""
         self._resume()
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
             self.cotrain.accumulate = self.settings.accumulate
-            self._open(progress=progress, tensorboard=tensorboard)
+            self._open(progress=progress, has_tensorboard=has_tensorboard)
             with Interrupt(enabled=self.folder is not None and self.accelerator.num_processes == 1) as interrupt:
                 self.cotrain.train()
                 self._train(interrupt)
@@ -166,9 +168,10 @@ class Training:
             self.cotrain.accumulate = accumulate_before
             for part, mode in modes:
                 part.training = mode
-            for shown in (self.bar, self.scalars):
-                if shown is not None:
-                    shown.close()
+            if self.bar is not None:
+                self.bar.close()
+            if self.own_tracker is not None:
+                self.own_tracker.finish()
         return FitResult(
             steps=self.step,
             losses=self.losses.read(),
@@ -306,8 +309,7 @@ class Training:
 
             broadcast_object_list(values)
         self.evaluations.append(Evaluated(step=self.step, values=values[0]))
-        if self.scalars is not None:
-            self.scalars.write(self.step, {f"evaluation/{name}": value for name, value in values[0].items()})
+        self._track({f"evaluation/{name}": value for name, value in values[0].items()})
         self._judge(self.evaluations[-1])
 
     def _judge(self, latest: Evaluated) -> None:
@@ -326,28 +328,31 @@ class Training:
 
     def _log(self, distill_weight: Tensor) -> None:
         losses = self.losses.read()
-        if self.scalars is None:
-            return
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
-        self.scalars.write(
-            self.step,
+        self._track(
             {
                 **{f"loss/{name}": value for name, value in losses.items()},
                 **dict(zip(names, rates, strict=True)),
                 "distill_weight": float(distill_weight),
                 "skipped_steps": self.num_skipped,
-            },
+            }
         )
 
-    def _open(self, *, progress: bool, tensorboard: bool) -> None:
+    def _track(self, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=self.step)
+
+    def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
         """Begin to write and to show, on the main process."""
         if not self.accelerator.is_main_process:
             return
+        self.trackers += self.accelerator.trackers
         if self.folder is not None:
             self.folder.begin()
-            if tensorboard:
-                self.scalars = Scalars(self.folder.path / "tensorboard", self.step)
+            if has_tensorboard:
+                self.own_tracker = tensorboard(self.folder.path, self.step)
+                self.trackers.append(self.own_tracker)
         if progress:
             self.bar = Bar(self._num_steps(), self.step)
 
@@ -370,8 +375,6 @@ class Training:
             feeds = gather_object(feeds)
         if self.accelerator.is_main_process:
             self.folder.save(self.step, self.cotrain, self._state(feeds))
-        if self.scalars is not None:
-            self.scalars.flush()
         self.saved_step = self.step
 
     def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:

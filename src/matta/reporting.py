@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a progress bar, and scalars for TensorBoard.
+"""What a run shows while it trains: a progress bar, and values for trackers such as TensorBoard.
 
 Losses stay on the device until something is shown; only then does the host wait for them.
 """
@@ -6,9 +6,9 @@ Losses stay on the device until something is shown; only then does the host wait
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from matta.cotraining import CoTrainingOutput
 from matta.errors import RunError
 from matta.processes import num_processes, summed
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 REFRESH_SECONDS: Final = 0.5
 LOSSES: Final = ("student", "ta", "distill")
@@ -109,25 +112,11 @@ class Bar:
         self._progress.stop()
 
 
-@final
-class Scalars:
-    """TensorBoard's record of a run; what an interrupted run wrote beyond `step` is purged."""
+def tensorboard(run: Path, step: int) -> GeneralTracker:
+    """Accelerate's TensorBoard tracker of a run; what an interrupted run wrote beyond `step` is purged."""
+    require_installed("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
 
-    def __init__(self, folder: Path, step: int) -> None:
-        require_installed("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Put what was recorded on disk."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Put everything on disk and end."""
-        self._writer.close()
+    tracker = TensorBoardTracker("tensorboard", run, purge_step=step + 1 if step else None)
+    tracker.start()
+    return tracker

@@ -5,7 +5,7 @@
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
     preconditioner.safetensors  Shampoo's factors at the end, where it was used (matta figure preconditioner)
-    tensorboard/         scalars
+    tensorboard/         losses, rates and evaluations
 
 A checkpoint is written under another name and renamed when it is complete: whenever a run is killed,
 its folder holds one that is whole.
