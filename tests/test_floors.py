@@ -41,7 +41,6 @@ FLOORS = (
     {"fitting"},
     {"lm"},
     {"studies"},
-    {"figures"},
     {"cli"},
     {"__main__"},
 )

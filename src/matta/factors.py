@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -163,3 +163,45 @@ def _factors(name: str, side: str, blocks: Tensor, layer: Mapping[str, Any]) -> 
         index = torch.tensor([channel % size for channel in ordered], dtype=torch.long)
         count = sum(channel in student for channel in seen)
         yield Factor(layer=name, side=side, moments=moments[index][:, index], num_student=count)
+
+
+class PreconditionerSettings(Protocol):
+    """What `matta figure preconditioner` is asked for."""
+
+    run: Path
+    layer: str
+    side: str
+    out: Path | None
+
+
+def preconditioner(settings: PreconditionerSettings) -> dict[str, Any]:
+    """Draw a layer's factor as in Fig. 4, and give the mean correlations of its three kinds of pairs.
+
+    Raises:
+        RunError: the run holds no such factor.
+    """
+    factor = load_factor(settings.run, settings.layer, settings.side)
+    out = settings.out or settings.run / f"preconditioner-{factor.layer}-{factor.side}.png"
+    draw(factor, out)
+    means = factor.means()
+    print(f"{factor.layer}, {factor.side} channels: {factor.num_student} of the Student, {len(factor.moments)} in all")
+    for name, value in means.items():
+        print(f"  mean |L_ij| / sqrt(L_ii L_jj) {name.replace('_', ' '):15} {value:.4f}")
+    print(f"drawn in {out}")
+    finite = {name: value if value == value else None for name, value in means.items()}
+    return {"layer": factor.layer, "side": factor.side, "picture": str(out), **finite}
+
+
+def draw(factor: Factor, out: Path) -> None:
+    """The heat map, with the Student's edge marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(factor.correlations().numpy(), vmin=0, vmax=1, cmap="magma")
+    edge = factor.num_student - 0.5
+    axes.axhline(edge, color="white", linewidth=0.8)
+    axes.axvline(edge, color="white", linewidth=0.8)
+    axes.set_title(f"{factor.layer}: {factor.side} channels, the Student's {factor.num_student} first", fontsize=9)
+    figure.colorbar(image, label="|L_ij| / sqrt(L_ii L_jj)")
+    figure.savefig(out, dpi=150)
