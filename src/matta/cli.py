@@ -37,6 +37,7 @@ class Command:
     settings: str  # "module:Dataclass"; the module must be light
     run: str  # "module:function", from settings to an object that json can write
     extra: str  # the extra of the package that it needs
+    shared: bool = False  # whether several processes can do it together
 
 
 GROUPS = {
@@ -58,6 +59,7 @@ COMMANDS = (
         settings="matta.lm.settings:TrainSettings",
         run="matta.lm.training:run",
         extra="lm",
+        shared=True,
     ),
     Command(
         words=("teach",),
@@ -140,6 +142,8 @@ def _run(command: Command, options: dict[str, Any], *, as_json: bool) -> None:
 
     Of several processes (`accelerate launch`) only the one with a result prints it.
     """
+    if not command.shared:
+        _named("matta.processes:require_one")(f"matta {' '.join(command.words)}")
     settings = _named(command.settings)(**options)
     if not as_json:
         _named(command.run)(settings)

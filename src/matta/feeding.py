@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from matta.batches import Batch
 from matta.errors import RunError
+from matta.processes import is_shared_out
 from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
 
 
@@ -52,11 +53,14 @@ class Feed:
     (`StatefulIterator`) goes on there instead, also when it had come to an end and now has more.
 
     Several processes share the batches: DataLoaders as Accelerate shards them; a `ShardedIterator` shares its
-    data out itself; of any other iterable each process takes every n-th batch.
+    data out itself; of any other iterable each process takes every n-th batch. For whole passes (`num_passes`) batches
+    of a known number must divide among the processes, or come from a DataLoader with `drop_last`; elsewhere those left
+    over at the end of a pass are left out of it. The last of a DataLoader without a length Accelerate fills up from
+    its first samples.
 
     Raises:
         RunError: the data is no iterable of batches, or an iterator, which can be passed over once, is asked
-            for several passes.
+            for several passes; batches do not divide among the processes, or a sampler shares them out already.
     """
 
     def __init__(self, data: Iterable[Batch], accelerator: Any, num_passes: int | None) -> None:
@@ -75,6 +79,9 @@ class Feed:
         self.device: torch.device = accelerator.device
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.is_sharded = self.num_processes > 1 and isinstance(data, DataLoader | StatefulIterator)
+        self._share: int | None = None  # batches of a pass that every process has, where some have one more
+        if self.num_processes > 1 and self.stateful is None and not accelerator.split_batches:
+            self._share = _even_share(data, self.num_processes, is_whole=num_passes is not None)
         self.data = self._shared(data, accelerator) if self.is_sharded else data
         self.generators = generators_of(data)
         self.num_passes = 1 if is_iterator else num_passes
@@ -85,7 +92,7 @@ class Feed:
     def _shared(self, data: Iterable[Batch], accelerator: Any) -> Iterable[Batch]:
         """The data, so that each process has batches of its own."""
         if isinstance(data, DataLoader):
-            return accelerator.prepare_data_loader(data)
+            return _prepared(data, accelerator)
         if not isinstance(data, ShardedIterator):
             raise RunError(
                 f"received {type(data).__name__}, which keeps its own place, in {self.num_processes} processes; "
@@ -168,11 +175,17 @@ class Feed:
         if num_skipped and isinstance(self.data, DataLoader) and _is_map_style(self.data):
             from accelerate import skip_first_batches
 
-            return iter(skip_first_batches(self.data, num_skipped))
+            return self._even(iter(skip_first_batches(self.data, num_skipped)), num_skipped)
         batches = iter(self.data)
         if self.num_processes > 1 and not self.is_sharded:
-            batches = _every_nth(batches, self.num_processes, self.rank)
-        return islice(batches, num_skipped, None)
+            batches = (group[self.rank] for group in full_groups(batches, self.num_processes))
+        return islice(self._even(batches, 0), num_skipped, None)
+
+    def _even(self, batches: Iterator[Batch], num_skipped: int) -> Iterator[Batch]:
+        """As many batches as every process has; to the end in any case, where Accelerate counts the pass."""
+        for index, batch in enumerate(batches, num_skipped):
+            if self._share is None or index < self._share:
+                yield batch
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
@@ -186,7 +199,46 @@ def _is_map_style(data: DataLoader[Any]) -> bool:
     return not isinstance(data.dataset, IterableDataset) and data.batch_sampler is not None
 
 
-def _every_nth(batches: Iterator[Batch], count: int, index: int) -> Iterator[Batch]:
-    """One of each full group of `count` batches, so that all processes take equally many."""
+def _prepared(data: DataLoader[Any], accelerator: Any) -> DataLoader[Any]:
+    """A DataLoader of this process's batches, without samples dealt twice to fill the last ones up."""
+    if is_shared_out(data):
+        return data
+    fills_up, accelerator.even_batches = accelerator.even_batches, accelerator.even_batches and not _is_map_style(data)
+    try:
+        return accelerator.prepare_data_loader(data)
+    finally:
+        accelerator.even_batches = fills_up
+
+
+def full_groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    """Each `count` batches together; what is left over at the end is left out."""
     while len(group := list(islice(batches, count))) == count:
-        yield group[index]
+        yield group
+
+
+def _even_share(data: Iterable[Batch], num_processes: int, *, is_whole: bool) -> int | None:
+    """Batches of a pass that every process has, where some would have one more; None elsewhere.
+
+    Raises:
+        RunError: whole passes are to be shared out, and some batches would be left over; or a DistributedSampler
+            shares them out already.
+    """
+    if isinstance(getattr(data, "sampler", None), DistributedSampler):
+        raise RunError(
+            "received a DataLoader with a DistributedSampler, and fit shares the batches out itself; expected the "
+            "DataLoader of one process: leave sampler= out"
+        )
+    sampler = getattr(data, "batch_sampler", None)
+    if not (_is_map_style(data) if isinstance(data, DataLoader) else isinstance(data, Sized)):
+        return None
+    num_batches = getattr(sampler, "total_length", None) or len(data)  # type: ignore[arg-type]
+    share, left = divmod(num_batches, num_processes)
+    if not left or getattr(sampler, "drop_last", False):
+        return None
+    if is_whole:
+        raise RunError(
+            f"received {num_batches} batches for {num_processes} processes, which leave {left} over; expected a "
+            f"multiple of {num_processes}: choose another batch size or number of processes, steps= in place of "
+            f"epochs=, or a DataLoader with drop_last=True, which leaves them out"
+        )
+    return share if isinstance(data, DataLoader) else None

@@ -17,6 +17,7 @@ from matta.cotraining import CoTraining
 from matta.errors import RunError
 from matta.feeding import Feed
 from matta.loop import Evaluate, FitResult, Observer, Settings, Training
+from matta.processes import make_accelerator, require_all
 from matta.reporting import require_installed
 from matta.runs import RunFolder
 
@@ -107,9 +108,8 @@ def fit(
         5
     """
     require_installed("accelerate")
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator()
+    accelerator = make_accelerator() if accelerator is None else accelerator
+    require_all(accelerator)
     settings = Settings(
         steps=steps,
         epochs=epochs,

@@ -17,7 +17,7 @@ from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
 from matta.evaluation import evaluating
 from matta.factors import save_factors
-from matta.feeding import Feed
+from matta.feeding import Feed, full_groups
 from matta.interrupts import Interrupt
 from matta.nesting import Nested
 from matta.randomness import random_state_kept
@@ -62,8 +62,8 @@ class Evaluated:
 class FitResult:
     """What came of a run.
 
-    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged; `num_skipped`
-    counts the steps whose loss was not finite.
+    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
+    count in all processes; `num_skipped` counts the steps whose loss was not finite.
     """
 
     steps: int
@@ -181,17 +181,14 @@ class Training:
         if self._is_complete():
             return
         model = self._distributed()
-        outputs: list[CoTrainingOutput] = []
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            for batch in self.feed:
-                self._forward_backward(model, batch, outputs)
-                if len(outputs) == self.settings.accumulate:
-                    self._move(outputs)
-                    self._after_step(outputs[-1], interrupt)
-                    outputs = []
-                    if self._is_complete():
-                        break
+            for batches in full_groups(iter(self.feed), self.settings.accumulate):
+                outputs = self._forward_backward(model, batches)
+                self._move(outputs)
+                self._after_step(outputs[-1], interrupt)
+                if self._is_complete():
+                    break
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
@@ -201,16 +198,21 @@ class Training:
     def _distributed(self) -> torch.nn.Module:
         return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
 
-    def _forward_backward(self, model: torch.nn.Module, batch: Batch, outputs: list[CoTrainingOutput]) -> None:
-        accumulate = self.settings.accumulate
-        is_last = len(outputs) + 1 == accumulate
-        with nullcontext() if is_last else self.accelerator.no_sync(model):
-            with self.settings.autocast(self.feed.device):
-                out: CoTrainingOutput = model(batch)
-            (out.loss if accumulate == 1 else out.loss / accumulate).backward()
-        outputs.append(out)
-        for observer in self.observers:
-            observer.before_step(self.cotrain, batch, out)
+    def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
+        """The gradient of the mean over all labels of the step, of every batch and process."""
+        is_shared = len(batches) > 1 or self.accelerator.num_processes > 1
+        of_step = {"num_labels": self.cotrain.num_labels(batches)} if is_shared else {}
+        outputs: list[CoTrainingOutput] = []
+        for batch in batches:
+            is_last = len(outputs) + 1 == len(batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.settings.autocast(self.feed.device):
+                    out: CoTrainingOutput = model(batch, **of_step)
+                out.loss.backward()
+            outputs.append(out)
+            for observer in self.observers:
+                observer.before_step(self.cotrain, batch, out)
+        return outputs
 
     def _move(self, outputs: Sequence[CoTrainingOutput]) -> None:
         """The optimizer step, unless something is not finite."""
@@ -221,8 +223,7 @@ class Training:
         if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
             self.optimizer.step()
             self.nonfinite_in_row = 0
-            for out in outputs:
-                self.losses.add(out)
+            self.losses.add(outputs)
         else:
             self._skip(self.settings.max_nonfinite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -95,8 +95,11 @@ class Objective(ABC):
             LabelError: labels that do not fit the logits.
         """
 
-    def num_counted(self, labels: Labels) -> int:
-        """How many rows `cross_entropy` is the mean of; all examples, unless the objective says otherwise."""
+    def num_counted(self, labels: Labels) -> int | Tensor:
+        """How many rows the losses are means of; all examples, unless the objective says otherwise.
+
+        A tensor where counting would make the host wait for the device.
+        """
         return num_examples(labels)
 
     @abstractmethod
@@ -144,8 +147,8 @@ class Binary(Objective):
         rows = self._rows(logits)
         return binary_cross_entropy(rows, *self._labels(rows, labels))
 
-    def num_counted(self, labels: Labels) -> int:
-        return int((_whole(labels) != self.ignore_index).sum())
+    def num_counted(self, labels: Labels) -> Tensor:
+        return (_whole(labels) != self.ignore_index).sum()
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = self._rows(logits).sigmoid()
@@ -272,8 +275,8 @@ class Classification(Objective):
         targets, kept = self._targets(logits, labels)
         return self._cross_entropy(log_probabilities(logits.flatten(0, -2)), targets, kept)
 
-    def num_counted(self, labels: Labels) -> int:
-        return int((~ignored_positions(labels, self.ignore_index)).sum())
+    def num_counted(self, labels: Labels) -> Tensor:
+        return (~ignored_positions(labels, self.ignore_index)).sum()
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
@@ -366,7 +369,7 @@ class CausalLM(Objective):
     def cross_entropy(self, logits: Tensor, labels: Labels) -> Tensor:
         return self._classes.cross_entropy(logits[:, :-1], self._shifted(logits, labels))
 
-    def num_counted(self, labels: Labels) -> int:
+    def num_counted(self, labels: Labels) -> Tensor:
         return self._classes.num_counted(_after_first(labels))
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:

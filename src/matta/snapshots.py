@@ -30,6 +30,7 @@ from matta.errors import CheckpointError, RunError
 from matta.extraction import extract
 from matta.labels import num_examples
 from matta.nesting import Nested
+from matta.processes import gathered, is_main_process
 from matta.submodels import SubModel
 
 LATEST: Final = "latest"
@@ -61,6 +62,8 @@ class Snapshot:
 @final
 class Snapshots:
     """An observer for `matta.fit` that publishes modules into a folder.
+
+    Of several processes the main one publishes, and the events of all count.
 
     Args:
         folder: Where to; made if it is not there.
@@ -113,17 +116,19 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        self._events += len(out.student_logits) if labels is None else num_examples(labels)
+        count = len(out.student_logits) if labels is None else num_examples(labels)
+        self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
         """Publish, if it is time."""
         since = self._events - self._published_events
         is_due = self._every_events is not None and since >= self._every_events
-        if is_due or (self._every_s is not None and time.monotonic() - self._published_at >= self._every_s):
+        is_late = self._every_s is not None and time.monotonic() - self._published_at >= self._every_s
+        if (is_due or is_late) and is_main_process():
             self.publish(cotrain.nested)
 
     def publish(self, nested: Nested) -> int:
-        """Publish now; the number of the version."""
+        """Publish now; the number of the version. Of several processes, only one may call it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
         made = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))

@@ -37,12 +37,9 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     """Judge the models that the settings name; what results.json holds.
 
     Raises:
-        RunError: a model, a benchmark, its data or the text cannot be had, --out is taken, or there are several
-            processes.
+        RunError: a model, a benchmark, its data or the text cannot be had, or --out is taken.
         ModuleNotFoundError: lm-eval is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("matta evaluate works in one process; expected it without accelerate launch or torchrun")
     benchmarks = choose(settings.tasks)
     if not benchmarks and settings.text is None:
         raise RunError("--tasks none without --text leaves nothing to judge by; expected at least one of them")
