@@ -14,7 +14,7 @@ import matta
 
 FLOORS = (
     {"calls", "channels", "errors"},
-    {"batches", "firstorder", "heads", "layers", "layout", "losses", "moving", "preconditioner", "schedule"},
+    {"batches", "firstorder", "heads", "layers", "layout", "losses", "moving", "preconditioner", "schedule", "storage"},
     {"flow", "fused", "labels"},
     {"objectives", "slicing", "stacking", "tables", "tracing"},
     {"plan", "shampoo", "widening"},
