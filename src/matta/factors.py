@@ -23,6 +23,7 @@ from matta.errors import RunError
 from matta.nesting import Nested
 from matta.plan import Placement
 from matta.shampoo import Shampoo
+from matta.storage import checked_file, verify
 
 FILE: Final = "preconditioner.safetensors"
 SIDES: Final = ("output", "input")
@@ -85,7 +86,8 @@ def save_factors(optimizer: Shampoo, nested: Nested, folder: str | os.PathLike[s
             if name in state:
                 tensors[f"{placement.ta}/{side}"] = state[name].detach().cpu().clone()
     path = Path(folder) / FILE
-    save_file(tensors, path, metadata={"layers": json.dumps(layers)})
+    with checked_file(path) as made:
+        save_file(tensors, made, metadata={"layers": json.dumps(layers)})
     return path
 
 
@@ -113,11 +115,12 @@ def load_factor(run: str | os.PathLike[str], layer: str, side: str = "output") -
         raise RunError(f"received side={side!r}; expected 'output' or 'input'")
     path = _find(Path(run))
     try:
+        verify(path.parent, FILE)
         with safe_open(path, framework="pt") as file:
             layers = json.loads(file.metadata()["layers"])
             name = next((each for each in (layer, f"{layer}.weight") if f"{each}/{side}" in file.keys()), None)  # noqa: SIM118
             blocks = None if name is None else file.get_tensor(f"{name}/{side}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # CheckpointError is a ValueError
         raise RunError(f"{path} cannot be read: {error}; run the training again") from None
     if name is None or blocks is None:
         raise RunError(f"{path} has no {side} factor of {layer!r}; it has: {', '.join(layers) or 'none'}")

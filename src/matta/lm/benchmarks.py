@@ -24,11 +24,11 @@ from matta.lm.bits import TextScore, bits_per_byte, change
 from matta.lm.contestants import Contestant, contestants
 from matta.lm.judging import Suite, Values, load_judge, scores_of
 from matta.lm.recipe import SourcePart
-from matta.lm.runs import write_json
 from matta.lm.settings import EvaluateSettings
 from matta.lm.suite import Figure, choose
 from matta.lm.tables import markdown, notes, rich_tables
 from matta.lm.texts import held_out_documents, text_source
+from matta.storage import write_json
 
 MOST_CONTEXT: Final = 1024  # for held-out text, by default
 
