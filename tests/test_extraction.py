@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,59 @@ def test_extracting_takes_no_part_in_autograd() -> None:
 def test_a_sub_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(SubModelError, match="there is no layer 'h.0'; the layers are: 0"):
         matta.extract(_nested(), matta.SubModel({"h.0": "wide"}))
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed last, in several places, as recurrent models keep their state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.state: Tensor | None = None
+        self.cache: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.first(x).tanh()
+        self.cache["hidden"] = [self.state * 2]
+        return self.last(self.state)
+
+
+def hooked(norm: Callable[[nn.Linear], nn.Module]) -> Callable[[int], nn.Module]:
+    def build(width: int) -> nn.Module:
+        torch.manual_seed(width)
+        return nn.Sequential(norm(nn.Linear(3, width)), nn.ReLU(), nn.Linear(width, 1))
+
+    return build
+
+
+KEPT = {
+    "state": Remembering,
+    "spectral_norm": hooked(nn.utils.spectral_norm),
+    "weight_norm": hooked(nn.utils.weight_norm),
+    "pruned": hooked(lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.4)),
+    "parametrized": hooked(nn.utils.parametrizations.spectral_norm),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("build", KEPT.values(), ids=KEPT)
+def test_what_forwards_leave_behind_does_not_stop_extraction(build: Callable[[int], nn.Module], tmp_path: Path) -> None:
+    nested = matta.nest(build(4), build(6))
+    cotrain = matta.CoTraining(nested, matta.objectives.Classification(), sample=matta.random_sub_model(nested))
+    optimizer = torch.optim.SGD(nested.parameters(), lr=0.1)
+    if build is not Remembering:
+        cotrain.objective = matta.objectives.Binary()
+    for _ in range(3):
+        cotrain((X, torch.ones(16).long() if build is Remembering else torch.ones(16))).loss.backward()
+        optimizer.step()
+    for spec in (None, matta.narrow(nested), matta.wide(nested)):
+        live = nested.student if spec is None else matta.live(nested, spec)
+        extracted = matta.extract(nested, spec)
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(extracted).eval()(X), live.eval()(X))
+    again = matta.load(matta.save(nested, tmp_path / "nested"), build(4), build(6))
+    assert torch.equal(again.student.eval()(X), nested.student.eval()(X))
 
 
 # ------------------------------------------------------------------------ recalibration

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import nn
 
-from matta.acceptance import require_nestable, require_real_buffers
+from matta.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.batches import Batch
 from matta.errors import NestingError, TracingError
 from matta.layers import Layers
@@ -128,7 +128,7 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
-            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients).
+            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -142,6 +142,7 @@ def nest(
         raise NestingError("received an empty list of Students; expected at least one module")
     for module, role in [*((each, "Student") for each in students), (ta, "TA")]:
         require_nestable(module, role)
+        require_copies(module, role)
     for each in students:
         require_real_buffers(each, ta)
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
