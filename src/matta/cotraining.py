@@ -156,6 +156,11 @@ class CoTraining(nn.Module):
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a Teacher labels the batches."""
+        return self._teacher[0] is not None
+
     def num_labels(self, batches: Iterable[Batch]) -> Tensor:
         """The labels that count in the batches of an optimizer step, for `forward`.
 

@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from matta.batches import Batch
 from matta.errors import RunError
 from matta.processes import is_shared_out
-from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
+from matta.randomness import (
+    generator_state,
+    generators_of,
+    parts_of,
+    random_state,
+    set_generator_states,
+    set_random_state,
+)
 
 
 @runtime_checkable
@@ -36,6 +43,17 @@ class StatefulIterator(Protocol):
 
 
 @runtime_checkable
+class StatefulLoader(Protocol):
+    """A DataLoader that keeps its own place in a pass, such as torchdata's StatefulDataLoader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batch last given out."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """The next pass begins after the batch at which the state was taken."""
+
+
+@runtime_checkable
 class ShardedIterator(StatefulIterator, Protocol):
     """One that can be shared by several processes, such as `matta.lm.packing.PackedTokens`."""
 
@@ -49,8 +67,11 @@ class Feed:
 
     A pass is replayed by giving the random generators the states that they had at its beginning, so
     that a shuffled DataLoader deals the same order again, and leaving out the batches already seen.
-    Of map-style data those are not even loaded, but for the last. An iterator that keeps its own place
-    (`StatefulIterator`) goes on there instead, also when it had come to an end and now has more.
+    Of map-style data those are not even loaded, but for the last (with persistent workers all are). The random
+    generators are the global ones, and those that the DataLoader, its dataset and its samplers keep as attributes;
+    whichever of them has `set_epoch` is told the epoch before each pass. A `StatefulLoader` replays nothing, and an
+    iterator that keeps its own place (`StatefulIterator`) goes on there instead, also when it had come to an end and
+    now has more.
 
     Several processes share the batches: DataLoaders as Accelerate shards them; a `ShardedIterator` shares its
     data out itself; of any other iterable each process takes every n-th batch. For whole passes (`num_passes`) batches
@@ -84,6 +105,9 @@ class Feed:
             self._share = _even_share(data, self.num_processes, is_whole=num_passes is not None)
         self.data = self._shared(data, accelerator) if self.is_sharded else data
         self.generators = generators_of(data)
+        keeps_place = self.num_processes == 1 and isinstance(data, DataLoader)
+        self.loader: Any = data if keeps_place and isinstance(data, StatefulLoader) else None
+        self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
         self._start: dict[str, Any] = {}
@@ -127,7 +151,11 @@ class Feed:
     def state(self) -> dict[str, Any]:
         """Where the run is; to be taken between two batches."""
         state = {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
-        return {**state, "data": self.stateful.state_dict()} if self.stateful is not None else state
+        if self.stateful is not None:
+            state["data"] = self.stateful.state_dict()
+        elif self.loader is not None and self.batch:
+            state["data"] = self.loader.state_dict()
+        return state
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken."""
@@ -138,16 +166,28 @@ class Feed:
                 raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
             self.epoch = 0  # what had ended may have more now
             self.stateful.load_state_dict(state["data"])
+        elif self.loader is not None and self.batch:
+            self._require_place(state)
+            self.loader.load_state_dict(state["data"])
+        elif self.has_persistent_workers and (self.epoch or self._start.get("had_workers")):
+            iter(self.data)  # workers that go on draw no seed of their own: bring them to life before the pass
+
+    def _require_place(self, state: dict[str, Any]) -> None:
+        if "data" not in state:
+            raise RunError(
+                f"the run was begun with data that keeps no place of its own, and now it is "
+                f"{type(self.loader).__name__}; expected the same data"
+            )
 
     def _random_states(self) -> dict[str, Any]:
-        return {"global": random_state(), "generators": [each.get_state() for each in self.generators]}
+        return {"global": random_state(), "generators": [generator_state(each) for each in self.generators]}
 
     def _set_random_states(self, states: dict[str, Any]) -> None:
         set_random_state(states["global"])
         set_generator_states(self.generators, states["generators"])
 
     def _new_pass(self) -> Iterator[Batch]:
-        self._start = self._random_states()
+        self._start = {**self._random_states(), "had_workers": getattr(self.data, "_iterator", None) is not None}
         return self._deal(0)
 
     def _resumed_pass(self) -> Iterator[Batch]:
@@ -157,6 +197,9 @@ class Feed:
         if not self.batch or self.stateful is not None:
             self._set_random_states(at)
             return self._new_pass()
+        if self.loader is not None:
+            set_random_state(at["global"])
+            return self._deal(0)
         self._set_random_states(self._start)
         batches = self._deal(self.batch - 1)
         if next(batches, None) is None:
@@ -169,10 +212,11 @@ class Feed:
 
     def _deal(self, num_skipped: int) -> Iterator[Batch]:
         """This process's batches of a pass but the first few."""
-        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.epoch)
-        if num_skipped and isinstance(self.data, DataLoader) and _is_map_style(self.data):
+        for part in parts_of(self.data):
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(self.epoch)
+        can_skip = isinstance(self.data, DataLoader) and _is_map_style(self.data) and not self.has_persistent_workers
+        if num_skipped and can_skip:
             from accelerate import skip_first_batches
 
             return self._even(iter(skip_first_batches(self.data, num_skipped)), num_skipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from matta.interrupts import Interrupt
 from matta.nesting import Nested
 from matta.randomness import random_state_kept
 from matta.reporting import Bar, Losses, tensorboard
+from matta.resuming import arguments_of, fast_forward, keep_hyperparameters, require_same
 from matta.runs import RunFolder
 from matta.shampoo import Shampoo
 
@@ -96,6 +98,7 @@ class Settings:
     checkpoint_every: int
     max_nonfinite: int | None
     log_every: int
+    resume: bool | Literal["prolong"]
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -110,6 +113,8 @@ class Settings:
             raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
         if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
             raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.resume not in (True, False, "prolong"):
+            raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
 
     @property
     def num_passes(self) -> int | None:
@@ -142,6 +147,9 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.evaluate, self.observers = settings, evaluate, observers
         self.folder, self.accelerator = folder, accelerator
+        self.arguments = arguments_of(
+            cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
+        )
         self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses = Losses()
@@ -328,6 +336,8 @@ class Training:
 
     def _log(self, distill_weight: Tensor) -> None:
         losses = self.losses.read()
+        if not self.trackers:  # reading the weight would wait for the device
+            return
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
         self._track(
@@ -382,6 +392,7 @@ class Training:
             "step": self.step,
             "accumulate": self.settings.accumulate,
             "num_processes": self.accelerator.num_processes,
+            "arguments": self.arguments,
             "feeds": feeds,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -399,9 +410,7 @@ class Training:
             return
         self._check_resumed(state)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
+            self._resume_optimizer(state)
         except (ValueError, KeyError) as error:
             raise RunError(
                 f"the run's optimizer state does not fit the optimizer given: {error}; expected the optimizer and "
@@ -416,18 +425,40 @@ class Training:
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
 
+    def _resume_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over the optimizer's state with the run's hyperparameters and schedule, or, prolonged, the new ones."""
+        if self.settings.resume == "prolong":
+            self.optimizer.load_state_dict(keep_hyperparameters(self.optimizer, state["optimizer"]))
+            if self.scheduler is not None:
+                fast_forward(self.scheduler, state["step"])
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        has_more = self.settings.steps is not None and self.settings.steps > state["step"]
+        if has_more and all(group["lr"] == 0 for group in self.optimizer.param_groups):
+            warnings.warn(
+                f"the run resumes at step {state['step']} of {self.settings.steps} with a learning rate of 0, to which "
+                f"its schedule has come; a longer schedule is taken with resume='prolong'",
+                stacklevel=2,
+            )
+
     def _check_resumed(self, state: dict[str, Any]) -> None:
         present = {
             "accumulate": self.settings.accumulate,
             "num_processes": self.accelerator.num_processes,
-            "scheduler": self.scheduler is not None,
             "number of observers": len(self.observers),
         }
-        saved = {
-            **state,
-            "scheduler": state["scheduler"] is not None,
-            "number of observers": len(state.setdefault("observers", [])),
-        }
+        saved = {**state, "number of observers": len(state.setdefault("observers", []))}
         for name, value in present.items():
             if saved[name] != value:
                 raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+        if self.settings.resume == "prolong":
+            return
+        if (self.scheduler is not None) != (state["scheduler"] is not None):
+            was, now = (each is not None for each in (state["scheduler"], self.scheduler))
+            raise RunError(
+                f"the run was begun with scheduler={was}, and now it is {now}; expected the same, or resume='prolong'"
+            )
+        if "arguments" in state:  # older checkpoints have none
+            require_same(state["arguments"], self.arguments, state["optimizer"])
