@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # One thread in each process: on small models more threads cost more than they bring.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup test stress demo lint typecheck bench clean
+.PHONY: help setup test stress demo lint typecheck docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,9 +42,12 @@ lint: $(READY) ## ruff: rules, import order and format
 typecheck: $(READY) ## mypy
 	$(BIN)/mypy
 
+docs: $(READY) ## the documentation site, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(READY) ## every benchmark, one after the other
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## remove .venv and what the tools have left (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,20 +11,37 @@ import matta
 
 
 class CoTrainingModule(lightning.LightningModule):
-    """A LightningModule around a CoTraining."""
+    """A LightningModule around a CoTraining; a step is the mean over its labels in all batches and processes.
+
+    Lightning gives one batch at a time, so that the labels of a step are known at its end: gradients are of sums
+    until then.
+    """
 
     def __init__(self, cotrain: matta.CoTraining, lr: float) -> None:
         super().__init__()
         self.cotrain, self.lr = cotrain, lr
+        self.num_labels: list[Tensor] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         out = self.cotrain(batch)
-        self.log_dict({"student_loss": out.student_loss, "ta_loss": out.ta_loss, "distill_loss": out.distill_loss})
-        return out.loss
+        losses = {"student_loss": out.student_loss, "ta_loss": out.ta_loss, "distill_loss": out.distill_loss}
+        self.log_dict(losses, batch_size=int(out.num_labels), sync_dist=True)
+        self.num_labels.append(out.num_labels)
+        return out.loss * out.num_labels
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make means of the sums: Lightning has divided by the number of batches, DDP by that of processes."""
+        total = self.trainer.strategy.reduce(torch.stack(self.num_labels).sum(), reduce_op="sum").clamp(min=1)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total
+        self.num_labels.clear()
+        for parameter in self.cotrain.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= scale
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         out = self.cotrain(batch)
-        self.log_dict({"val_student_loss": out.student_loss, "val_ta_loss": out.ta_loss})
+        losses = {"val_student_loss": out.student_loss, "val_ta_loss": out.ta_loss}
+        self.log_dict(losses, batch_size=int(out.num_labels), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.cotrain.nested.parameters(), lr=self.lr)

@@ -1,4 +1,7 @@
-"""Co-train in a loop of your own, then take out models of three sizes: `python examples/plain_loop.py`."""
+"""Co-train in a loop of your own, then take out models of three sizes: `python examples/plain_loop.py`.
+
+With several batches to a step, or several processes, give each batch `num_labels=cotrain.num_labels(batches)`.
+"""
 
 from __future__ import annotations
 

@@ -13,12 +13,25 @@ import matta
 
 
 class CoTrainer(Trainer):
-    """The Trainer, for a CoTraining as the model."""
+    """The Trainer, for a CoTraining as the model; a step is the mean over its labels in all batches and processes.
+
+    Evaluation weighs batches by their examples, whatever labels they ignore: `matta.Evaluation` weighs by labels.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        batches, _ = super().get_batch_samples(*arguments)
+        return batches, self.model.num_labels(batches)
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        out = model(inputs)
+        out = model(inputs, num_labels=num_items_in_batch)
         return (out.loss, {"logits": out.student_logits}) if return_outputs else out.loss
 
 

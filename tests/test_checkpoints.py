@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import matta
-from matta import checkpoints
+from matta import checkpoints, storage
 from matta.errors import CheckpointError
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_what_is_loaded_can_be_trained_and_saved_again(saved: Path, tmp_path: Pa
 
 
 def test_a_folder_holds_each_weight_once_and_nothing_pickled(saved: Path) -> None:
-    assert sorted(file.name for file in saved.iterdir()) == ["nested.json", "nested.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == ["SHA256SUMS", "nested.json", "nested.safetensors"]
     names = load_file(saved / checkpoints.WEIGHTS).keys()
     assert not any(name.startswith("students.0.blocks") for name in names)
     assert {"students.0.stem.weight", "students.0.norm.running_mean", "ta.norm.running_mean"} <= names
@@ -146,7 +146,7 @@ def test_what_modules_keep_beside_tensors_is_saved_too(tmp_path: Path) -> None:
     assert (loaded.student.seen, loaded.ta.seen) == ({"batches": [3, 4]}, "many")
     file = path / checkpoints.DESCRIPTION
     file.write_text(file.read_text().replace("many", "none"))
-    with pytest.raises(CheckpointError, match=r"is damaged: the digest"):
+    with pytest.raises(CheckpointError, match=r"nested.json is damaged: its checksum"):
         matta.load(path, Counted(4, None), Counted(6, None))
 
 
@@ -183,7 +183,7 @@ def test_an_earlier_nesting_is_replaced_as_a_whole(saved: Path) -> None:
     assert [each.name for each in saved.parent.iterdir()] == ["nesting"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_digest", "_plan_to_json", "_move"])
+@pytest.mark.parametrize("step", ["save_file", "_plan_to_json", "_checksum", "_move"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, earlier: bool) -> None:
     target = tmp_path / "nesting"
@@ -195,7 +195,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, step, fail)
+    monkeypatch.setattr(checkpoints if hasattr(checkpoints, step) else storage, step, fail)
     with pytest.raises(OSError, match="no space left"):
         matta.save(_nested(1), target)
     assert [each.name for each in tmp_path.iterdir()] == (["nesting"] if earlier else [])
@@ -225,8 +225,18 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         file = folder / checkpoints.DESCRIPTION
         description = {**json.loads(file.read_text()), **changes}
         file.write_text(json.dumps({key: value for key, value in description.items() if value is not None}))
+        storage.add_checksums(folder)
 
     return edit
+
+
+def as_version_1(folder: Path, **changes: Any) -> None:
+    """A folder as the first version wrote it."""
+    (folder / storage.SUMS).unlink()
+    file = folder / checkpoints.DESCRIPTION
+    description = json.loads(file.read_text())
+    digest = checkpoints._digest(folder / checkpoints.WEIGHTS, description)
+    file.write_text(json.dumps({**description, "version": 1, "digest": digest, **changes}))
 
 
 def _flip(name: str) -> Callable[[Path], None]:
@@ -246,26 +256,42 @@ def _write(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content) and None
 
 
+def _json_list(folder: Path) -> None:
+    (folder / checkpoints.DESCRIPTION).write_text("[]")
+    storage.add_checksums(folder)
+
+
 PLACED = {"placements": [["a", "b", [[[[4], [3]]]]]], "private": [], "layers": []}
 DAMAGE = {
-    "weights-flipped": (_flip("nested.safetensors"), r"is damaged: the digest of .*another copy"),
-    "weights-truncated": (_truncate("nested.safetensors"), r"is damaged: the digest"),
-    "weights-empty": (_write("nested.safetensors", b""), r"is damaged: the digest"),
+    "weights-flipped": (_flip("nested.safetensors"), r"nested.safetensors is damaged: its checksum .*another copy"),
+    "weights-truncated": (_truncate("nested.safetensors"), r"is damaged: its checksum"),
+    "weights-empty": (_write("nested.safetensors", b""), r"is damaged: its checksum"),
     "weights-gone": (lambda folder: (folder / "nested.safetensors").unlink(), r"cannot be read: .*No such file"),
     "json-truncated": (_truncate("nested.json"), r"nested.json is damaged: .*another copy"),
     "json-binary": (_write("nested.json", b"\xff\xfe\x00"), r"nested.json is damaged"),
-    "json-list": (_write("nested.json", b"[]"), r"not written by matta.save; expected format 'matta.nested'"),
-    "json-gone": (lambda folder: (folder / "nested.json").unlink(), r"holds no saved nesting: No such file"),
+    "json-flipped": (_flip("nested.json"), r"nested.json is damaged: its checksum"),
+    "json-gone": (lambda folder: (folder / "nested.json").unlink(), r"nested.json cannot be read: No such file"),
+    "sums-flipped": (_flip("SHA256SUMS"), r"is damaged|cannot be read"),
+    "sums-binary": (_write("SHA256SUMS", b"\xff"), r"SHA256SUMS is damaged"),
+    "sums-gone": (lambda folder: (folder / "SHA256SUMS").unlink(), r"the digest .* is not the one saved"),
+    "json-list": (_json_list, r"not written by matta.save; expected format 'matta.nested'"),
     "all-gone": (lambda folder: shutil.rmtree(folder), r"holds no saved nesting: No such file"),
     "foreign": (_edit(format="other"), r"not written by matta.save"),
-    "newer": (_edit(version=2), r"saved in version 2; this matta reads version 1"),
-    "no-digest": (_edit(digest=None), r"the digest .* is not the one saved"),
+    "newer": (_edit(version=3), r"saved in version 3; this matta reads versions 1 and 2"),
+    "old-digest": (lambda folder: as_version_1(folder, digest="0"), r"the digest .* is not the one saved"),
+    "old-plan": (lambda folder: as_version_1(folder, students=[]), r"the digest .* is not the one saved"),
     "no-students": (_edit(students=None), r"nested.json is damaged: KeyError\('students'\)"),
     "students-number": (_edit(students=3), r"nested.json is damaged: TypeError"),
     "students-string": (_edit(students=["x"]), r"nested.json is damaged: TypeError"),
     "plan-unfitting": (_edit(students=[PLACED]), r"nested.json is damaged: LayoutError.*at most as large"),
     "plan-no-numbers": (_edit(students=[{**PLACED, "placements": [["a", "b", [[[["x"], [3]]]]]]}]), r"is damaged"),
 }
+
+
+def test_a_folder_of_the_first_version_is_loaded(saved: Path) -> None:
+    as_version_1(saved)
+    for found, expected in zip(_outputs(matta.load(saved, Net(), Net(6, 3))), _outputs(_nested()), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -296,7 +322,7 @@ def test_an_edited_plan_is_refused_even_where_it_would_fit(saved: Path, edit: st
     else:
         fused[1] = "blocks.1.0.weight"
     file.write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match=r"is damaged: the digest"):
+    with pytest.raises(CheckpointError, match=r"nested.json is damaged: its checksum"):
         matta.load(saved, Net(), Net(6, 3))
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import matta
 from matta.errors import LabelError
-from matta.objectives import Binary, Classification
+from matta.objectives import Binary, CausalLM, Classification, Objective, TopK, top_k
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -45,6 +45,68 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert out.distill_weight.item() == 0.3
     torch.testing.assert_close(out.student_logits, cotrain.nested.student(X))
     torch.testing.assert_close(out.ta_logits, cotrain.nested.ta(X))
+
+
+class Head(nn.Module):
+    """Logits of (batch, time, classes) from a head that can be fused, or of (batch) from the first of its classes."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.hidden, self.head = nn.Linear(3, width), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(self.hidden(x).tanh())
+        return logits[:, 0, 0] if logits.shape[-1] == 1 else logits
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft", "top", "none"])
+@pytest.mark.parametrize("objective", [Binary(), Classification(fused=False), Classification(fused=True), CausalLM()])
+def test_the_parts_of_a_step_sum_to_the_whole(objective: Objective, labels: str) -> None:
+    """With `num_labels`, whatever is ignored in which part: two Students, with and without a Teacher."""
+    outputs = 1 if isinstance(objective, Binary) else 5
+    if labels == "top" and outputs == 1:
+        pytest.skip("a TopK is of several classes")
+    students = [Head(4, outputs), Head(5, outputs)]
+    teacher = Head(3, outputs).double() if labels == "none" else None
+    cotrain = matta.CoTraining(matta.nest(students, Head(9, outputs)), objective, teacher=teacher).double()
+    x = torch.randn(7, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = _some_labels(labels, x, outputs)
+    parts = [slice(0, 2), slice(2, 3), slice(3, 7)]
+    batches = [(x[part], y.at(part) if isinstance(y, TopK) else y if y is None else y[part]) for part in parts]
+    expected = cotrain((x, y))
+    expected.loss.backward()
+    whole = _grads(cotrain)
+    cotrain.zero_grad()
+    num_labels = cotrain.num_labels(batches)
+    assert num_labels == expected.num_labels
+    made = [cotrain(batch, num_labels=num_labels) for batch in batches]
+    torch.testing.assert_close(sum(out.loss for out in made), expected.loss)
+    torch.testing.assert_close(sum(out.ta_loss * out.num_labels for out in made) / num_labels, expected.ta_loss)
+    for out in made:
+        out.loss.backward()
+    torch.testing.assert_close(_grads(cotrain), whole)
+
+
+def _some_labels(kind: str, x: Tensor, outputs: int) -> Tensor | TopK | None:
+    """Labels of which the second example has none that count, and the first some."""
+    if kind == "none":
+        return None
+    ignored = torch.zeros(7, 4, dtype=torch.bool)
+    ignored[0, :3] = ignored[2] = ignored[5, 1] = True
+    if outputs == 1:
+        return (x[:, 0, 0].sigmoid() if kind == "soft" else (x[:, 0, 0] > 0).double()).where(~ignored[:, 1], -100)
+    logits = Head(2, outputs).double()(x).detach()
+    hard = logits.argmax(-1).where(~ignored, -100)
+    soft = logits.softmax(-1).where(~ignored.unsqueeze(-1), -100)
+    return {"hard": hard, "soft": soft, "top": top_k(logits, 2, hard)}[kind]
+
+
+def test_a_step_of_equal_batches_keeps_its_bits() -> None:
+    cotrain = _cotraining()
+    plain, told = cotrain((X, Y)), cotrain((X, Y), num_labels=cotrain.num_labels([(X, Y)]))
+    third = cotrain((X, Y), num_labels=cotrain.num_labels([(X, Y)] * 3))
+    assert plain.loss == told.loss and third.loss == plain.loss / 3
 
 
 def test_only_the_loss_carries_a_graph() -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import matta
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,6 +54,69 @@ def test_lightning_module(run) -> None:  # type: ignore[no-untyped-def]
     losses = dict(re.findall(r"'val_(\w+)_loss': '([\d.]+)'", shown))
     assert float(losses["ta"]) < float(losses["student"]) < 1.2
     assert "(0): Linear(in_features=16, out_features=8, bias=True)" in shown
+
+
+class Tagger(nn.Module):
+    """Logits of each position, from a table."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.table, self.head = nn.Embedding(6, width), nn.Linear(width, 6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.table(input_ids))
+
+
+def cotraining() -> matta.CoTraining:
+    return matta.CoTraining(matta.nest(Tagger(4), Tagger(8)), matta.objectives.CausalLM())
+
+
+def examples() -> list[dict[str, Tensor]]:
+    """Eight sequences, each with one more label ignored than the one before."""
+    ids = torch.randint(6, (8, 10), generator=torch.Generator().manual_seed(0))
+    labels = ids.where(torch.arange(10) >= torch.arange(8).unsqueeze(1), -100)
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+
+
+def train_with_transformers(folder: Path, batch: int, accumulate: int) -> matta.CoTraining:
+    from transformers import TrainingArguments
+
+    trainer, cotrain = runpy.run_path(str(EXAMPLES / "transformers_trainer.py"))["CoTrainer"], cotraining()
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
+        learning_rate=1.0, optim="sgd", max_grad_norm=0.1, lr_scheduler_type="constant", use_cpu=True,
+        train_sampling_strategy="sequential", remove_unused_columns=False, label_names=["labels"], save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer(cotrain, arguments, train_dataset=examples()).train()
+    return cotrain
+
+
+def train_with_lightning(folder: Path, batch: int, accumulate: int) -> matta.CoTraining:
+    import lightning
+
+    module, cotrain = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["CoTrainingModule"], cotraining()
+
+    class Descending(module):  # type: ignore[misc,valid-type]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.cotrain.nested.parameters(), lr=1.0)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=3, accumulate_grad_batches=accumulate, gradient_clip_val=0.1, logger=False,
+        default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Descending(cotrain, lr=1.0), DataLoader(examples(), batch_size=batch))
+    return cotrain
+
+
+@pytest.mark.parametrize("train", [train_with_transformers, train_with_lightning])
+def test_trainers_weigh_every_label_of_a_step_alike(train: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("lightning")
+    whole, parts = (dict(train(tmp_path, *sizes).nested.ta.named_parameters()) for sizes in ((8, 1), (2, 4)))
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    assert not torch.equal(whole["head.weight"], cotraining().nested.ta.head.weight)
 
 
 def test_online(run) -> None:  # type: ignore[no-untyped-def]

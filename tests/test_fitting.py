@@ -343,8 +343,75 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         Setup().fit(batches()[:2], steps=9, run=tmp_path / "run", resume=True, seed=1)
     file = next((tmp_path / "run").glob("checkpoint-*")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:99])
-    with pytest.raises(CheckpointError, match="cannot be read: .* remove that folder"):
+    with pytest.raises(
+        CheckpointError,
+        match="no checkpoint in .* is whole: .*model.safetensors is damaged: its checksum .* remove that folder",
+    ):
         Setup().fit(batches(), run=tmp_path / "run", resume=True, seed=1)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def swap(file: Path) -> None:
+    """Put the file of an older checkpoint in the place of this one."""
+    older = file.parent.with_name("checkpoint-00000004") / file.name
+    file.write_bytes(older.read_bytes())
+
+
+DAMAGE = {
+    "flipped": flip,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "missing": Path.unlink,
+    "swapped": swap,
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(name: str, damage: str, tmp_path: Path) -> None:
+    whole, stopped, resumed = Setup(), Setup(), Setup()
+    settings = {"run": tmp_path / "run", "checkpoint_every": 2, "resume": True}
+    whole.fit(noisy(), steps=11)
+    stop_at(8, fail)(stopped)
+    with pytest.raises(Stopped):
+        stopped.fit(noisy(), steps=11, **settings)
+    DAMAGE[damage](tmp_path / "run" / "checkpoint-00000006" / name)
+    message = f"checkpoint-00000006/{name} .*checkpoint-00000004, which is whole"
+    with pytest.warns(UserWarning, match=message):
+        resumed.fit(noisy(), seed=1, steps=11, **settings)
+    assert_equal(resumed.state(), whole.state())
+    kept = [f"checkpoint-{step:08d}" for step in (8, 10, 11)]
+    assert [each.name for each in sorted((tmp_path / "run").glob("checkpoint-*"))] == kept
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path) -> None:
+    Setup().fit(batches(), steps=4, checkpoint_every=2, run=tmp_path / "run")
+    for step in (2, 4):
+        flip(tmp_path / "run" / f"checkpoint-{step:08d}" / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match="is whole: .*00004/model.safetensors is damaged.*00002/model.safetensors"
+    ):
+        Setup().fit(batches(), steps=5, run=tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_without_checksums_is_one_of_an_earlier_version(tmp_path: Path) -> None:
+    whole, resumed = Setup(), Setup()
+    whole.fit(batches(), steps=5)
+    Setup().fit(batches(), steps=4, run=tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-00000004" / "SHA256SUMS").unlink()
+    resumed.fit(batches(), steps=5, run=tmp_path / "run", resume=True)
+    assert_equal(resumed.state(), whole.state())
+
+
+def test_a_damaged_marker_is_refused(tmp_path: Path) -> None:
+    Setup().fit(batches(), steps=1, run=tmp_path / "run")
+    (tmp_path / "run" / "fit.json").write_bytes(b'{"format": "matta.fit" "version": 1}')
+    with pytest.raises(RunError, match="fit.json is damaged"):
+        Setup().fit(batches(), steps=2, run=tmp_path / "run", resume=True)
 
 
 def test_steps_that_are_not_finite_move_no_weight() -> None:
@@ -411,6 +478,33 @@ def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     assert [each.step for each in events.Scalars("loss/ta")] == [2, 4, 6, 8]
     assert [each.step for each in events.Scalars("evaluation/loss")] == [4, 8]
     assert [round(each.value, 4) for each in events.Scalars("distill_weight")] == [0.0, 0.2, 0.6, 1.0]
+
+
+def test_trackers_of_accelerate_get_the_same_values(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Kept(GeneralTracker):
+        name, requires_logging_directory, tracker = "kept", False, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.values: list[tuple[int, set[str]]] = []
+            self.is_finished = False
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
+            self.values.append((step or 0, set(values)))
+
+        def finish(self) -> None:
+            self.is_finished = True
+
+    kept = Kept()
+    accelerator = Accelerator(cpu=True, log_with=kept)
+    accelerator.init_trackers("ranker")
+    Setup().fit(batches(), steps=4, log_every=2, evaluate=draw_and_judge, accelerator=accelerator)
+    names = {"loss/student", "loss/ta", "loss/distill", "learning_rate", "distill_weight", "skipped_steps"}
+    assert kept.values == [(2, names), (4, names), (4, {"evaluation/loss"})]
+    assert not kept.is_finished  # it is the user's to finish
 
 
 def test_the_bar_shows_the_losses_and_the_weight(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from matta.lm.settings import TeachSettings
 from matta.lm.stored import MANIFEST, About, StoredTeacher, begin, with_teacher
 from matta.lm.teaching import Teacher, load_teacher
 from matta.lm.tokenizers import load_tokenizer
+from matta.storage import add_checksums
 
 BYTES, CONTEXT, TOP = load_tokenizer("bytes"), 8, 5
 TEXT = "\f".join(f"Document {index} is about {'cats' if index % 3 else 'dogs'} and {index**3}." for index in range(20))
@@ -273,7 +274,10 @@ def damaged(folder: Path, tmp_path: Path, kind: str) -> Path:
         shutil.rmtree(out)
     else:
         values |= {"format_version": 9} if kind == "version" else {"speed": 1}
+        values |= {"teacher": "another"} if kind == "flipped" else {}
         manifest.write_text("{" if kind == "no JSON" else json.dumps(values))
+        if kind != "flipped":
+            add_checksums(out, MANIFEST)
     return out
 
 
@@ -286,6 +290,7 @@ def damaged(folder: Path, tmp_path: Path, kind: str) -> Path:
         ("empty", "holds no labels: there is no teacher.json; expected a folder that matta teach wrote"),
         ("version", "is of .*'format_version': 9.*; expected"),
         ("unknown", "teacher.json is damaged: .*speed.*; write the labels again"),
+        ("flipped", "teacher.json is damaged: .*checksum.*; write the labels again"),
         ("no JSON", "teacher.json is damaged: .*; write the labels again"),
     ],
 )
@@ -405,7 +410,7 @@ def test_a_teacher_that_gives_nan_writes_no_labels(folder: Path, tmp_path: Path)
     teacher = settings(folder, teacher=save(model, tmp_path / "teacher"), out=tmp_path / "labels")
     with pytest.raises(RunError, match=r"gives logits that are not finite \(precision no\); expected numbers"):
         teaching.run(teacher)
-    assert [each.name for each in (tmp_path / "labels").iterdir()] == [MANIFEST]
+    assert [each.name for each in (tmp_path / "labels").glob("*[!S]")] == [MANIFEST]
 
 
 def test_no_teacher_is_not_the_labels_of_the_present_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -349,11 +350,25 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: matta.nest(Listed(4), Listed(6)),
         r"Listed keeps parameters in its attribute 'gains', where they cannot be replaced.*ParameterList",
     ),
-    "weight-norm": (
-        lambda: matta.nest(*(nn.utils.weight_norm(nn.Linear(3, 2)) for _ in range(2))),
-        r"Linear cannot be copied by copy.deepcopy.*use torch.nn.utils.parametrizations",
+    "lock": (
+        lambda: matta.nest(Keeping(threading.Lock()), Keeping(None)),
+        r"the Student cannot be nested: Keeping cannot be copied by copy.deepcopy: .*lock.*__deepcopy__",
+    ),
+    "stream": (
+        lambda: matta.nest(Keeping(None), Keeping({"log": (iter_of() for iter_of in [list])})),
+        r"the TA cannot be nested: Keeping cannot be copied by copy.deepcopy: .*generator.*__deepcopy__",
+    ),
+    "graph": (
+        lambda: matta.nest(Keeping([torch.ones(2, requires_grad=True) * 2]), Keeping(None)),
+        r"the Student cannot be nested: Keeping keeps a tensor with a graph in 'kept', \(2,\), .*compute it in forward",
     ),
 }
+
+
+class Keeping(nn.Module):
+    def __init__(self, kept: object) -> None:
+        super().__init__()
+        self.tower, self.kept = _tower(4), kept
 
 
 class Listed(nn.Module):

@@ -36,3 +36,36 @@ def test_python_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_readme_has_an_example() -> None:
     assert README in PAGES
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 70
+    assert max(map(len, lines)) <= 100
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[-+]\d+\.\d+%(?: \[[^]]+\])?", README.read_text(encoding="utf-8"))
+    assert len(figures) > 10
+    assert [figure for figure in figures if figure not in results] == []
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_log_lists_its_sections_and_sums_up_in_twenty_lines() -> None:
+    log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    _, summary, contents, sections = re.split(
+        r"^## (?:Summary|Contents|(?=The search))", log, maxsplit=3, flags=re.MULTILINE
+    )
+    assert re.findall(r"^(\d+)\. ", summary, re.MULTILINE) == [str(number) for number in range(1, 21)]
+    assert re.findall(r"^- \[(.*)\]", contents, re.MULTILINE) == re.findall(
+        r"^## (.*)$", f"## {sections}", re.MULTILINE
+    )

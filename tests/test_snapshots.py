@@ -191,10 +191,14 @@ def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
     version = tmp_path / "00000001"
     weights = (version / "student.safetensors").read_bytes()
     (version / "student.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="is damaged: its digest is not the one published"):
+    with pytest.raises(CheckpointError, match="student.safetensors is damaged: its checksum"):
         matta.read_snapshot(tmp_path, small)
     (version / "student.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="is not whole, though latest names it"):
+    with pytest.raises(CheckpointError, match="student.safetensors cannot be read: No such file"):
+        matta.read_snapshot(tmp_path, small)
+    (version / "student.safetensors").write_bytes(weights)
+    (version / "snapshot.json").write_text((version / "snapshot.json").read_text().replace("0", "1"))
+    with pytest.raises(CheckpointError, match="snapshot.json is damaged: its checksum"):
         matta.read_snapshot(tmp_path, small)
     (version / "snapshot.json").write_text(json.dumps([])[:1])
     with pytest.raises(CheckpointError, match="snapshot.json is damaged"):

@@ -220,7 +220,15 @@ def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None
         assert low <= results[f"{name}_percent"] <= high
     assert "-4.63%" in text and "MatTA with Shampoo" in text
     files = {path.name for path in tmp_path.iterdir()}
-    expected = {"results.json", "results.md", "family.png", "models", "nested", "preconditioner.safetensors"}
+    expected = {
+        "results.json",
+        "results.md",
+        "family.png",
+        "models",
+        "nested",
+        "preconditioner.safetensors",
+        "SHA256SUMS",
+    }
     assert files == expected
     assert len(results["family"]) == 8
     assert [results["family"][i]["name"] for i in (0, -1)] == ["Student", "TA"]

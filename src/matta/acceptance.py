@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
 from matta.plan import Placement
-from matta.slicing import is_live
+from matta.slicing import deep_copy, graph_tensors, is_live
+
+_RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def require_nestable(module: Any, role: str) -> None:
@@ -40,9 +45,38 @@ def _reasons(module: nn.Module) -> Iterator[str]:
                 f"{where} is live, its weights are slices of another module's; expected a module of its own: "
                 f"matta.extract it first, or nest several Students in one TA with matta.nest([...], ta)"
             )
+    for path, name, tensor in graph_tensors(module):
+        if not _is_recomputed(module.get_submodule(path), name):
+            yield (
+                f"{path or type(module).__name__} keeps a tensor with a graph in {name!r}, {tuple(tensor.shape)}, "
+                f"which copies cannot follow; expected parameters: compute it in forward, or detach it and nest again"
+            )
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if is_lazy(tensor):
             yield f"{name} has no shape yet; expected sizes: run the lazy module on a batch once, then nest"
+
+
+def _is_recomputed(part: nn.Module, name: str) -> bool:
+    """Whether a hook computes the attribute in each forward: pruning, weight and spectral norm of the older kind."""
+    hooks = part._forward_pre_hooks.values()
+    return any(isinstance(each, _RECOMPUTING) and _name_of(each) == name for each in hooks)
+
+
+def _name_of(hook: Any) -> str:
+    return str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
+
+
+def require_copies(module: nn.Module, role: str) -> None:
+    """Refuse a module of which sub-models and extracted models cannot be copied; no weight is copied to find out.
+
+    Raises:
+        NestingError: with what copy.deepcopy says.
+    """
+    kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    try:
+        deep_copy(module, dict(kept))
+    except NestingError as error:
+        raise NestingError(f"the {role} cannot be nested: {error}") from error.__cause__
 
 
 def require_real_buffers(student: nn.Module, ta: nn.Module) -> None:

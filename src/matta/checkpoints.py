@@ -1,7 +1,7 @@
 """Save a nesting and load it again: a folder with weights (safetensors) and a description (JSON).
 
 Nothing is pickled. A folder is written under another name and then moved into place, so that a
-reader never sees half of one.
+reader never sees half of one, and has checksums of its files.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +22,13 @@ from matta.layers import LayerMap
 from matta.layout import Axis, Segment
 from matta.nesting import Nested, nested_from_plans
 from matta.plan import Placement, Plan
+from matta.storage import has_checksums, verify, whole_folder
 
 WEIGHTS: Final = "nested.safetensors"
 DESCRIPTION: Final = "nested.json"
 FORMAT: Final = "matta.nested"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 has a digest in the description in place of checksums beside it."""
 
 
 def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
@@ -39,25 +39,25 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
             (`get_extra_state`) that JSON cannot hold.
+
+    Example:
+        >>> import matta, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(matta.nest(nn.Linear(3, 1), nn.Linear(3, 1)), f"{folder}/ranker")
+        ...     sorted(file.name for file in path.iterdir())
+        ['SHA256SUMS', 'nested.json', 'nested.safetensors']
     """
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
     tensors, extra = split_state(nested)
     _require_json(extra)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as made:
         save_file(apart(tensors), made / WEIGHTS)
         students = [_plan_to_json(plan) for plan in nested.plans]
         described = {"students": students, **({"extra_state": extra} if extra else {})}
-        digest = _digest(made / WEIGHTS, described)
-        description = {"format": FORMAT, "version": VERSION, "digest": digest, **described}
+        description = {"format": FORMAT, "version": VERSION, **described}
         (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-        made.chmod(0o755)
-        _move(made, target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return target
 
 
@@ -71,6 +71,14 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     Raises:
         CheckpointError: the folder is missing, damaged or something else, or does not fit the
             modules; they are then as they were.
+
+    Example:
+        >>> import matta, tempfile
+        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(5, 1), layouts={"weight": 1})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = load(matta.save(nested, f"{folder}/ranker"), nn.Linear(3, 1), nn.Linear(5, 1))
+        >>> bool((loaded.student.weight == nested.student.weight).all())
+        True
     """
     folder = Path(path)
     description = _read_description(folder)
@@ -141,23 +149,8 @@ def _require_json(extra_state: Mapping[str, Any]) -> None:
             )
 
 
-def _move(made: Path, target: Path) -> None:
-    """Put a finished folder in place of an earlier one."""
-    if not target.exists():
-        made.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old / "old")
-    try:
-        made.rename(target)
-    except OSError:
-        (old / "old").rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _digest(weights: Path, description: Mapping[str, Any]) -> str:
+    """What version 1 keeps as the digest of weights and plan."""
     plans = hashlib.blake2b(json.dumps(description["students"]).encode())
     if "extra_state" in description:
         plans.update(json.dumps(description["extra_state"]).encode())
@@ -166,6 +159,7 @@ def _digest(weights: Path, description: Mapping[str, Any]) -> str:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
+    verify(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
@@ -174,9 +168,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; take another copy of the folder") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{folder / DESCRIPTION} was not written by matta.save; expected format {FORMAT!r}")
-    if description.get("version") != VERSION:
+    if description.get("version") not in (1, VERSION):
         raise CheckpointError(
-            f"{folder} was saved in version {description.get('version')!r}; this matta reads version {VERSION}"
+            f"{folder} was saved in version {description.get('version')!r}; this matta reads versions 1 and {VERSION}"
         )
     return description
 
@@ -193,7 +187,7 @@ def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...
 def _read_weights(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
-        if _digest(path, description) != description.get("digest"):
+        if not has_checksums(folder) and _digest(path, description) != description.get("digest"):
             raise CheckpointError(
                 f"{folder} is damaged: the digest of weights and plan is not the one saved; take another copy of it"
             )

@@ -17,11 +17,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, final, get_args, get_origin, get_type_hints
 
 from matta import __version__
-from matta.errors import MattaError
+from matta.errors import MattaError, RunError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -37,6 +38,29 @@ class Command:
     settings: str  # "module:Dataclass"; the module must be light
     run: str  # "module:function", from settings to an object that json can write
     extra: str  # the extra of the package that it needs
+    shared: bool = False  # whether several processes can do it together
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreconditionerSettings:
+    """Settings of `matta figure preconditioner`.
+
+    Raises:
+        RunError: a side that is neither of the two.
+    """
+
+    run: Path = dataclasses.field(metadata={"help": "folder of a run with Shampoo", "positional": True})
+    layer: str = dataclasses.field(metadata={"help": "a matrix of the TA, such as mlp.2.weight", "metavar": "NAME"})
+    side: str = dataclasses.field(default="output", metadata={"help": "which channels: output or input"})
+    out: Path | None = dataclasses.field(
+        default=None, metadata={"help": "the picture (default: in the run)", "metavar": "FILE"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown side."""
+        if self.side not in ("output", "input"):
+            raise RunError(f"side={self.side!r}: expected output or input")
 
 
 GROUPS = {
@@ -58,6 +82,7 @@ COMMANDS = (
         settings="matta.lm.settings:TrainSettings",
         run="matta.lm.training:run",
         extra="lm",
+        shared=True,
     ),
     Command(
         words=("teach",),
@@ -111,8 +136,8 @@ COMMANDS = (
     Command(
         words=("figure", "preconditioner"),
         summary="Shampoo's factor of a layer as a heat map, with the Student's edge (Fig. 4)",
-        settings="matta.studies.settings:PreconditionerSettings",
-        run="matta.figures:preconditioner",
+        settings="matta.cli:PreconditionerSettings",
+        run="matta.factors:preconditioner",
         extra="study",
     ),
 )
@@ -140,6 +165,8 @@ def _run(command: Command, options: dict[str, Any], *, as_json: bool) -> None:
 
     Of several processes (`accelerate launch`) only the one with a result prints it.
     """
+    if not command.shared:
+        _named("matta.processes:require_one")(f"matta {' '.join(command.words)}")
     settings = _named(command.settings)(**options)
     if not as_json:
         _named(command.run)(settings)

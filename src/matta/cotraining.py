@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
@@ -18,6 +18,7 @@ from matta.labels import Labels, TopK
 from matta.losses import LossWeights
 from matta.nesting import Nested
 from matta.objectives import Objective
+from matta.processes import num_processes, summed
 from matta.schedule import Ramp, Weights
 from matta.submodels import SubModel, live
 
@@ -29,9 +30,10 @@ _MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers the
 class CoTrainingOutput:
     """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
 
-    With several Students, `student_loss`, `distill_loss` and `student_logits` are the first one's. Where the
-    losses were fused with the heads, no logits were kept: reading them computes them, each time, and is
-    refused once the optimizer has moved the head.
+    Each loss is the mean over the `num_labels` labels of the batch that count. `loss` is the batch's share of the
+    mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
+    `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
+    were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
     """
 
     loss: Tensor
@@ -40,6 +42,7 @@ class CoTrainingOutput:
     student_losses: tuple[Tensor, ...]
     distill_losses: tuple[Tensor, ...]
     logits: tuple[Tensor | LaterLogits, ...]
+    num_labels: Tensor
 
     @property
     def student_loss(self) -> Tensor:
@@ -76,6 +79,15 @@ def _read(logits: Tensor | LaterLogits) -> Tensor:
     return logits if isinstance(logits, Tensor) else logits.read()
 
 
+def _are_labels(labels: Any) -> bool:
+    return isinstance(labels, Tensor | TopK)
+
+
+def _share(mean: Tensor, count: Tensor, total: float | Tensor) -> Tensor:
+    """The mean over `count` labels as its part of the mean over `total`; the same bits if they are as many."""
+    return mean / (torch.as_tensor(total, dtype=mean.dtype, device=mean.device) / count.clamp(min=1))
+
+
 @final
 class CoTraining(nn.Module):
     """The training step's forward: L = ω₁·L_S + ω₂·L_TA + ω₃·ramp(t)·L_D.
@@ -83,6 +95,14 @@ class CoTraining(nn.Module):
     One forward and one backward for the whole pair, so that DDP and FSDP see one module. Each
     forward in training mode advances `step`, which the ramp reads and which is saved with the
     state.
+
+    Where labels are ignored, or batches differ in size, the mean of the batches' means is not that of the step.
+    A loop that accumulates batches, or runs in several processes, therefore counts the labels of the whole step
+    with `num_labels` and passes the number with each batch, as `matta.fit` does, in place of dividing the loss:
+
+        num_labels = cotrain.num_labels(batches)
+        for batch in batches:
+            cotrain(batch, num_labels=num_labels).loss.backward()
 
     Args:
         nested: The pair; its parameters are what the optimizer gets.
@@ -136,14 +156,35 @@ class CoTraining(nn.Module):
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, batch: Batch) -> CoTrainingOutput:
-        """The losses of a batch.
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a Teacher labels the batches."""
+        return self._teacher[0] is not None
+
+    def num_labels(self, batches: Iterable[Batch]) -> Tensor:
+        """The labels that count in the batches of an optimizer step, for `forward`.
+
+        In several processes, which must all call this, it is the mean of their numbers: DDP and FSDP then average
+        the gradients. A batch without labels is given to the Teacher to be counted, and once more in `forward`.
+
+        Raises:
+            LabelError: labels are missing.
+        """
+        total = torch.zeros_like(self.step)
+        for batch in batches:
+            inputs, labels = split_labels(batch)
+            total += self._num_counted(labels, None if _are_labels(labels) else self._labels(inputs, labels))
+        total = summed(total).clamp(min=1)
+        return total if num_processes() == 1 else total.double() / num_processes()
+
+    def forward(self, batch: Batch, *, num_labels: float | Tensor | None = None) -> CoTrainingOutput:
+        """The losses of a batch; with `num_labels`, those of the whole step, `loss` is divided by them.
 
         Raises:
             LabelError: labels are missing, or do not fit the logits.
         """
-        inputs, labels = split_labels(batch)
-        labels = self._labels(inputs, labels)
+        inputs, given = split_labels(batch)
+        labels = self._labels(inputs, given)
         ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs, labels)
         weight = self._distill_weight(ta)
         weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
@@ -151,14 +192,20 @@ class CoTraining(nn.Module):
         if self.training:
             self.step += 1
         count = len(self.nested.students)
+        num_counted = torch.as_tensor(self._num_counted(given, labels), device=joint.loss.device)
         return CoTrainingOutput(
-            loss=joint.loss,
+            loss=joint.loss if num_labels is None else _share(joint.loss, num_counted, num_labels),
             ta_loss=joint.losses.ta.detach(),
             distill_weight=weight,
             student_losses=tuple(each.detach() for each in joint.losses.students[:count]),
             distill_losses=tuple(each.detach() for each in joint.losses.distill[:count]),
             logits=tuple(_kept(each) for each in (ta, *students[:count])),
+            num_labels=num_counted,
         )
+
+    def _num_counted(self, given: Any, labels: Labels | None) -> int | Tensor:
+        """The labels of a batch that count: by its own where it has some, which a Teacher's follow."""
+        return self.objective.num_counted(given if _are_labels(given) else labels)  # type: ignore[arg-type]
 
     def _logits(self, models: Sequence[nn.Module], inputs: Any, labels: Labels) -> list[Tensor]:
         """The logits of each model; those of large heads are put off, for the objective to fuse with its losses."""
@@ -169,7 +216,7 @@ class CoTraining(nn.Module):
     def _labels(self, inputs: Any, labels: Any) -> Labels:
         teacher = self._teacher[0]
         if teacher is None:
-            if not isinstance(labels, Tensor | TopK):
+            if not _are_labels(labels):
                 raise LabelError(
                     f"the labels of the batch are {type(labels).__name__}; expected a tensor or a TopK: 'labels' of a "
                     f"mapping, the second of a pair, or CoTraining(teacher=...) to make them"

@@ -2,48 +2,143 @@
 
 Each message says what was received, what was expected and what to do about it. The command
 line prints it as one line and ends with exit code 2.
+
+Example:
+    >>> import matta
+    >>> try:
+    ...     matta.Ramp(start=-1)
+    ... except matta.MattaError as error:
+    ...     print(error)
+    received Ramp(start=-1, steps=1000); expected start and steps of zero or more
 """
 
 
 class MattaError(ValueError):
-    """Any error of matta's that the user can mend."""
+    """Any error of matta's that the user can mend.
+
+    Example:
+        >>> import matta
+        >>> matta.Weights(distill=-1)
+        Traceback (most recent call last):
+        matta.errors.MattaError: received Weights(distill=-1); expected a finite number, zero or more
+        >>> issubclass(matta.errors.RunError, matta.MattaError) and issubclass(matta.MattaError, ValueError)
+        True
+    """
 
 
 class LayoutError(MattaError):
-    """A declared layout does not fit the axis it is declared for."""
+    """A declared layout does not fit the axis it is declared for.
+
+    Example:
+        >>> import matta
+        >>> matta.Layout.concat([(3, 2)], axis=0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.LayoutError: the Student's factors (3,) do not fit into the TA's (2,): ...
+    """
 
 
 class NestingError(MattaError):
-    """The Student cannot be nested into the Teaching Assistant as asked."""
+    """The Student cannot be nested into the Teaching Assistant as asked.
+
+    Example:
+        >>> import matta
+        >>> from torch import nn
+        >>> matta.nest(nn.Linear(8, 1), nn.Linear(4, 1))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.NestingError: weight is 8 long on axis 1 and the TA's weight only 4; ...
+    """
 
 
 class ProbeError(MattaError):
-    """The Student's slices of the Teaching Assistant do not compute what the Student computes."""
+    """The Student's slices of the Teaching Assistant do not compute what the Student computes.
+
+    Example:
+        >>> import matta, torch
+        >>> from torch import nn
+        >>> def gated(width): return nn.Sequential(nn.Linear(3, 2 * width), nn.GLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(gated(2), gated(4), layouts={"0.*": 1, "2.*": 1})  # the two halves of the gate need 2
+        >>> matta.probe(nested, (torch.ones(1, 3), torch.ones(1)))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.ProbeError: with all but the Student's slices zeroed, the TA differs from the Student from 2 on ...
+    """
 
 
 class TracingError(MattaError):
-    """The flow of dimensions through a module cannot be found, or is ambiguous."""
+    """The flow of dimensions through a module cannot be found, or is ambiguous.
+
+    Example:
+        >>> import matta, torch
+        >>> from torch import nn
+        >>> batch = torch.ones(1, 5), torch.ones(1)
+        >>> matta.trace_layouts(nn.Linear(3, 1), nn.Linear(3, 1), batch)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.TracingError: the module fails on the example with RuntimeError: ...
+    """
 
 
 class GrowthError(MattaError):
-    """A module cannot be grown as asked."""
+    """A module cannot be grown as asked.
+
+    Example:
+        >>> import matta
+        >>> from torch import nn
+        >>> matta.grow(nn.Linear(3, 1))
+        Traceback (most recent call last):
+        matta.errors.GrowthError: received nothing to grow; expected config=, widths= or layers= with an entry
+    """
 
 
 class SubModelError(MattaError):
-    """A sub-model is asked for that the nesting does not hold."""
+    """A sub-model is asked for that the nesting does not hold.
+
+    Example:
+        >>> import matta
+        >>> matta.SubModel({"0": "broad"})
+        Traceback (most recent call last):
+        matta.errors.SubModelError: received 'broad' for '0'; expected 'wide', 'narrow' or 'skip'
+    """
 
 
 class LabelError(MattaError):
-    """Labels or logits do not fit the objective."""
+    """Labels or logits do not fit the objective.
+
+    Example:
+        >>> import matta, torch
+        >>> matta.objectives.Binary().cross_entropy(torch.zeros(2), torch.tensor([0.0, 3.0]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.LabelError: the labels lie between 0 and 3; expected 0 or 1, or probabilities between them; ...
+    """
 
 
 class OptimizerError(MattaError):
-    """An optimizer is constructed or loaded with settings that it cannot honour."""
+    """An optimizer is constructed or loaded with settings that it cannot honour.
+
+    Example:
+        >>> import matta
+        >>> from torch import nn
+        >>> matta.Shampoo(nn.Linear(3, 1).parameters(), lr=-1.0)
+        Traceback (most recent call last):
+        matta.errors.OptimizerError: lr=-1.0 is out of range; expected a number from 0 up
+    """
 
 
 class CheckpointError(MattaError):
-    """A saved nesting is damaged, foreign, or does not fit the modules it is loaded into."""
+    """A saved nesting is damaged, foreign, or does not fit the modules it is loaded into.
+
+    Example:
+        >>> import matta
+        >>> matta.load("nowhere")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.CheckpointError: nowhere holds no saved nesting: ...
+    """
 
 
 class RunError(MattaError):
-    """A run, study or recipe is asked for with settings that cannot work."""
+    """A run, study or recipe is asked for with settings that cannot work.
+
+    Example:
+        >>> import matta
+        >>> matta.Snapshots("published")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.RunError: received every_events=None, every_s=None and keep=3; ...
+    """

@@ -16,6 +16,7 @@ from matta.errors import RunError
 from matta.labels import Labels, TopK
 from matta.nesting import Nested
 from matta.objectives import Objective
+from matta.processes import is_shared_out
 from matta.submodels import SubModel, live
 
 
@@ -63,7 +64,7 @@ class Evaluation:
 
     Raises:
         RunError: neither an objective nor a metric, an iterator as data, data without batches or without labels that
-            count, or metrics for labels that are a `TopK`.
+            count, data of which this process has a share alone, or metrics for labels that are a `TopK`.
 
     Example:
         >>> import matta
@@ -89,6 +90,11 @@ class Evaluation:
 
     def __call__(self, nested: Nested) -> dict[str, float]:
         """The values of every model."""
+        if is_shared_out(self.data):
+            raise RunError(
+                "received evaluation data that gives each process its share, and one process evaluates; expected all "
+                "of it: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
+            )
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
         mixed = {name: live(nested, spec).eval() for name, spec in self.models.items()}
         tallies = {name: _Tally(module, self) for name, module in {**students, "ta": nested.ta, **mixed}.items()}
@@ -112,7 +118,7 @@ class _Tally:
             metric.reset()
         self.has_data = False
         self.losses: list[Tensor] = []
-        self.counts: list[int] = []
+        self.counts: list[int | Tensor] = []
 
     def add(self, inputs: Any, labels: Labels) -> None:
         logits = logits_of(call(self.module, inputs))
@@ -126,11 +132,12 @@ class _Tally:
     def values(self) -> Iterator[tuple[str, float]]:
         if not self.has_data:
             raise RunError("the evaluation data gave no batch; expected at least one")
-        if self.losses and not any(self.counts):
-            raise RunError("all labels of the evaluation data are ignored; expected some that count")
         if self.losses:
-            counts = torch.tensor(self.counts, dtype=torch.float64, device=self.losses[0].device)
-            yield "loss", float(torch.stack(self.losses) @ counts / counts.sum())
+            counts = torch.tensor([int(each) for each in self.counts], dtype=torch.float64)
+            if not counts.any():
+                raise RunError("all labels of the evaluation data are ignored; expected some that count")
+            losses = torch.stack(self.losses)
+            yield "loss", float(losses @ counts.to(losses.device) / counts.sum())
         for name, metric in self.metrics.items():
             yield name, float(metric.compute())
 

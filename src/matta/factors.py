@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from matta.errors import RunError
 from matta.nesting import Nested
 from matta.plan import Placement
 from matta.shampoo import Shampoo
+from matta.storage import checked_file, verify
 
 FILE: Final = "preconditioner.safetensors"
 SIDES: Final = ("output", "input")
@@ -85,7 +86,8 @@ def save_factors(optimizer: Shampoo, nested: Nested, folder: str | os.PathLike[s
             if name in state:
                 tensors[f"{placement.ta}/{side}"] = state[name].detach().cpu().clone()
     path = Path(folder) / FILE
-    save_file(tensors, path, metadata={"layers": json.dumps(layers)})
+    with checked_file(path) as made:
+        save_file(tensors, made, metadata={"layers": json.dumps(layers)})
     return path
 
 
@@ -113,11 +115,12 @@ def load_factor(run: str | os.PathLike[str], layer: str, side: str = "output") -
         raise RunError(f"received side={side!r}; expected 'output' or 'input'")
     path = _find(Path(run))
     try:
+        verify(path.parent, FILE)
         with safe_open(path, framework="pt") as file:
             layers = json.loads(file.metadata()["layers"])
             name = next((each for each in (layer, f"{layer}.weight") if f"{each}/{side}" in file.keys()), None)  # noqa: SIM118
             blocks = None if name is None else file.get_tensor(f"{name}/{side}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # CheckpointError is a ValueError
         raise RunError(f"{path} cannot be read: {error}; run the training again") from None
     if name is None or blocks is None:
         raise RunError(f"{path} has no {side} factor of {layer!r}; it has: {', '.join(layers) or 'none'}")
@@ -163,3 +166,45 @@ def _factors(name: str, side: str, blocks: Tensor, layer: Mapping[str, Any]) -> 
         index = torch.tensor([channel % size for channel in ordered], dtype=torch.long)
         count = sum(channel in student for channel in seen)
         yield Factor(layer=name, side=side, moments=moments[index][:, index], num_student=count)
+
+
+class PreconditionerSettings(Protocol):
+    """What `matta figure preconditioner` is asked for."""
+
+    run: Path
+    layer: str
+    side: str
+    out: Path | None
+
+
+def preconditioner(settings: PreconditionerSettings) -> dict[str, Any]:
+    """Draw a layer's factor as in Fig. 4, and give the mean correlations of its three kinds of pairs.
+
+    Raises:
+        RunError: the run holds no such factor.
+    """
+    factor = load_factor(settings.run, settings.layer, settings.side)
+    out = settings.out or settings.run / f"preconditioner-{factor.layer}-{factor.side}.png"
+    draw(factor, out)
+    means = factor.means()
+    print(f"{factor.layer}, {factor.side} channels: {factor.num_student} of the Student, {len(factor.moments)} in all")
+    for name, value in means.items():
+        print(f"  mean |L_ij| / sqrt(L_ii L_jj) {name.replace('_', ' '):15} {value:.4f}")
+    print(f"drawn in {out}")
+    finite = {name: value if value == value else None for name, value in means.items()}
+    return {"layer": factor.layer, "side": factor.side, "picture": str(out), **finite}
+
+
+def draw(factor: Factor, out: Path) -> None:
+    """The heat map, with the Student's edge marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(factor.correlations().numpy(), vmin=0, vmax=1, cmap="magma")
+    edge = factor.num_student - 0.5
+    axes.axhline(edge, color="white", linewidth=0.8)
+    axes.axvline(edge, color="white", linewidth=0.8)
+    axes.set_title(f"{factor.layer}: {factor.side} channels, the Student's {factor.num_student} first", fontsize=9)
+    figure.colorbar(image, label="|L_ij| / sqrt(L_ii L_jj)")
+    figure.savefig(out, dpi=150)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from matta.batches import Batch
 from matta.errors import RunError
-from matta.randomness import generators_of, random_state, set_generator_states, set_random_state
+from matta.processes import is_shared_out
+from matta.randomness import (
+    generator_state,
+    generators_of,
+    parts_of,
+    random_state,
+    set_generator_states,
+    set_random_state,
+)
 
 
 @runtime_checkable
@@ -35,6 +43,17 @@ class StatefulIterator(Protocol):
 
 
 @runtime_checkable
+class StatefulLoader(Protocol):
+    """A DataLoader that keeps its own place in a pass, such as torchdata's StatefulDataLoader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batch last given out."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """The next pass begins after the batch at which the state was taken."""
+
+
+@runtime_checkable
 class ShardedIterator(StatefulIterator, Protocol):
     """One that can be shared by several processes, such as `matta.lm.packing.PackedTokens`."""
 
@@ -48,15 +67,21 @@ class Feed:
 
     A pass is replayed by giving the random generators the states that they had at its beginning, so
     that a shuffled DataLoader deals the same order again, and leaving out the batches already seen.
-    Of map-style data those are not even loaded, but for the last. An iterator that keeps its own place
-    (`StatefulIterator`) goes on there instead, also when it had come to an end and now has more.
+    Of map-style data those are not even loaded, but for the last (with persistent workers all are). The random
+    generators are the global ones, and those that the DataLoader, its dataset and its samplers keep as attributes;
+    whichever of them has `set_epoch` is told the epoch before each pass. A `StatefulLoader` replays nothing, and an
+    iterator that keeps its own place (`StatefulIterator`) goes on there instead, also when it had come to an end and
+    now has more.
 
     Several processes share the batches: DataLoaders as Accelerate shards them; a `ShardedIterator` shares its
-    data out itself; of any other iterable each process takes every n-th batch.
+    data out itself; of any other iterable each process takes every n-th batch. For whole passes (`num_passes`) batches
+    of a known number must divide among the processes, or come from a DataLoader with `drop_last`; elsewhere those left
+    over at the end of a pass are left out of it. The last of a DataLoader without a length Accelerate fills up from
+    its first samples.
 
     Raises:
         RunError: the data is no iterable of batches, or an iterator, which can be passed over once, is asked
-            for several passes.
+            for several passes; batches do not divide among the processes, or a sampler shares them out already.
     """
 
     def __init__(self, data: Iterable[Batch], accelerator: Any, num_passes: int | None) -> None:
@@ -75,8 +100,14 @@ class Feed:
         self.device: torch.device = accelerator.device
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.is_sharded = self.num_processes > 1 and isinstance(data, DataLoader | StatefulIterator)
+        self._share: int | None = None  # batches of a pass that every process has, where some have one more
+        if self.num_processes > 1 and self.stateful is None and not accelerator.split_batches:
+            self._share = _even_share(data, self.num_processes, is_whole=num_passes is not None)
         self.data = self._shared(data, accelerator) if self.is_sharded else data
         self.generators = generators_of(data)
+        keeps_place = self.num_processes == 1 and isinstance(data, DataLoader)
+        self.loader: Any = data if keeps_place and isinstance(data, StatefulLoader) else None
+        self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
         self._start: dict[str, Any] = {}
@@ -85,7 +116,7 @@ class Feed:
     def _shared(self, data: Iterable[Batch], accelerator: Any) -> Iterable[Batch]:
         """The data, so that each process has batches of its own."""
         if isinstance(data, DataLoader):
-            return accelerator.prepare_data_loader(data)
+            return _prepared(data, accelerator)
         if not isinstance(data, ShardedIterator):
             raise RunError(
                 f"received {type(data).__name__}, which keeps its own place, in {self.num_processes} processes; "
@@ -120,7 +151,11 @@ class Feed:
     def state(self) -> dict[str, Any]:
         """Where the run is; to be taken between two batches."""
         state = {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
-        return {**state, "data": self.stateful.state_dict()} if self.stateful is not None else state
+        if self.stateful is not None:
+            state["data"] = self.stateful.state_dict()
+        elif self.loader is not None and self.batch:
+            state["data"] = self.loader.state_dict()
+        return state
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken."""
@@ -131,16 +166,28 @@ class Feed:
                 raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
             self.epoch = 0  # what had ended may have more now
             self.stateful.load_state_dict(state["data"])
+        elif self.loader is not None and self.batch:
+            self._require_place(state)
+            self.loader.load_state_dict(state["data"])
+        elif self.has_persistent_workers and (self.epoch or self._start.get("had_workers")):
+            iter(self.data)  # workers that go on draw no seed of their own: bring them to life before the pass
+
+    def _require_place(self, state: dict[str, Any]) -> None:
+        if "data" not in state:
+            raise RunError(
+                f"the run was begun with data that keeps no place of its own, and now it is "
+                f"{type(self.loader).__name__}; expected the same data"
+            )
 
     def _random_states(self) -> dict[str, Any]:
-        return {"global": random_state(), "generators": [each.get_state() for each in self.generators]}
+        return {"global": random_state(), "generators": [generator_state(each) for each in self.generators]}
 
     def _set_random_states(self, states: dict[str, Any]) -> None:
         set_random_state(states["global"])
         set_generator_states(self.generators, states["generators"])
 
     def _new_pass(self) -> Iterator[Batch]:
-        self._start = self._random_states()
+        self._start = {**self._random_states(), "had_workers": getattr(self.data, "_iterator", None) is not None}
         return self._deal(0)
 
     def _resumed_pass(self) -> Iterator[Batch]:
@@ -150,6 +197,9 @@ class Feed:
         if not self.batch or self.stateful is not None:
             self._set_random_states(at)
             return self._new_pass()
+        if self.loader is not None:
+            set_random_state(at["global"])
+            return self._deal(0)
         self._set_random_states(self._start)
         batches = self._deal(self.batch - 1)
         if next(batches, None) is None:
@@ -162,17 +212,24 @@ class Feed:
 
     def _deal(self, num_skipped: int) -> Iterator[Batch]:
         """This process's batches of a pass but the first few."""
-        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.epoch)
-        if num_skipped and isinstance(self.data, DataLoader) and _is_map_style(self.data):
+        for part in parts_of(self.data):
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(self.epoch)
+        can_skip = isinstance(self.data, DataLoader) and _is_map_style(self.data) and not self.has_persistent_workers
+        if num_skipped and can_skip:
             from accelerate import skip_first_batches
 
-            return iter(skip_first_batches(self.data, num_skipped))
+            return self._even(iter(skip_first_batches(self.data, num_skipped)), num_skipped)
         batches = iter(self.data)
         if self.num_processes > 1 and not self.is_sharded:
-            batches = _every_nth(batches, self.num_processes, self.rank)
-        return islice(batches, num_skipped, None)
+            batches = (group[self.rank] for group in full_groups(batches, self.num_processes))
+        return islice(self._even(batches, 0), num_skipped, None)
+
+    def _even(self, batches: Iterator[Batch], num_skipped: int) -> Iterator[Batch]:
+        """As many batches as every process has; to the end in any case, where Accelerate counts the pass."""
+        for index, batch in enumerate(batches, num_skipped):
+            if self._share is None or index < self._share:
+                yield batch
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
@@ -186,7 +243,46 @@ def _is_map_style(data: DataLoader[Any]) -> bool:
     return not isinstance(data.dataset, IterableDataset) and data.batch_sampler is not None
 
 
-def _every_nth(batches: Iterator[Batch], count: int, index: int) -> Iterator[Batch]:
-    """One of each full group of `count` batches, so that all processes take equally many."""
+def _prepared(data: DataLoader[Any], accelerator: Any) -> DataLoader[Any]:
+    """A DataLoader of this process's batches, without samples dealt twice to fill the last ones up."""
+    if is_shared_out(data):
+        return data
+    fills_up, accelerator.even_batches = accelerator.even_batches, accelerator.even_batches and not _is_map_style(data)
+    try:
+        return accelerator.prepare_data_loader(data)
+    finally:
+        accelerator.even_batches = fills_up
+
+
+def full_groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    """Each `count` batches together; what is left over at the end is left out."""
     while len(group := list(islice(batches, count))) == count:
-        yield group[index]
+        yield group
+
+
+def _even_share(data: Iterable[Batch], num_processes: int, *, is_whole: bool) -> int | None:
+    """Batches of a pass that every process has, where some would have one more; None elsewhere.
+
+    Raises:
+        RunError: whole passes are to be shared out, and some batches would be left over; or a DistributedSampler
+            shares them out already.
+    """
+    if isinstance(getattr(data, "sampler", None), DistributedSampler):
+        raise RunError(
+            "received a DataLoader with a DistributedSampler, and fit shares the batches out itself; expected the "
+            "DataLoader of one process: leave sampler= out"
+        )
+    sampler = getattr(data, "batch_sampler", None)
+    if not (_is_map_style(data) if isinstance(data, DataLoader) else isinstance(data, Sized)):
+        return None
+    num_batches = getattr(sampler, "total_length", None) or len(data)  # type: ignore[arg-type]
+    share, left = divmod(num_batches, num_processes)
+    if not left or getattr(sampler, "drop_last", False):
+        return None
+    if is_whole:
+        raise RunError(
+            f"received {num_batches} batches for {num_processes} processes, which leave {left} over; expected a "
+            f"multiple of {num_processes}: choose another batch size or number of processes, steps= in place of "
+            f"epochs=, or a DataLoader with drop_last=True, which leaves them out"
+        )
+    return share if isinstance(data, DataLoader) else None

@@ -17,6 +17,7 @@ from matta.cotraining import CoTraining
 from matta.errors import RunError
 from matta.feeding import Feed
 from matta.loop import Evaluate, FitResult, Observer, Settings, Training
+from matta.processes import make_accelerator, require_all
 from matta.reporting import require_installed
 from matta.runs import RunFolder
 
@@ -41,7 +42,7 @@ def fit(
     best: tuple[str, Literal["min", "max"]] | None = None,
     observers: Sequence[Observer] = (),
     run: str | os.PathLike[str] | None = None,
-    resume: bool = False,
+    resume: bool | Literal["prolong"] = False,
     checkpoint_every: int = 1000,
     log_every: int = 50,
     max_nonfinite: int | None = 10,
@@ -81,20 +82,24 @@ def fit(
         best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.
         observers: What looks on at each batch (on every process); their state is saved with the run's.
         run: A new folder for checkpoints and TensorBoard.
-        resume: Go on with a run that is there.
+        resume: Go on with a run that is there. Arguments that change its weights must be those that it was begun
+            with; `steps` or `epochs` may have grown. With "prolong" they may differ: the run goes on from its
+            weights and the optimizer's state, with the hyperparameters of `optimizer` as given and a new
+            `scheduler`, made for the whole run, at the rate that it has after the steps made.
         checkpoint_every: Steps between checkpoints.
-        log_every: Steps over which the losses are averaged for TensorBoard and the result.
+        log_every: Steps over which the losses are averaged for trackers and the result.
         max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.
-        tensorboard: Write scalars into the run folder.
+        tensorboard: Write the values for TensorBoard into the run folder.
         progress: Show a progress bar with the losses of the present batch.
-        accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed.
+        accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed. Its trackers (W&B,
+            MLflow and others: `Accelerator(log_with=...)`, then `init_trackers`) get the losses and evaluations.
 
     Raises:
-        RunError: settings that cannot work, a run folder that exists, data without batches, losses that stay
-            non-finite, or a package of the `fit` extra that is missing.
+        RunError: settings that cannot work, a run folder that exists or was begun with other arguments, data
+            without batches, losses that stay non-finite, or a package of the `fit` extra that is missing.
         CheckpointError: the checkpoint to resume from is damaged, or is that of other models.
 
     Example:
@@ -107,9 +112,8 @@ def fit(
         5
     """
     require_installed("accelerate")
-    from accelerate import Accelerator
-
-    accelerator = accelerator or Accelerator()
+    accelerator = make_accelerator() if accelerator is None else accelerator
+    require_all(accelerator)
     settings = Settings(
         steps=steps,
         epochs=epochs,
@@ -121,14 +125,15 @@ def fit(
         checkpoint_every=checkpoint_every,
         max_nonfinite=max_nonfinite,
         log_every=log_every,
+        resume=resume,
     )
-    _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run, resume)
-    folder = None if run is None else RunFolder(run, resume=resume)
+    _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run)
+    folder = None if run is None else RunFolder(run, resume=bool(resume))
     accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
     training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
-    return training.run(progress=progress, tensorboard=tensorboard)
+    return training.run(progress=progress, has_tensorboard=tensorboard)
 
 
 def _accumulate(cotrain: CoTraining, accumulate: int | None) -> int:
@@ -160,7 +165,6 @@ def _check_arguments(
     evaluate: Evaluate | None,
     settings: Settings,
     run: object,
-    resume: bool,
 ) -> None:
     own = {id(parameter) for parameter in cotrain.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -169,5 +173,5 @@ def _check_arguments(
         raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")
     if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):
         raise RunError("received evaluate_every or best without evaluate; expected evaluate= too, what to call")
-    if resume and run is None:
-        raise RunError("received resume=True without run; expected run=, the folder to go on with")
+    if settings.resume and run is None:
+        raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to go on with")

@@ -31,7 +31,8 @@ class TopK(NamedTuple):
             k: then how the rest is divided is left open.
 
     Example:
-        >>> labels = top_k(torch.tensor([[0.1, 0.7, 0.2]]).log(), 2, torch.tensor([2]))
+        >>> import matta
+        >>> labels = matta.objectives.top_k(torch.tensor([[0.1, 0.7, 0.2]]).log(), 2, torch.tensor([2]))
         >>> labels.indices.tolist(), [round(p, 4) for p in labels.log_probs[0].exp().tolist()], labels.shape
         ([[1, 2]], [0.7, 0.2], torch.Size([1]))
     """
@@ -58,6 +59,10 @@ def top_k(logits: Float[Tensor, "*batch classes"], k: int, observed: Int[Tensor,
 
     Raises:
         LabelError: k is not from 1 up to the number of classes.
+
+    Example:
+        >>> top_k(torch.tensor([[0.1, 0.7, 0.2]]).log(), k=2).indices
+        tensor([[1, 2]])
     """
     if not 1 <= k <= logits.shape[-1]:
         raise LabelError(f"received k={k}; expected 1 to {logits.shape[-1]}, the number of classes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,16 +18,18 @@ from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
 from matta.evaluation import evaluating
 from matta.factors import save_factors
-from matta.feeding import Feed
+from matta.feeding import Feed, full_groups
 from matta.interrupts import Interrupt
 from matta.nesting import Nested
 from matta.randomness import random_state_kept
-from matta.reporting import Bar, Losses, Scalars
+from matta.reporting import Bar, Losses, tensorboard
+from matta.resuming import arguments_of, fast_forward, keep_hyperparameters, require_same
 from matta.runs import RunFolder
 from matta.shampoo import Shampoo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from torch.optim.lr_scheduler import LRScheduler
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
@@ -62,8 +65,8 @@ class Evaluated:
 class FitResult:
     """What came of a run.
 
-    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged; `num_skipped`
-    counts the steps whose loss was not finite.
+    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
+    count in all processes; `num_skipped` counts the steps whose loss was not finite.
     """
 
     steps: int
@@ -95,6 +98,7 @@ class Settings:
     checkpoint_every: int
     max_nonfinite: int | None
     log_every: int
+    resume: bool | Literal["prolong"]
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -109,6 +113,8 @@ class Settings:
             raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
         if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
             raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.resume not in (True, False, "prolong"):
+            raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
 
     @property
     def num_passes(self) -> int | None:
@@ -141,6 +147,9 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.evaluate, self.observers = settings, evaluate, observers
         self.folder, self.accelerator = folder, accelerator
+        self.arguments = arguments_of(
+            cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
+        )
         self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses = Losses()
@@ -148,16 +157,17 @@ class Training:
         self.best: Evaluated | None = None
         self.saved_step: int | None = None
         self.bar: Bar | None = None
-        self.scalars: Scalars | None = None
+        self.trackers: list[GeneralTracker] = []
+        self.own_tracker: GeneralTracker | None = None
 
-    def run(self, *, progress: bool, tensorboard: bool) -> FitResult:
+    def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
         """Train to the end."""
         self._resume()
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
             self.cotrain.accumulate = self.settings.accumulate
-            self._open(progress=progress, tensorboard=tensorboard)
+            self._open(progress=progress, has_tensorboard=has_tensorboard)
             with Interrupt(enabled=self.folder is not None and self.accelerator.num_processes == 1) as interrupt:
                 self.cotrain.train()
                 self._train(interrupt)
@@ -166,9 +176,10 @@ class Training:
             self.cotrain.accumulate = accumulate_before
             for part, mode in modes:
                 part.training = mode
-            for shown in (self.bar, self.scalars):
-                if shown is not None:
-                    shown.close()
+            if self.bar is not None:
+                self.bar.close()
+            if self.own_tracker is not None:
+                self.own_tracker.finish()
         return FitResult(
             steps=self.step,
             losses=self.losses.read(),
@@ -181,17 +192,14 @@ class Training:
         if self._is_complete():
             return
         model = self._distributed()
-        outputs: list[CoTrainingOutput] = []
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            for batch in self.feed:
-                self._forward_backward(model, batch, outputs)
-                if len(outputs) == self.settings.accumulate:
-                    self._move(outputs)
-                    self._after_step(outputs[-1], interrupt)
-                    outputs = []
-                    if self._is_complete():
-                        break
+            for batches in full_groups(iter(self.feed), self.settings.accumulate):
+                outputs = self._forward_backward(model, batches)
+                self._move(outputs)
+                self._after_step(outputs[-1], interrupt)
+                if self._is_complete():
+                    break
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
@@ -201,16 +209,21 @@ class Training:
     def _distributed(self) -> torch.nn.Module:
         return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
 
-    def _forward_backward(self, model: torch.nn.Module, batch: Batch, outputs: list[CoTrainingOutput]) -> None:
-        accumulate = self.settings.accumulate
-        is_last = len(outputs) + 1 == accumulate
-        with nullcontext() if is_last else self.accelerator.no_sync(model):
-            with self.settings.autocast(self.feed.device):
-                out: CoTrainingOutput = model(batch)
-            (out.loss if accumulate == 1 else out.loss / accumulate).backward()
-        outputs.append(out)
-        for observer in self.observers:
-            observer.before_step(self.cotrain, batch, out)
+    def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
+        """The gradient of the mean over all labels of the step, of every batch and process."""
+        is_shared = len(batches) > 1 or self.accelerator.num_processes > 1
+        of_step = {"num_labels": self.cotrain.num_labels(batches)} if is_shared else {}
+        outputs: list[CoTrainingOutput] = []
+        for batch in batches:
+            is_last = len(outputs) + 1 == len(batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.settings.autocast(self.feed.device):
+                    out: CoTrainingOutput = model(batch, **of_step)
+                out.loss.backward()
+            outputs.append(out)
+            for observer in self.observers:
+                observer.before_step(self.cotrain, batch, out)
+        return outputs
 
     def _move(self, outputs: Sequence[CoTrainingOutput]) -> None:
         """The optimizer step, unless something is not finite."""
@@ -221,8 +234,7 @@ class Training:
         if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
             self.optimizer.step()
             self.nonfinite_in_row = 0
-            for out in outputs:
-                self.losses.add(out)
+            self.losses.add(outputs)
         else:
             self._skip(self.settings.max_nonfinite)
         self.optimizer.zero_grad(set_to_none=True)
@@ -305,8 +317,7 @@ class Training:
 
             broadcast_object_list(values)
         self.evaluations.append(Evaluated(step=self.step, values=values[0]))
-        if self.scalars is not None:
-            self.scalars.write(self.step, {f"evaluation/{name}": value for name, value in values[0].items()})
+        self._track({f"evaluation/{name}": value for name, value in values[0].items()})
         self._judge(self.evaluations[-1])
 
     def _judge(self, latest: Evaluated) -> None:
@@ -325,28 +336,33 @@ class Training:
 
     def _log(self, distill_weight: Tensor) -> None:
         losses = self.losses.read()
-        if self.scalars is None:
+        if not self.trackers:  # reading the weight would wait for the device
             return
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
-        self.scalars.write(
-            self.step,
+        self._track(
             {
                 **{f"loss/{name}": value for name, value in losses.items()},
                 **dict(zip(names, rates, strict=True)),
                 "distill_weight": float(distill_weight),
                 "skipped_steps": self.num_skipped,
-            },
+            }
         )
 
-    def _open(self, *, progress: bool, tensorboard: bool) -> None:
+    def _track(self, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=self.step)
+
+    def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
         """Begin to write and to show, on the main process."""
         if not self.accelerator.is_main_process:
             return
+        self.trackers += self.accelerator.trackers
         if self.folder is not None:
             self.folder.begin()
-            if tensorboard:
-                self.scalars = Scalars(self.folder.path / "tensorboard", self.step)
+            if has_tensorboard:
+                self.own_tracker = tensorboard(self.folder.path, self.step)
+                self.trackers.append(self.own_tracker)
         if progress:
             self.bar = Bar(self._num_steps(), self.step)
 
@@ -369,8 +385,6 @@ class Training:
             feeds = gather_object(feeds)
         if self.accelerator.is_main_process:
             self.folder.save(self.step, self.cotrain, self._state(feeds))
-        if self.scalars is not None:
-            self.scalars.flush()
         self.saved_step = self.step
 
     def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -378,6 +392,7 @@ class Training:
             "step": self.step,
             "accumulate": self.settings.accumulate,
             "num_processes": self.accelerator.num_processes,
+            "arguments": self.arguments,
             "feeds": feeds,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -395,9 +410,7 @@ class Training:
             return
         self._check_resumed(state)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
+            self._resume_optimizer(state)
         except (ValueError, KeyError) as error:
             raise RunError(
                 f"the run's optimizer state does not fit the optimizer given: {error}; expected the optimizer and "
@@ -412,18 +425,40 @@ class Training:
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
 
+    def _resume_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over the optimizer's state with the run's hyperparameters and schedule, or, prolonged, the new ones."""
+        if self.settings.resume == "prolong":
+            self.optimizer.load_state_dict(keep_hyperparameters(self.optimizer, state["optimizer"]))
+            if self.scheduler is not None:
+                fast_forward(self.scheduler, state["step"])
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        has_more = self.settings.steps is not None and self.settings.steps > state["step"]
+        if has_more and all(group["lr"] == 0 for group in self.optimizer.param_groups):
+            warnings.warn(
+                f"the run resumes at step {state['step']} of {self.settings.steps} with a learning rate of 0, to which "
+                f"its schedule has come; a longer schedule is taken with resume='prolong'",
+                stacklevel=2,
+            )
+
     def _check_resumed(self, state: dict[str, Any]) -> None:
         present = {
             "accumulate": self.settings.accumulate,
             "num_processes": self.accelerator.num_processes,
-            "scheduler": self.scheduler is not None,
             "number of observers": len(self.observers),
         }
-        saved = {
-            **state,
-            "scheduler": state["scheduler"] is not None,
-            "number of observers": len(state.setdefault("observers", [])),
-        }
+        saved = {**state, "number of observers": len(state.setdefault("observers", []))}
         for name, value in present.items():
             if saved[name] != value:
                 raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+        if self.settings.resume == "prolong":
+            return
+        if (self.scheduler is not None) != (state["scheduler"] is not None):
+            was, now = (each is not None for each in (state["scheduler"], self.scheduler))
+            raise RunError(
+                f"the run was begun with scheduler={was}, and now it is {now}; expected the same, or resume='prolong'"
+            )
+        if "arguments" in state:  # older checkpoints have none
+            require_same(state["arguments"], self.arguments, state["optimizer"])

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import nn
 
-from matta.acceptance import require_nestable, require_real_buffers
+from matta.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.batches import Batch
 from matta.errors import NestingError, TracingError
 from matta.layers import Layers
@@ -33,6 +33,15 @@ class Nested(nn.Module):
     `ta` is the module that the user gave. `students` are live copies: they run as modules of the
     user's own classes and always show the TA's present weights. `parameters()` are the TA's and
     the private ones of the Students, each once: they are what an optimizer gets.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> nested.student[0], nested.ta[0]
+        (Linear(in_features=3, out_features=4, bias=True), Linear(in_features=3, out_features=8, bias=True))
+        >>> [tuple(parameter.shape) for parameter in nested.parameters()]
+        [(8, 3), (8,), (1, 8), (1,)]
     """
 
     def __init__(self, ta: nn.Module, students: Sequence[nn.Module], plans: Sequence[Plan]) -> None:
@@ -73,6 +82,12 @@ def probe(nested: Nested, example: Batch) -> None:
 
     Raises:
         ProbeError: with the parameter at fault, and the layout that mends it where one is found.
+
+    Example:
+        >>> import matta, torch
+        >>> def gated(width): return nn.Sequential(nn.Linear(3, 2 * width), nn.GLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(gated(2), gated(4), layouts={"0.*": 2, "2.*": 1})
+        >>> probe(nested, (torch.ones(1, 3), torch.ones(1)))  # no error: the two agree
     """
     for student, plan in zip(nested.students, nested.plans, strict=True):
         probe_pair(student, nested.ta, plan, example)
@@ -113,7 +128,7 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
-            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients).
+            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -127,6 +142,7 @@ def nest(
         raise NestingError("received an empty list of Students; expected at least one module")
     for module, role in [*((each, "Student") for each in students), (ta, "TA")]:
         require_nestable(module, role)
+        require_copies(module, role)
     for each in students:
         require_real_buffers(each, ta)
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)

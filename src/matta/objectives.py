@@ -5,6 +5,13 @@ Every objective takes hard labels (classes) and soft ones (probabilities); those
 that value in all of the row.
 Labels are checked on every batch on a CPU; on an accelerator, where a check would make the host
 wait, on the first batch.
+
+Example:
+    >>> import matta, torch
+    >>> layer = torch.nn.Linear(4, 3)
+    >>> cotrain = matta.CoTraining(matta.nest(layer, torch.nn.Linear(4, 3)), matta.objectives.Classification())
+    >>> cotrain((torch.zeros(2, 4), torch.tensor([0, 2]))).loss.requires_grad
+    True
 """
 
 from __future__ import annotations
@@ -47,7 +54,15 @@ _FUSED_FROM = 2**20  # logits of one model, from which on the fused form is the 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each."""
+    """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each.
+
+    Example:
+        >>> import matta
+        >>> logits = torch.zeros(2)
+        >>> losses = matta.objectives.Binary().losses([logits], logits, torch.tensor([0.0, 1.0]))
+        >>> round(losses.ta.item(), 4), len(losses.students), len(losses.distill)
+        (0.6931, 1, 1)
+    """
 
     students: tuple[Tensor, ...]
     ta: Tensor
@@ -57,14 +72,38 @@ class Losses:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """L of a batch, which carries the graph, and what it consists of."""
+    """L of a batch, which carries the graph, and what it consists of.
+
+    Example:
+        >>> from matta.objectives import Losses
+        >>> losses = Losses(students=(torch.ones(()),), ta=torch.ones(()), distill=(torch.ones(()),))
+        >>> Joint(loss=losses.ta + losses.students[0] + 0.5 * losses.distill[0], losses=losses).loss
+        tensor(2.5000)
+    """
 
     loss: Tensor
     losses: Losses
 
 
 class Objective(ABC):
-    """How logits and labels become losses; subclass it for an objective of your own."""
+    """How logits and labels become losses; subclass it for an objective of your own.
+
+    Example:
+        >>> from matta.objectives import Losses
+        >>> class SquaredError(Objective):
+        ...     def losses(self, students, ta, labels):
+        ...         return Losses(
+        ...             students=tuple(self.cross_entropy(each, labels) for each in students),
+        ...             ta=self.cross_entropy(ta, labels),
+        ...             distill=tuple(self.cross_entropy(each, ta.detach()) for each in students),
+        ...         )
+        ...     def cross_entropy(self, logits, labels):
+        ...         return (logits - labels).square().mean()
+        ...     def teach(self, logits, labels):
+        ...         return logits
+        >>> SquaredError().losses([torch.zeros(2)], torch.ones(2), torch.ones(2)).distill
+        (tensor(1.),)
+    """
 
     def least_deferred(self, labels: Labels) -> int | None:
         """From how many classes on `joint` takes the logits of linear heads put off (`matta.heads`); None: never."""
@@ -95,8 +134,11 @@ class Objective(ABC):
             LabelError: labels that do not fit the logits.
         """
 
-    def num_counted(self, labels: Labels) -> int:
-        """How many rows `cross_entropy` is the mean of; all examples, unless the objective says otherwise."""
+    def num_counted(self, labels: Labels) -> int | Tensor:
+        """How many rows the losses are means of; all examples, unless the objective says otherwise.
+
+        A tensor where counting would make the host wait for the device.
+        """
         return num_examples(labels)
 
     @abstractmethod
@@ -123,6 +165,11 @@ class Binary(Objective):
     """One logit an example, for the probability of the positive class (a click, a late flight).
 
     Logits of shape (batch) or (batch, 1). Labels of either shape: 0 or 1, or probabilities.
+
+    Example:
+        >>> loss = Binary().cross_entropy(torch.zeros(2), torch.tensor([0.0, 0.8]))
+        >>> round(loss.item(), 4)
+        0.6931
     """
 
     def __init__(self, ignore_index: int = -100) -> None:
@@ -144,8 +191,8 @@ class Binary(Objective):
         rows = self._rows(logits)
         return binary_cross_entropy(rows, *self._labels(rows, labels))
 
-    def num_counted(self, labels: Labels) -> int:
-        return int((_whole(labels) != self.ignore_index).sum())
+    def num_counted(self, labels: Labels) -> Tensor:
+        return (_whole(labels) != self.ignore_index).sum()
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = self._rows(logits).sigmoid()
@@ -193,6 +240,13 @@ class Classification(Objective):
 
     Raises:
         LabelError: chunk is not a positive number.
+
+    Example:
+        >>> logits = torch.zeros(1, 4)
+        >>> hard = Classification().cross_entropy(logits, torch.tensor([2]))
+        >>> soft = Classification().cross_entropy(logits, torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+        >>> round(hard.item(), 4), round(soft.item(), 4)
+        (1.3863, 1.3863)
     """
 
     def __init__(self, ignore_index: int = -100, *, fused: bool | None = None, chunk: int | None = None) -> None:
@@ -272,8 +326,8 @@ class Classification(Objective):
         targets, kept = self._targets(logits, labels)
         return self._cross_entropy(log_probabilities(logits.flatten(0, -2)), targets, kept)
 
-    def num_counted(self, labels: Labels) -> int:
-        return int((~ignored_positions(labels, self.ignore_index)).sum())
+    def num_counted(self, labels: Labels) -> Tensor:
+        return (~ignored_positions(labels, self.ignore_index)).sum()
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
@@ -342,6 +396,12 @@ class CausalLM(Objective):
     Transformers takes them (position t predicts label t + 1), probabilities of the token at
     each position, (batch, time, vocabulary), or a `TopK` of it with positions (batch, time).
     The arguments are those of `Classification`.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 1, 3, 2]])
+        >>> logits = torch.zeros(1, 4, 8)  # batch, positions, vocabulary
+        >>> round(CausalLM().cross_entropy(logits, tokens).item(), 4)
+        2.0794
     """
 
     def __init__(self, ignore_index: int = -100, *, fused: bool | None = None, chunk: int | None = None) -> None:
@@ -366,7 +426,7 @@ class CausalLM(Objective):
     def cross_entropy(self, logits: Tensor, labels: Labels) -> Tensor:
         return self._classes.cross_entropy(logits[:, :-1], self._shifted(logits, labels))
 
-    def num_counted(self, labels: Labels) -> int:
+    def num_counted(self, labels: Labels) -> Tensor:
         return self._classes.num_counted(_after_first(labels))
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:

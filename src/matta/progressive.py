@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from matta.batches import Batch, call, logits_of, split_labels
 from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import LabelError, RunError
+from matta.processes import gathered
 from matta.submodels import SubModel, live
 
 Values = dict[str, dict[str, float]]
@@ -33,7 +34,8 @@ class ProgressiveValidation:
     """An observer for `matta.fit` with one logit: metrics of Student, TA and sub-models, before each step.
 
     Student and TA are judged by the logits of the training step's own forward; sub-models are run in eval mode.
-    Times, for the values by day, are those of a `matta.streams.Stream`'s batches.
+    Times, for the values by day, are those of a `matta.streams.Stream`'s batches. In several processes the events of
+    all count, in the order in which the batches were shared out.
 
     Args:
         watch: Sub-models to be judged too, by name.
@@ -97,10 +99,10 @@ class ProgressiveValidation:
         logits = self._logits(cotrain, inputs, out)
         targets = labels.reshape(-1).double().cpu()
         stacked = torch.stack([_one_logit(each, targets, name) for name, each in logits.items()])
-        times = getattr(batch, "times", None)
         if not self._names:
             self._begin(list(logits))
-        self._add(stacked, targets, times)
+        for part in gathered((stacked, targets, getattr(batch, "times", None))):
+            self._add(*part)
 
     def after_step(self, cotrain: CoTraining) -> None:
         """Nothing: what counts is before the step."""

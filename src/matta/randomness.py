@@ -45,15 +45,59 @@ def random_state_kept() -> Iterator[None]:
         set_random_state(state)
 
 
-def generators_of(data: Any) -> list[torch.Generator]:
-    """The generators of a DataLoader and its samplers, each once, in a fixed order."""
-    owners = [data, *(getattr(data, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
-    owners.append(getattr(owners[2], "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+def parts_of(data: Any) -> list[Any]:
+    """A DataLoader with its dataset and its samplers, also those inside others, each once, in a fixed order."""
+    found: list[Any] = []
+    todo = [data]
+    while todo:
+        part = todo.pop(0)
+        if part is not None and not any(part is each for each in found):
+            found.append(part)
+            inner = (getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset", "data_source"))
+            todo += [each for each in inner if hasattr(each, "__dict__")]
+    return found
 
 
-def set_generator_states(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
-    """Put back the states of `generators_of`."""
+def generators_of(data: Any) -> list[Any]:
+    """The random generators that a DataLoader, its dataset and its samplers keep: of torch, Python or NumPy."""
+    kinds = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
+    kept = [value for part in parts_of(data) for value in getattr(part, "__dict__", {}).values()]
+    return list({id(each): each for each in kept if isinstance(each, kinds)}.values())
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of one of `generators_of`, in plain types and tensors."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    bits = generator.bit_generator if isinstance(generator, numpy.random.Generator) else generator._bit_generator
+    return _plain(bits.state)
+
+
+def set_generator_states(generators: Sequence[Any], states: Sequence[Any]) -> None:
+    """Put back what `generator_state` gave of each."""
     for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+        if isinstance(generator, torch.Generator):
+            generator.set_state(state)
+        elif isinstance(generator, random.Random):
+            generator.setstate(state)
+        else:
+            is_new = isinstance(generator, numpy.random.Generator)
+            bits = generator.bit_generator if is_new else generator._bit_generator
+            bits.state = _numpy(state, bits.state)
+
+
+def _plain(state: Any) -> Any:
+    """A state of NumPy's with tensors for its arrays."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, numpy.ndarray):
+        return torch.from_numpy(state.astype("float64" if state.dtype.kind == "f" else "int64"))
+    return state
+
+
+def _numpy(state: Any, like: Any) -> Any:
+    if isinstance(like, dict):
+        return {key: _numpy(state[key], value) for key, value in like.items()}
+    return state.numpy().astype(like.dtype) if isinstance(state, torch.Tensor) else state

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a progress bar, and scalars for TensorBoard.
+"""What a run shows while it trains: a progress bar, and values for trackers such as TensorBoard.
 
 Losses stay on the device until something is shown; only then does the host wait for them.
 """
@@ -6,15 +6,19 @@ Losses stay on the device until something is shown; only then does the host wait
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 from torch import Tensor
 
 from matta.cotraining import CoTrainingOutput
 from matta.errors import RunError
+from matta.processes import num_processes, summed
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 REFRESH_SECONDS: Final = 0.5
 LOSSES: Final = ("student", "ta", "distill")
@@ -34,25 +38,39 @@ def require_installed(package: str) -> None:
 
 @final
 class Losses:
-    """The losses of the steps since they were last read, still on the device."""
+    """The losses of the steps since they were last read, over all processes, still on the device."""
 
     def __init__(self) -> None:
         self.means: dict[str, float] = {}
         self.latest: tuple[Tensor, ...] = ()
         self._unread: list[tuple[Tensor, ...]] = []
 
-    def add(self, out: CoTrainingOutput) -> None:
-        """Take in a batch; nothing is computed."""
-        self.latest = (out.student_loss, out.ta_loss, out.distill_loss, out.distill_weight)
-        self._unread.append(self.latest[:3])
+    def add(self, outputs: Sequence[CoTrainingOutput]) -> None:
+        """Take in the batches of a step; in one process nothing is computed, of several the means are taken."""
+        rows = [(out.student_loss, out.ta_loss, out.distill_loss, out.num_labels) for out in outputs]
+        if num_processes() > 1:
+            rows = [tuple(_means(summed(_sums(rows))))]
+        self.latest = (*rows[-1][:3], outputs[-1].distill_weight)
+        self._unread += rows
 
     def read(self) -> dict[str, float]:
         """The means since the last reading (the last ones again if there was nothing new)."""
         if self._unread:
-            means = torch.stack([torch.stack(each) for each in self._unread]).double().mean(0)
-            self.means = dict(zip(LOSSES, means.tolist(), strict=True))
+            self.means = dict(zip(LOSSES, _means(_sums(self._unread)).tolist(), strict=False))
             self._unread = []
         return self.means
+
+
+def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """The sum of each loss over the labels of some batches, and the number of these."""
+    losses = torch.stack([torch.stack(each[:-1]) for each in rows]).double()
+    counts = torch.stack([each[-1] for each in rows]).double()
+    return torch.cat([counts @ losses, counts.sum(0, keepdim=True)])
+
+
+def _means(sums: Tensor) -> Tensor:
+    """What `_sums` gave, as means and the number of labels."""
+    return torch.cat([sums[:-1] / sums[-1:].clamp(min=1), sums[-1:]])
 
 
 @final
@@ -94,25 +112,11 @@ class Bar:
         self._progress.stop()
 
 
-@final
-class Scalars:
-    """TensorBoard's record of a run; what an interrupted run wrote beyond `step` is purged."""
+def tensorboard(run: Path, step: int) -> GeneralTracker:
+    """Accelerate's TensorBoard tracker of a run; what an interrupted run wrote beyond `step` is purged."""
+    require_installed("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
 
-    def __init__(self, folder: Path, step: int) -> None:
-        require_installed("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Put what was recorded on disk."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Put everything on disk and end."""
-        self._writer.close()
+    tracker = TensorBoardTracker("tensorboard", run, purge_step=step + 1 if step else None)
+    tracker.start()
+    return tracker

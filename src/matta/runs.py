@@ -1,14 +1,15 @@
 """Run folders: checkpoints from which a run goes on as if it had never stopped.
 
     fit.json             what this folder is
-    checkpoint-00001000/ model.safetensors and training.pt, the newest complete one
+    checkpoint-00001000/ model.safetensors and training.pt; the newest three are kept
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
     preconditioner.safetensors  Shampoo's factors at the end, where it was used (matta figure preconditioner)
-    tensorboard/         scalars
+    tensorboard/         losses, rates and evaluations
 
 A checkpoint is written under another name and renamed when it is complete: whenever a run is killed,
-its folder holds one that is whole.
+its folder holds one that is whole. Every file has a checksum: where the newest checkpoint has been damaged since, the
+run resumes from an older one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, final
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 
 from matta.checkpoints import apart, split_state
 from matta.errors import CheckpointError, RunError
+from matta.storage import verify, whole_folder, write_json
 
 MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"
 TRAINING: Final = "training.pt"
 FORMAT: Final = {"format": "matta.fit", "version": 1}
+NUM_KEPT: Final = 3
 
 
 @final
@@ -57,13 +60,17 @@ class RunFolder:
                 f"{self.path} exists and holds a run; expected a new folder: go on with resume=True, or choose "
                 f"another name for run="
             )
-        if json.loads((self.path / MARKER).read_text(encoding="utf-8")) != FORMAT:
+        try:
+            found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{self.path / MARKER} is damaged: {error}; expected {json.dumps(FORMAT)} in it") from None
+        if found != FORMAT:
             raise RunError(f"{self.path / MARKER} is not of this version of matta; expected {FORMAT}")
 
     def begin(self) -> None:
         """Make the folder, and clear away what a killed run has left half-written."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / MARKER).write_text(json.dumps(FORMAT), encoding="utf-8")
+        write_json(self.path / MARKER, FORMAT)
         for left in self.path.glob(".checkpoint-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -72,44 +79,49 @@ class RunFolder:
         return sorted(self.path.glob("checkpoint-*"))
 
     def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
-        """Write a checkpoint, unless there is one of this step; then remove the earlier ones."""
-        target = self.path / f"checkpoint-{step:08d}"
-        if target.exists():
-            return
-        made = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
-        try:
+        """Write a checkpoint in place of any of this step; then remove all but the newest ones."""
+        with whole_folder(self.path / f"checkpoint-{step:08d}") as made:
             tensors, others = split_state(module)
             save_file(apart(tensors), made / MODEL)
             torch.save({**training, "extra_state": others}, made / TRAINING)
-            for file in made.iterdir():
-                _put_on_disk(file)
-            made.chmod(0o755)
-            made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        for old in self.checkpoints():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in self.checkpoints()[:-NUM_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load(self, module: nn.Module) -> dict[str, Any] | None:
-        """Put the newest checkpoint's weights into `module`; the rest of the checkpoint, or None if there is none.
+        """Put the newest whole checkpoint's weights into `module`; the rest of it, or None if there is no checkpoint.
+
+        A damaged checkpoint is passed over with a warning.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or does not fit; the module is then as it was.
+            CheckpointError: all checkpoints are damaged, or one does not fit; the module is then as it was.
         """
-        found = self.checkpoints()
-        if not found:
-            return None
-        try:
-            tensors = load_file(found[-1] / MODEL)
-            training: dict[str, Any] = torch.load(found[-1] / TRAINING, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        damaged: list[str] = []
+        for path in reversed(self.checkpoints()):
+            try:
+                tensors, training = _read(path)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                continue
+            _check_fit(path, tensors, split_state(module)[0])
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
+            module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
+            return training
+        if damaged:
             raise CheckpointError(
-                f"{found[-1]} cannot be read: {error}; remove that folder and begin the run afresh"
-            ) from None
-        _check_fit(found[-1], tensors, split_state(module)[0])
-        module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
-        return training
+                f"no checkpoint in {self.path} is whole: {'; '.join(damaged)}; take another copy of the run, or remove "
+                f"that folder and begin the run afresh"
+            )
+        return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint, and the rest of it."""
+    verify(path)
+    try:
+        return load_file(path / MODEL), torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _check_fit(path: Path, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
@@ -121,8 +133,3 @@ def _check_fit(path: Path, saved: Mapping[str, Tensor], present: Mapping[str, Te
                 f"{path} does not fit: {name} was {was} in the run and is {now} in the nesting given; expected the "
                 f"models that the run was begun with"
             )
-
-
-def _put_on_disk(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -18,6 +18,10 @@ class Weights:
 
     Raises:
         MattaError: a weight is negative or not finite.
+
+    Example:
+        >>> Weights(distill=0.5)
+        Weights(student=1.0, ta=1.0, distill=0.5)
     """
 
     student: float = 1.0

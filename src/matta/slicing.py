@@ -13,6 +13,7 @@ strided weights can differ in the last bit from those of an extracted module.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -86,18 +87,45 @@ def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """What copy.deepcopy gives.
+    """What copy.deepcopy gives, with tensors that a forward left among the attributes cut off from their graph.
 
     Raises:
-        NestingError: the module holds a tensor that cannot be copied.
+        NestingError: the module holds something that cannot be copied.
     """
+    cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
     try:
-        return copy.deepcopy(module, memo)
-    except RuntimeError as error:
+        return copy.deepcopy(module, {**cut, **(memo or {})})
+    except (RuntimeError, TypeError, NotImplementedError, pickle.PicklingError) as error:
         raise NestingError(
-            f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; remove tensors with a graph "
-            f"from its attributes (torch.nn.utils.weight_norm leaves one: use torch.nn.utils.parametrizations)"
+            f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; expected attributes that can be "
+            f"copied: keep locks, generators, files and tensors with a graph out of the module, or give the class that "
+            f"holds them a __deepcopy__"
         ) from error
+
+
+def graph_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors with a graph among the attributes of modules, also inside containers: path, attribute, tensor."""
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name != "_modules":
+                yield from ((path, name, tensor) for tensor in _tensors_in(value, seen) if tensor.grad_fn is not None)
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors_in(each, seen)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from _tensors_in(each, seen)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from _tensors_in(vars(value), seen)
 
 
 def bind(module: nn.Module, slices: Mapping[str, LiveSlice]) -> None:
@@ -151,7 +179,7 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
     memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
     if keep_own:
         memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
-    made = copy.deepcopy(module, memo)
+    made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]
         del plain.__dict__[_SLICES]

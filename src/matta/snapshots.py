@@ -1,6 +1,6 @@
 """Publish the Student, or any sub-models, while training goes on, for a server to swap in.
 
-    00000012/          a version: <model>.safetensors for each model, encoder.json, and snapshot.json
+    00000012/          a version: <model>.safetensors for each model, encoder.json, snapshot.json, and checksums
     latest             the name of the newest version
 
 A version is written under another name, put on disk and renamed; then `latest` is replaced, which is a rename
@@ -9,11 +9,9 @@ too. Whenever the writer is killed, `latest` names a version that is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +28,8 @@ from matta.errors import CheckpointError, RunError
 from matta.extraction import extract
 from matta.labels import num_examples
 from matta.nesting import Nested
+from matta.processes import gathered, is_main_process
+from matta.storage import verify, whole_file, whole_folder
 from matta.submodels import SubModel
 
 LATEST: Final = "latest"
@@ -62,6 +62,8 @@ class Snapshot:
 class Snapshots:
     """An observer for `matta.fit` that publishes modules into a folder.
 
+    Of several processes the main one publishes, and the events of all count.
+
     Args:
         folder: Where to; made if it is not there.
         every_events: Publish after so many events, counted over restarts.
@@ -74,12 +76,12 @@ class Snapshots:
         RunError: settings that cannot work.
 
     Example:
-        >>> import matta
+        >>> import matta, tempfile
         >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     snapshots = Snapshots(folder, every_events=1000)
         ...     version = snapshots.publish(nested)
-        ...     snapshot = read_snapshot(folder, lambda: nn.Linear(3, 1))
+        ...     snapshot = matta.read_snapshot(folder, lambda: nn.Linear(3, 1))
         >>> snapshot.version, snapshot.module
         (1, Linear(in_features=3, out_features=1, bias=True))
     """
@@ -113,31 +115,25 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        self._events += len(out.student_logits) if labels is None else num_examples(labels)
+        count = len(out.student_logits) if labels is None else num_examples(labels)
+        self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
         """Publish, if it is time."""
         since = self._events - self._published_events
         is_due = self._every_events is not None and since >= self._every_events
-        if is_due or (self._every_s is not None and time.monotonic() - self._published_at >= self._every_s):
+        is_late = self._every_s is not None and time.monotonic() - self._published_at >= self._every_s
+        if (is_due or is_late) and is_main_process():
             self.publish(cotrain.nested)
 
     def publish(self, nested: Nested) -> int:
-        """Publish now; the number of the version."""
+        """Publish now; the number of the version. Of several processes, only one may call it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
-        made = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
-        try:
+        with whole_folder(self.folder / f"{version:08d}") as made:
             self._write(made, nested, version)
-            made.chmod(0o755)
-            made.rename(self.folder / f"{version:08d}")
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        _sync(self.folder)
-        pointer = self.folder / f".{LATEST}"
-        pointer.write_text(f"{version:08d}", encoding="utf-8")
-        _sync(pointer)
-        pointer.replace(self.folder / LATEST)
+        with whole_file(self.folder / LATEST) as pointer:
+            pointer.write_text(f"{version:08d}", encoding="utf-8")
         self._published_events, self._published_at = self._events, time.monotonic()
         self._clear(version)
         return version
@@ -153,18 +149,15 @@ class Snapshots:
             save_model(module, str(made / f"{name}.safetensors"))
         if self._encoder is not None:
             (made / ENCODER).write_text(json.dumps(self._encoder.state_dict()), encoding="utf-8")
-        digests = {file.name: _digest(file) for file in made.iterdir()}
-        description = {"version": version, "events": self._events, "time_s": time.time(), "digests": digests}
+        description = {"version": version, "events": self._events, "time_s": time.time()}
         (made / DESCRIPTION).write_text(json.dumps({**FORMAT, **description}, indent=1), encoding="utf-8")
-        for file in (*made.iterdir(), made):
-            _sync(file)
 
     def _clear(self, version: int) -> None:
         """Remove old versions, each renamed first: what has a version's name is whole."""
         for old in _versions(self.folder):
             if int(old.name) <= version - self._keep:
                 old.rename(self.folder / f".removing-{old.name}")
-        for left in (*self.folder.glob(".removing-*"), *self.folder.glob(".making-*")):
+        for left in (*self.folder.glob(".removing-*"), *self.folder.glob(".[0-9]*-*")):
             shutil.rmtree(left, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,6 +183,15 @@ def read_snapshot(
 
     Raises:
         CheckpointError: there is no version, it has no such model, it does not fit the module, or it is damaged.
+
+    Example:
+        >>> import matta, tempfile
+        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     version = matta.Snapshots(folder, every_s=60).publish(nested)
+        ...     snapshot = read_snapshot(folder, lambda: nn.Linear(3, 1))
+        >>> bool((snapshot.module.weight == nested.student.weight).all())
+        True
     """
     for _ in range(_TRIES):  # a version may be removed while it is read: there is a newer one then
         try:
@@ -199,48 +201,33 @@ def read_snapshot(
         version = Path(folder) / name
         try:
             return _read(version, build, model)
-        except FileNotFoundError:
+        except (FileNotFoundError, CheckpointError):
+            if (version / DESCRIPTION).exists():
+                raise
             time.sleep(0.01)
     raise CheckpointError(f"{version} is not whole, though {LATEST} names it; publish again")
 
 
 def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot:
+    weights = version / f"{model}.safetensors"
+    verify(version, weights.name, ENCODER, DESCRIPTION)
     try:
         description = json.loads((version / DESCRIPTION).read_text(encoding="utf-8"))
-        digests = description["digests"]
+        own = {name: description[name] for name in ("version", "events", "time_s")}
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{version / DESCRIPTION} is damaged: {error!r}; publish again") from None
-    file = f"{model}.safetensors"
-    if file not in digests:
-        models = ", ".join(each.removesuffix(".safetensors") for each in digests if each != ENCODER)
+    if not weights.is_file():
+        models = ", ".join(sorted(each.stem for each in version.glob("*.safetensors")))
         raise CheckpointError(f"{version} has no model {model!r}; it has: {models}")
-    for each in (file, ENCODER):
-        if each in digests and _digest(version / each) != digests[each]:
-            raise CheckpointError(f"{version / each} is damaged: its digest is not the one published; publish again")
     module = build()
     try:
-        load_model(module, str(version / file))
+        load_model(module, str(weights))
     except (RuntimeError, SafetensorError) as error:
-        if not (version / file).exists():  # removed in between: safetensors has no error of its own for that
-            raise FileNotFoundError(version / file) from None
-        raise CheckpointError(f"{version / file} does not fit the module that build gave: {error}") from None
-    encoder = json.loads((version / ENCODER).read_text(encoding="utf-8")) if ENCODER in digests else None
-    own = {name: description[name] for name in ("version", "events", "time_s")}
-    return Snapshot(module=module.eval(), encoder=encoder, **own)
+        raise CheckpointError(f"{weights} does not fit the module that build gave: {error}") from None
+    encoder = version / ENCODER
+    state = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else None
+    return Snapshot(module=module.eval(), encoder=state, **own)
 
 
 def _versions(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.name.isdigit() and each.is_dir())
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -65,12 +65,28 @@ def layer_names(nested: Nested) -> tuple[str, ...]:
 
 
 def narrow(nested: Nested) -> SubModel:
-    """All layers at the Student's width; with depth M-nesting, all of the TA's layers (K = 0)."""
+    """All layers at the Student's width; with depth M-nesting, all of the TA's layers (K = 0).
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> narrow(nested) == matta.SubModel({"0": "narrow"})
+        True
+    """
     return wide_narrow_wide(nested, 0)
 
 
 def wide(nested: Nested) -> SubModel:
-    """The Teaching Assistant itself (K = N)."""
+    """The Teaching Assistant itself (K = N).
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> wide(nested) == matta.SubModel({"0": "wide"})
+        True
+    """
     names = layer_names(nested)
     return wide_narrow_wide(nested, len(names)) if names else SubModel(default=WIDE)
 
@@ -82,6 +98,14 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
 
     Raises:
         SubModelError: k is not between 0 and the number of layers, or no layer is shared.
+
+    Example:
+        >>> import matta
+        >>> def tower(width):
+        ...     layers = nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+        ...     return nn.Sequential(*layers)
+        >>> wide_narrow_wide(matta.nest(tower(4), tower(8)), 1).choices
+        {'0': 'wide', '2': 'narrow'}
     """
     names = layer_names(nested)
     if not names and nested.plan.private:
@@ -100,6 +124,13 @@ def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
     """A draw for `CoTraining(sample=...)`: each layer wide or narrow with equal chance.
 
     Where one hidden width runs through all layers, they are all wide or all narrow.
+
+    Example:
+        >>> import matta, random
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> random_sub_model(nested)(random.Random(0)).choices
+        {'0': 'wide'}
     """
     names = layer_names(nested)
     if HIDDEN in names:
@@ -115,6 +146,14 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
     Raises:
         SubModelError: no `SubModel`, an unknown layer, a choice that the layer does not have, or a layer whose
             weights the Student does not share.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> half = live(nested, matta.SubModel({"0": "wide"}))
+        >>> half[0].weight.shape, bool((half[0].weight == nested.ta[0].weight).all())
+        (torch.Size([8, 3]), True)
     """
     if not isinstance(spec, SubModel):
         raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")

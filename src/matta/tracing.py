@@ -8,7 +8,6 @@ one dimension, and two models of one class can be laid over each other part by p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from matta.batches import Batch, call, split_labels
 from matta.channels import Channels, Known, Row, Rows
-from matta.errors import TracingError
+from matta.errors import NestingError, TracingError
 from matta.flow import Flow
 from matta.layout import Layout, Segment
+from matta.slicing import deep_copy
 
 
 @final
@@ -119,12 +119,9 @@ def trace(module: nn.Module, example: Batch) -> Trace:
 
 def _copied(module: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(module)
-    except RuntimeError as error:
-        raise TracingError(
-            f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; remove tensors with a graph "
-            f"from its attributes (torch.nn.utils.weight_norm leaves one: use torch.nn.utils.parametrizations)"
-        ) from error
+        return deep_copy(module)
+    except NestingError as error:
+        raise TracingError(str(error)) from error
 
 
 def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str, Layout]:

@@ -24,11 +24,11 @@ from matta.lm.bits import TextScore, bits_per_byte, change
 from matta.lm.contestants import Contestant, contestants
 from matta.lm.judging import Suite, Values, load_judge, scores_of
 from matta.lm.recipe import SourcePart
-from matta.lm.runs import write_json
 from matta.lm.settings import EvaluateSettings
 from matta.lm.suite import Figure, choose
 from matta.lm.tables import markdown, notes, rich_tables
 from matta.lm.texts import held_out_documents, text_source
+from matta.storage import write_json
 
 MOST_CONTEXT: Final = 1024  # for held-out text, by default
 
@@ -37,12 +37,9 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     """Judge the models that the settings name; what results.json holds.
 
     Raises:
-        RunError: a model, a benchmark, its data or the text cannot be had, --out is taken, or there are several
-            processes.
+        RunError: a model, a benchmark, its data or the text cannot be had, or --out is taken.
         ModuleNotFoundError: lm-eval is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("matta evaluate works in one process; expected it without accelerate launch or torchrun")
     benchmarks = choose(settings.tasks)
     if not benchmarks and settings.text is None:
         raise RunError("--tasks none without --text leaves nothing to judge by; expected at least one of them")

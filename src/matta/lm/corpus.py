@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from matta.errors import RunError
 from matta.lm.blocks import token_blocks
 from matta.lm.documents import Counts, Documents, TextSource, read_documents
 from matta.lm.tokenizers import batch_encoder, tokenizer_fingerprint
+from matta.storage import verify, whole_folder
 
 Tokens = NDArray[np.integer[Any]]
 _FORMAT: Final = "matta.tokens.1"
@@ -97,8 +96,7 @@ def _named(blocks: Iterable[Tokens]) -> str:
 def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
     for left in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: this one has the lock
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as made:  # in place of one that is damaged
         with (made / "tokens.bin").open("wb") as file:
             kind = ""
             name = hashlib.blake2b(digest_size=8)
@@ -106,22 +104,16 @@ def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBas
                 kind = block.dtype.str
                 name.update(block.data)
                 file.write(block.data)
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
         about = {"format": _FORMAT, "kind": kind, "size": size, "fingerprint": name.hexdigest()}
         text = json.dumps({**about, "counts": documents.counts.state_dict()}, indent=1)
         (made / "corpus.json").write_text(text, encoding="utf-8")
-        made.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
-        made.rename(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _load(folder: Path) -> Corpus | None:
     """What is in the cache, if it is whole."""
     try:
+        verify(folder)
         about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         if (folder / "tokens.bin").stat().st_size != about["size"]:
             return None

@@ -17,10 +17,11 @@ from matta.lm.bits import TextScore, bits_per_byte
 from matta.lm.cards import held_out_scores, recipe_card
 from matta.lm.folders import export
 from matta.lm.recipe import Recipe
-from matta.lm.runs import MODELS, RESULTS, folder_name, write_json
+from matta.lm.runs import MODELS, RESULTS, folder_name
 from matta.lm.tables import with_error
 from matta.loop import FitResult
 from matta.nesting import Nested
+from matta.storage import write_json
 from matta.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.texttables import rich_table
 

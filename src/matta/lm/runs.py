@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ from matta.errors import RunError
 from matta.lm.models import from_config
 from matta.lm.recipe import Recipe, recipe_from_values, recipe_to_values
 from matta.nesting import Nested
+from matta.storage import add_checksums, verify, write_json
 
 RECIPE: Final = "recipe.json"
 RESULTS: Final = "results.json"
@@ -51,11 +52,13 @@ def load_run(path: Path) -> LanguageRun:
 
     Raises:
         RunError: the folder is none, or the run has not ended.
-        CheckpointError: the weights are damaged.
+        CheckpointError: weights, configurations or tokenizer are damaged.
     """
     recipe = read_run_recipe(path)
     if not (path / NESTED).is_dir():
         raise RunError(f"the run in {path} has not ended; go on with it: matta train RECIPE --resume --out {path}")
+    for folder in (*CONFIGS.values(), TOKENIZER):
+        verify(path / folder)
     with torch.random.fork_rng(devices=[]):
         modules = [from_config(AutoConfig.from_pretrained(path / folder)) for folder in CONFIGS.values()]
     nested = load(path / NESTED, *modules)
@@ -90,6 +93,8 @@ def write_run(path: Path, recipe: Recipe, nested: Nested, tokenizer: PreTrainedT
         assert isinstance(model, PreTrainedModel), "the models of a recipe are Transformers'"
         model.config.save_pretrained(path / CONFIGS[role])
     tokenizer.save_pretrained(path / TOKENIZER)
+    for folder in (*CONFIGS.values(), TOKENIZER):
+        add_checksums(path / folder)
     write_recipe(path, recipe)
 
 
@@ -106,10 +111,3 @@ def folder_name(name: str) -> str:
         'k-8'
     """
     return name.replace("=", "-")
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    made = path.with_name(f".{path.name}.part")
-    made.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    made.replace(path)

@@ -33,7 +33,7 @@ from torch import Tensor
 from matta.errors import RunError
 from matta.labels import TopK
 from matta.lm.packing import IGNORED, PackedTokens
-from matta.lm.runs import write_json
+from matta.storage import checked_file, verify, whole_file
 
 MANIFEST: Final = "teacher.json"
 FORMAT: Final = {"format": "matta.teacher", "format_version": 2}
@@ -106,6 +106,7 @@ def read_about(path: Path) -> About:
     if not file.is_file():
         raise RunError(f"{path} holds no labels: there is no {MANIFEST}; expected a folder that matta teach wrote")
     try:
+        verify(path, MANIFEST)
         values = json.loads(file.read_text(encoding="utf-8"))
         found = {name: values.pop(name, None) for name in FORMAT}
         if found != FORMAT:
@@ -127,7 +128,8 @@ def begin(path: Path, about: About) -> None:
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / MANIFEST, {**FORMAT, **asdict(about)})
+        with checked_file(path / MANIFEST) as made:
+            made.write_text(json.dumps({**FORMAT, **asdict(about)}, indent=1) + "\n", encoding="utf-8")
         return
     if not is_stored(path):
         raise RunError(f"{path} exists and holds no labels; expected a new folder: choose another name for --out")
@@ -152,7 +154,6 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
         RunError: it cannot be written.
     """
     file = shard_file(path, shard)
-    made = file.with_name(f".{file.name}.part")
     arrays = {
         "samples": samples,
         "tokens": labels.indices.numpy().astype(about.token_type),
@@ -161,16 +162,13 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
     checks = [_check(*each) for each in zip(*arrays.values(), strict=True)]
     arrays["checks"] = np.array(checks, dtype=np.uint32)
     try:
-        save_file(arrays, made)
+        with whole_file(file) as made:
+            save_file(arrays, made)
     except SafetensorError as error:  # also of a disk that is full
         raise RunError(
             f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which goes on "
             f"with the files that are missing"
         ) from None
-    made.chmod(0o644)  # it is written for its owner alone
-    with made.open("rb+") as written:
-        os.fsync(written.fileno())
-    made.replace(file)
 
 
 def _check(sample: np.int64, tokens: NDArray[Any], log_probs: NDArray[Any]) -> int:

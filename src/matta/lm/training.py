@@ -36,6 +36,7 @@ from matta.lm.tokenizers import load_tokenizer
 from matta.loop import FitResult
 from matta.nesting import Nested
 from matta.objectives import CausalLM
+from matta.processes import make_accelerator
 from matta.runs import MARKER, RunFolder
 from matta.schedule import Ramp, Weights
 from matta.submodels import random_sub_model
@@ -61,10 +62,8 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         MattaError: the recipe, its data or its models cannot work, or --out is taken.
         KeyboardInterrupt: it was stopped; a checkpoint was written before that.
     """
-    from accelerate import Accelerator
-
     recipe = read_recipe(settings.recipe, settings.overrides)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     path = _agreed_path(settings.out, recipe.name, accelerator)
     _require_free(path, resume=settings.resume)
     if is_run(path):

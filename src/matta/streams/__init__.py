@@ -2,6 +2,15 @@
 
 A `Schema` declares the columns of an event, a source gives them (`Folder`, `Rows`), and a `Stream` makes
 checked batches of them. Rows and files that do not fit are set aside in a quarantine file, with the reason.
+
+Example:
+    >>> import tempfile
+    >>> from matta.streams import Numeric, Rows, Schema, Stream
+    >>> schema = Schema(columns={"x": Numeric()}, label="late")
+    >>> events = Rows([{"x": 1.5, "late": 0}, {"x": 2.5, "late": 1}])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [len(batch["labels"]) for batch in Stream(events, schema, batch_size=2, quarantine=f"{folder}/bad.jsonl")]
+    [2]
 """
 
 from matta.errors import RunError

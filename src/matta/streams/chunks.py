@@ -25,7 +25,12 @@ RETRIED: Final = -2
 @final
 @dataclass(frozen=True, kw_only=True)
 class Bad:
-    """A row, or a whole file (`row` is None), that was set aside, and why. Rows count from 0."""
+    """A row, or a whole file (`row` is None), that was set aside, and why. Rows count from 0.
+
+    Example:
+        >>> Bad(file="2013-01-01.csv", row=7, reason="late: is missing")
+        Bad(file='2013-01-01.csv', row=7, reason='late: is missing', raw=None)
+    """
 
     file: str
     row: int | None
@@ -40,6 +45,14 @@ class Chunk:
 
     `rows` are their numbers in the file, and `bad` those that could not even be parsed; `start` and `end`
     are the places before and after the chunk. `raw` gives a row of the table as it was read.
+
+    Example:
+        >>> from matta.streams import Numeric, Rows, Schema
+        >>> rows = Rows([{"x": 1, "late": 0}, {"x": 2, "late": 1}])
+        >>> rows.begin(Schema(columns={"x": Numeric()}, label="late"), places={})
+        >>> chunk = rows.next_chunk()
+        >>> chunk.rows.tolist(), chunk.raw_row(1)
+        ([0, 1], {'x': 2, 'late': 1})
     """
 
     file: str

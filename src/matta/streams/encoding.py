@@ -23,7 +23,14 @@ CLIP: Final = 10.0
 
 @final
 class EventBatch(dict[str, Tensor]):
-    """A batch of events, with their times beside it: float64 seconds since 1970, or None."""
+    """A batch of events, with their times beside it: float64 seconds since 1970, or None.
+
+    Example:
+        >>> batch = EventBatch(numeric=torch.zeros(2, 1), labels=torch.ones(2))
+        >>> batch.times = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> batch.to("cpu").times
+        tensor([1., 2.], dtype=torch.float64)
+    """
 
     times: Tensor | None = None
 

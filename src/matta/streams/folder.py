@@ -24,7 +24,7 @@ LONGEST_LINE: Final = 1 << 24
 
 @final
 class Folder:
-    """Events in `.parquet`, `.csv` and `.jsonl` files, in the order of their names.
+    r"""Events in `.parquet`, `.csv` and `.jsonl` files, in the order of their names.
 
     Name files so that later events sort later, and write what cannot be read in part (Parquet) under a name
     that begins with "." or "_", then rename it: such names are passed over. CSV and JSONL files may grow while
@@ -44,6 +44,17 @@ class Folder:
 
     Raises:
         RunError: the folder is not there.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from matta.streams import Numeric, Schema, Stream
+        >>> schema = Schema(columns={"x": Numeric()}, label="late")
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     _ = Path(path, "2013-01-01.csv").write_text("x,late\n1.5,0\n2.5,1\n")
+        ...     batch = next(Stream(Folder(path, idle_s=0), schema, batch_size=2, quarantine=Path(path, "_bad.jsonl")))
+        >>> batch["labels"]
+        tensor([0., 1.])
     """
 
     def __init__(

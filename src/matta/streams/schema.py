@@ -22,6 +22,12 @@ class Numeric:
 
     Raises:
         RunError: no number lies between `low` and `high`.
+
+    Example:
+        >>> from matta.streams import Schema
+        >>> schema = Schema(columns={"distance": Numeric(low=0), "seats": Numeric(required=True)}, label="late")
+        >>> schema.num_numbers  # two values, and a mark for a missing distance
+        3
     """
 
     low: float = -math.inf
@@ -46,6 +52,10 @@ class Categorical:
 
     Raises:
         RunError: not one of `buckets` and `vocabulary` is given, or it is less than 1.
+
+    Example:
+        >>> Categorical(buckets=64).num_ids, Categorical(vocabulary=1000).num_ids
+        (65, 1002)
     """
 
     buckets: int | None = None
@@ -88,6 +98,7 @@ class Schema:
         RunError: a column has two roles, or there is none.
 
     Example:
+        >>> from matta.streams import Categorical, Numeric
         >>> schema = Schema(columns={"origin": Categorical(buckets=8), "distance": Numeric(low=0)}, label="late")
         >>> schema.num_ids, schema.num_numbers
         ((9,), 2)

@@ -23,7 +23,12 @@ from matta.streams.schema import Schema
 @final
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Events given out in batches, and the rows and files set aside."""
+    """Events given out in batches, and the rows and files set aside.
+
+    Example:
+        >>> Counts(events=400, bad_rows=1, bad_files=0).events
+        400
+    """
 
     events: int
     bad_rows: int
@@ -52,7 +57,7 @@ class Stream:
 
     Example:
         >>> import tempfile
-        >>> from matta.streams import Numeric, Rows
+        >>> from matta.streams import Numeric, Rows, Schema
         >>> schema = Schema(columns={"x": Numeric()}, label="late")
         >>> rows = Rows([{"x": 1.5, "late": 0}, {"x": "much", "late": 1}, {"x": None, "late": 1}])
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -146,23 +146,3 @@ class LanguageSettings:
         if self.seeds is not None:
             return self.seeds
         return 2 if self.quick else 8
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class PreconditionerSettings:
-    """Settings of `matta figure preconditioner`.
-
-    Raises:
-        RunError: a side that is neither of the two.
-    """
-
-    run: Path = field(metadata={"help": "folder of a run with Shampoo", "positional": True})
-    layer: str = field(metadata={"help": "a matrix of the TA, such as mlp.2.weight", "metavar": "NAME"})
-    side: str = field(default="output", metadata={"help": "which channels: output or input"})
-    out: Path | None = field(default=None, metadata={"help": "the picture (default: in the run)", "metavar": "FILE"})
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown side."""
-        if self.side not in ("output", "input"):
-            raise RunError(f"side={self.side!r}: expected output or input")

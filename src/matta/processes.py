@@ -1,0 +1,120 @@
+"""The processes that train together: what a launcher started, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DistributedSampler
+
+from matta.errors import RunError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SIZES: Final = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def num_processes() -> int:
+    """Processes of torch.distributed; 1 without it."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files."""
+    return num_processes() == 1 or distributed.get_rank() == 0
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, which must all call this."""
+    if num_processes() == 1:
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in the order of their ranks; all must call this."""
+    values = [value] * num_processes()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def is_shared_out(data: Any) -> bool:
+    """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
+    is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1
+    return is_sampled or (num_processes() > 1 and type(data).__module__.startswith("accelerate."))
+
+
+def num_launched() -> int:
+    """Processes that a launcher started: torchrun, accelerate, mpirun or srun, or those of torch.distributed."""
+    found = next((os.environ[name] for name in _SIZES if os.environ.get(name, "").isdigit()), "1")
+    return max(int(found), num_processes())
+
+
+def make_accelerator() -> Accelerator:
+    """Accelerate for all processes launched, on the CPU (gloo) where the machine has nothing else.
+
+    Raises:
+        RunError: Accelerate does not use them all.
+    """
+    from accelerate import Accelerator
+
+    _warn_of_one_process()
+    on_cpu = num_launched() > 1 and not torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(cpu=on_cpu)
+    except (ValueError, RuntimeError) as error:
+        if not on_cpu:
+            raise
+        raise RunError(
+            f"the launcher started {num_launched()} processes, and they cannot be joined: {error}; expected torchrun, "
+            f"which sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, and no Accelerator(cpu=False) made before"
+        ) from None
+    require_all(accelerator)
+    return accelerator
+
+
+def require_all(accelerator: Accelerator) -> None:
+    """Refuse to train in fewer processes than were launched: each would train alone, on all of the data.
+
+    Raises:
+        RunError: there are fewer.
+    """
+    launched = num_launched()
+    if launched > 1 and accelerator.num_processes != launched:
+        raise RunError(
+            f"the launcher started {launched} processes, and Accelerate joins {accelerator.num_processes}, so that "
+            f"each would train alone on all of the data; expected all of them: start torchrun (under SLURM one a node, "
+            f"srun --ntasks-per-node=1 torchrun --nproc-per-node N), and without a GPU leave accelerator= out or make "
+            f"it by Accelerator(cpu=True)"
+        )
+
+
+def require_one(what: str) -> None:
+    """Refuse to do in several processes what each would do alone, with the same files.
+
+    Raises:
+        RunError: a launcher started several.
+    """
+    if num_launched() > 1:
+        raise RunError(
+            f"{what} works in one process, and the launcher started {num_launched()}; expected it without accelerate "
+            f"launch, torchrun or srun -n"
+        )
+
+
+def _warn_of_one_process() -> None:
+    """Warn of `accelerate launch --cpu --num_processes 2`: it names an address for its processes, and starts one."""
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if asked and num_launched() == 1:
+        warnings.warn(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; this run has one "
+            "process: for more use torchrun --nproc-per-node N",
+            stacklevel=3,
+        )

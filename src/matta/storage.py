@@ -1,0 +1,145 @@
+"""Files and folders that are whole or not there, and checksums that tell what a disk has changed since.
+
+`SHA256SUMS` lists the files of a folder as `sha256sum -c SHA256SUMS` reads it; it is written last. Folders of earlier
+versions have none, and their files are not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from matta.errors import CheckpointError
+
+SUMS: Final = "SHA256SUMS"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write to. In the end it is put on disk with checksums and takes the place of `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield made
+        add_checksums(made)
+        for file in (*made.iterdir(), made):
+            _put_on_disk(file)
+        made.chmod(0o755)
+        _move(made, target)
+        _put_on_disk(target.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write a file to. In the end the file is put on disk and takes the place of `target`."""
+    made = target.with_name(f".{target.name}.part")
+    try:
+        yield made
+        made.chmod(0o644)
+        _put_on_disk(made)
+        made.replace(target)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+@contextmanager
+def checked_file(target: Path) -> Iterator[Path]:
+    """As `whole_file`, with the file in the checksums of its folder. Killed in between, it is left out of them."""
+    listed = _read_checksums(target.parent)
+    if listed.pop(target.name, None) is not None:
+        _write_checksums(target.parent, listed)
+    with whole_file(target) as made:
+        yield made
+    add_checksums(target.parent, target.name)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    with whole_file(path) as made:
+        made.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def add_checksums(folder: Path, *names: str) -> None:
+    """Enter files into the checksums of their folder; without names, all that are there."""
+    found = names or sorted(each.name for each in folder.iterdir() if each.is_file() and each.name != SUMS)
+    _write_checksums(folder, {**_read_checksums(folder), **{name: _checksum(folder / name) for name in found}})
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether there is something to compare files with."""
+    return (folder / SUMS).is_file()
+
+
+def verify(folder: Path, *names: str) -> None:
+    """Compare files with their checksums, where they have some; without names, all that are listed.
+
+    Raises:
+        CheckpointError: a file is missing, or is not the one written.
+    """
+    listed = _read_checksums(folder)
+    for name in names or listed:
+        if name not in listed:
+            continue
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}; take another copy") from None
+        if found != listed[name]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its checksum is not the one in {SUMS}; take another copy of the folder"
+            )
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """Checksums by name; none without the file."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        pairs = [line.split("  ", 1) for line in lines]
+        return {name: checksum for checksum, name in pairs}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        raise CheckpointError(f"{folder / SUMS} is damaged; take another copy of the folder") from None
+
+
+def _write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
+    with whole_file(folder / SUMS) as made:
+        made.write_text("".join(f"{each}  {name}\n" for name, each in checksums.items()), encoding="utf-8")
+
+
+def _move(made: Path, target: Path) -> None:
+    """Put a finished folder in place of an earlier one."""
+    if not target.exists():
+        made.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / "old")
+    try:
+        made.rename(target)
+    except OSError:
+        (old / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_on_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,168 @@
+"""Several processes equal one: every label weighs the same, what is shown is of all, and no launcher goes unnoticed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import matta
+from matta.cli import main
+from matta.errors import RunError
+from matta.processes import make_accelerator, num_launched, require_all
+
+Pair = tuple[Tensor, Tensor]
+LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*LAUNCHERS, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def batches() -> list[Pair]:
+    """Twelve batches of which ever more is ignored, of some all, and a short one."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(48, 5, generator=generator), torch.rand(48, generator=generator).round()
+    y[torch.rand(48, generator=generator) < torch.linspace(0, 1, 48)] = -100
+    y[8:12] = -100
+    parts = list(zip(x.split(4), y.split(4), strict=True))
+    return [*parts[:-1], (parts[-1][0][:3], parts[-1][1][:3])]
+
+
+def whole(count: int) -> list[Pair]:
+    """The same in larger batches, of `count` each."""
+    groups = zip(*[iter(batches())] * count, strict=True)
+    return [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups]
+
+
+def tower(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+class Trained:
+    """A run by SGD in float32, and what it shows."""
+
+    def __init__(self, data: Any, *, lr: float = 0.5, **settings: Any) -> None:
+        torch.manual_seed(0)
+        nested = matta.nest(tower(4), tower(8))
+        cotrain = matta.CoTraining(nested, matta.objectives.Binary(), ramp=matta.Ramp(start=0, steps=3))
+        optimizer = torch.optim.SGD(nested.parameters(), lr)
+        self.validation = matta.ProgressiveValidation(window=20)
+        observers = [self.validation, *settings.pop("observers", [])]
+        self.result = matta.fit(cotrain, data, optimizer, observers=observers, progress=False, **settings)
+        self.weights = {name: weight.detach() for name, weight in nested.ta.named_parameters()}
+
+    def shown(self) -> dict[str, Any]:
+        judged = self.validation.values()
+        return {"weights": self.weights, "losses": self.result.losses, "steps": self.result.steps, "judged": judged}
+
+
+def work(folder: str) -> None:
+    """A process of several, as torchrun starts it."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    snapshots = matta.Snapshots(Path(folder, "published"), every_events=10)
+    once = Trained(batches(), clip_norm=0.1, observers=[snapshots], run=Path(folder, "run"), tensorboard=False)
+    loader = DataLoader(TensorDataset(*(torch.cat(each) for each in zip(*batches(), strict=True))), batch_size=4)
+    found = {"once": once.shown(), "loader": Trained(loader, clip_norm=0.1).shown()}
+    if world == 2:
+        found["twice"] = Trained(batches(), accumulate=2, log_every=3).shown()
+    share = make_accelerator().prepare_data_loader(loader)
+    with pytest.raises(RunError, match="gives each process its share"):
+        matta.Evaluation(data=share, objective=matta.objectives.Binary())(matta.nest(tower(4), tower(8)))
+    torch.save(found, Path(folder, f"{rank}.pt"))
+
+
+def torchrun(world: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `work` in processes that nothing but the launcher tells of each other."""
+    script = folder / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+                      f"import test_processes\ntest_processes.work({str(folder)!r})\n", encoding="utf-8")  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: Path) -> None:
+    ended = torchrun(world, tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world))
+    for other in others:
+        torch.testing.assert_close(other, first, atol=0, rtol=0)
+    alone = Trained(batches(), accumulate=world, clip_norm=0.1).shown()
+    for name in ("once", "loader"):
+        torch.testing.assert_close(first[name], alone, atol=1e-6, rtol=1e-5)
+    if world == 2:
+        four = Trained(batches(), accumulate=4, log_every=3).shown()
+        torch.testing.assert_close(first["twice"], four, atol=1e-6, rtol=1e-5)
+    newest = matta.read_snapshot(tmp_path / "published", lambda: tower(4))
+    assert (newest.version, newest.events) == {2: (3, 47), 3: (4, 47)}[world]
+
+
+def test_one_process_weighs_every_label_of_a_step_alike() -> None:
+    for count in (2, 3, 4):
+        parts, together = Trained(batches(), accumulate=count), Trained(whole(count))
+        torch.testing.assert_close(parts.shown(), together.shown(), atol=1e-6, rtol=1e-5)
+
+
+def test_logged_losses_are_means_over_labels() -> None:
+    parts, together = (Trained(data, lr=0.0, log_every=12).result.losses for data in (batches(), whole(12)))
+    assert parts == pytest.approx(together)
+
+
+def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
+    from matta.feeding import Feed
+
+    three = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=3, split_batches=False)
+    data = TensorDataset(torch.zeros(32, 2), torch.zeros(32))
+    for uneven in (DataLoader(data, batch_size=4), [(torch.zeros(1, 2), torch.zeros(1))] * 8):
+        with pytest.raises(RunError, match="8 batches for 3 processes, which leave 2 over; .* drop_last=True"):
+            Feed(uneven, three, 1)
+    with pytest.raises(RunError, match="DistributedSampler, .* leave sampler= out"):
+        Feed(DataLoader(data, sampler=DistributedSampler(data, 3, 0)), three, None)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_launcher_is_noticed(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert num_launched() == 1
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(RunError, match="started 2 processes, and Accelerate joins 1, .* torchrun"):
+        require_all(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+    require_all(SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
+    for command in (["extract", "run", "--out", "x"], ["study", "quality"], ["plan", "recipe"], ["evaluate", "gpt2"]):
+        assert main(command) == 2
+        assert "works in one process, and the launcher started 2" in capsys.readouterr().err
+
+
+def test_an_accelerator_of_ones_own_that_is_alone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    alone = Accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for settings in ({"accelerator": alone}, {}):
+        with pytest.raises(RunError, match="the launcher started 2 processes"):
+            Trained(batches(), run=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_accelerate_did_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # what `accelerate launch --cpu --num_processes 2` leaves
+    with pytest.warns(UserWarning, match="asked for several processes and started one"):
+        assert make_accelerator().num_processes == 1
