@@ -36,7 +36,7 @@ from matta.lm.runs import write_json, write_run  # noqa: E402
 from matta.lm.suite import BENCHMARKS, choose, write_tasks  # noqa: E402
 from matta.lm.tables import PAPER, markdown, notes, rich_tables, tables  # noqa: E402
 from matta.lm.tasks.sat_math import has_content, has_letter, hub_form, process_results  # noqa: E402
-from matta.lm.tokenizers import batch_encoder, load_tokenizer  # noqa: E402
+from matta.lm.tokenizers import TextEncoder, load_tokenizer  # noqa: E402
 
 TEXT = "Six short benchmarks say little of a small model; a text says more. " * 8
 LIMIT = 6
@@ -405,7 +405,7 @@ def test_items_in_the_hubs_form_are_scored_alike(workshop: Path, tmp_path: Path)
 
 def test_the_name_of_a_special_token_is_text_for_the_judge_too(workshop: Path) -> None:
     judge, text = load_judge(str(workshop / "student"), batch=1), "An end <|endoftext|> in the middle, größer."
-    expected = batch_encoder(load_tokenizer("bytes"))([text])[0].tolist()
+    expected = TextEncoder(load_tokenizer("bytes"))([text])[0].tolist()
     assert expected == list(text.encode())
     assert judge.tok_encode(text) == judge.tok_batch_encode([text])[0][0].tolist() == expected
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from matta.lm.blocks import token_blocks  # noqa: E402
 from matta.lm.documents import Document  # noqa: E402
-from matta.lm.tokenizers import batch_encoder  # noqa: E402
+from matta.lm.tokenizers import TextEncoder  # noqa: E402
 
 TEXT = "Wide above, narrow below: ein größeres Modell ⊃ das kleine 🪆. " * 4
 
@@ -257,7 +257,7 @@ class Uniform(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["byte-level BPE", "unigram", "words", "written in Python"])
 def test_the_name_of_a_special_token_is_text_as_in_training(kind: str) -> None:
     tokenizer = _trained(kind)
-    (block,) = token_blocks([Document(NAMED, ends=False)], batch_encoder(tokenizer), tokenizer.eos_token_id)
+    (block,) = token_blocks([Document(NAMED, ends=False)], TextEncoder(tokenizer), tokenizer.eos_token_id)
     model = Uniform(len(tokenizer))
     score = bits_per_byte(model, tokenizer, NAMED, context=300, batch=1)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -35,7 +35,7 @@ from matta.lm.packing import PackedTokens
 from matta.lm.shuffling import Shuffled, draws
 from matta.lm.texts import held_out_documents
 from matta.lm.tokenizers import (
-    batch_encoder,
+    TextEncoder,
     disagreement,
     load_tokenizer,
     require_agreement,
@@ -44,7 +44,7 @@ from matta.lm.tokenizers import (
 
 END = 256
 BYTES = load_tokenizer("bytes")
-ENCODE = batch_encoder(BYTES)
+ENCODE = TextEncoder(BYTES)
 TEXTS = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=12
 )
@@ -92,7 +92,7 @@ def test_gpt2_files_alone_make_its_tokenizer(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(gpt2_files(tmp_path, MERGES))
     assert len(tokenizer) == 260 and tokenizer.eos_token_id == tokenizer.pad_token_id == 259
     assert tokenizer("the the he")["input_ids"] == [257, 258, ord(" "), 256]
-    assert batch_encoder(tokenizer)(["the<|endoftext|>"])[0].tolist() == [257, *b"<|endoftext|>"]
+    assert TextEncoder(tokenizer)(["the<|endoftext|>"])[0].tolist() == [257, *b"<|endoftext|>"]
     assert tokenizer("a<|endoftext|>")["input_ids"] == [ord("a"), 259], "the tokenizer itself is left as it was"
 
 
@@ -690,9 +690,9 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
 
     def counted(tokenizer: PreTrainedTokenizerBase) -> Any:
         calls.append(1)
-        return batch_encoder(tokenizer)
+        return TextEncoder(tokenizer)
 
-    monkeypatch.setattr(corpus, "batch_encoder", counted)
+    monkeypatch.setattr(corpus, "TextEncoder", counted)
     first = pack(path, cache=tmp_path / "cache")
     again = pack(path, cache=tmp_path / "cache", context=8, seed=4)
     assert len(calls) == 1 and again.report()["documents"] == 40

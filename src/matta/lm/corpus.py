@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from matta.errors import RunError
 from matta.lm.blocks import token_blocks
 from matta.lm.documents import Counts, Documents, TextSource, read_documents
-from matta.lm.tokenizers import batch_encoder, tokenizer_fingerprint
+from matta.lm.tokenizers import TextEncoder, tokenizer_fingerprint
 from matta.storage import verify, whole_folder
 
 Tokens = NDArray[np.integer[Any]]
@@ -77,7 +77,7 @@ def _key(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
 def _narrow_blocks(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
     kind = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     end = tokenizer.eos_token_id
-    for block in token_blocks(documents, batch_encoder(tokenizer), end):
+    for block in token_blocks(documents, TextEncoder(tokenizer), end):
         yield block.tokens.astype(kind)
 
 

@@ -2,7 +2,8 @@
 
 A model that the stock class of its architecture builds from some configuration is loaded by that class. One whose
 blocks have different sizes is loaded by the code that goes along in the folder (`modeling_matta.py`), which needs
-Transformers alone. A folder is written under another name and then moved into place.
+Transformers alone. A folder is written under another name, loaded again, compared with the model by what both compute,
+and only then moved into place.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
+from matta.batches import eval_mode
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
 from matta.lm.configurations import Fit, build, fit_configuration, signature
 from matta.slicing import is_live, materialize
 
 CODE: Final = "modeling_matta.py"
+_LENGTH: Final = 128  # tokens on which a folder is compared with its model
+_ROUNDING: Final = 8  # of the largest output, in units of its precision
 _CODE_OF: Final = {"config": "GPT2Config", "model": "GPT2LMHeadModel", "type": "matta_gpt2"}
 """The names in our copy of the code that are replaced by those of the architecture."""
 
@@ -52,7 +57,8 @@ def export(
 
     Raises:
         RunError: there is something at `path`, or the tokenizer has more entries than the model.
-        SubModelError: `module` is no model of Transformers, or not built of its class's own modules.
+        SubModelError: `module` is no model of Transformers, not built of its class's own modules, or computes
+            something else than what was written.
     """
     target = Path(path)
     require_new(target)
@@ -65,6 +71,7 @@ def export(
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         _write(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
+        _require_equal(model, _loaded(folder, type(made), model))
         folder.chmod(0o755)
         require_new(target)
         folder.rename(target)
@@ -145,6 +152,64 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     return made, code
+
+
+def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
+    """What was written, as whoever loads the folder gets it, on the device of `model`."""
+    with _without_progress_bars():
+        loaded = kind.from_pretrained(
+            folder, dtype=model.dtype, attn_implementation=getattr(model.config, "_attn_implementation", None)
+        )
+    return loaded.to(model.device)
+
+
+def _require_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> None:
+    """Compare all tensors, also those that no file holds, and what both models compute on a batch.
+
+    Raises:
+        SubModelError: something differs, beyond the rounding of the outputs.
+    """
+    given, wanted = (dict(_tensors(each)) for each in (loaded, model))
+    for name, tensor in wanted.items():
+        if name not in given or not torch.equal(given[name].to(tensor.dtype), tensor):
+            raise SubModelError(
+                f"the folder of this {type(model).__name__} would not hold the model: {name} is another tensor when it "
+                f"is loaded; expected a model whose tensors follow from its configuration and its weights"
+            )
+    batch = _batch(model)
+    with eval_mode(model), eval_mode(loaded), torch.no_grad():
+        expected, found = (_output(each(**batch)) if batch else None for each in (model, loaded))
+    if expected is None or found is None:
+        return
+    gap, most = (each.abs().max().item() for each in (found - expected, expected))
+    if not gap <= _ROUNDING * torch.finfo(model.dtype).eps * most:
+        raise SubModelError(
+            f"the folder of this {type(model).__name__} would not hold the model: its outputs are {gap:.3g} apart from "
+            f"the model's when it is loaded; expected a model that its configuration and its weights describe"
+        )
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for names in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        yield from names
+
+
+def _batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Token ids to compare two models on, of some sequence longer than usual windows; nothing if it takes others."""
+    config = model.config.get_text_config()
+    size = getattr(config, "vocab_size", None)
+    if model.main_input_name != "input_ids" or not isinstance(size, int):
+        return {}
+    longest = getattr(config, "max_position_embeddings", None)
+    length = min(_LENGTH, longest) if isinstance(longest, int) and longest > 0 else _LENGTH
+    ids = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+
+
+def _output(output: Any) -> Tensor:
+    """The first tensor of a model's output, the logits where it has any."""
+    first: Tensor = output.logits if isinstance(getattr(output, "logits", None), Tensor) else output[0]
+    return first.float()
 
 
 def shipped_code(model: PreTrainedModel) -> str:

@@ -20,7 +20,7 @@ from matta.lm.corpus import load_corpus
 from matta.lm.documents import TextSource, read_documents
 from matta.lm.shuffling import Shuffled
 from matta.lm.streaming import StreamedSamples
-from matta.lm.tokenizers import batch_encoder, tokenizer_fingerprint
+from matta.lm.tokenizers import TextEncoder, tokenizer_fingerprint
 
 IGNORED: Final = -100
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -239,7 +239,7 @@ def _streamed(source: TextSource, tokenizer: PreTrainedTokenizerBase, **settings
     return StreamedSamples(
         documents,
         json.dumps(about),
-        batch_encoder(tokenizer),
+        TextEncoder(tokenizer),
         end=int(tokenizer.eos_token_id),
         **settings,
     )

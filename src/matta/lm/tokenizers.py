@@ -141,11 +141,6 @@ class TextEncoder:
         return np.array(found.ids, np.int64), np.array([start for start, _ in found.offsets], np.int64)
 
 
-def batch_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-    """A function from texts to their ids."""
-    return TextEncoder(tokenizer)
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A name for what the tokenizer does: its vocabulary, its special tokens, and how it cuts text.
 
@@ -195,4 +190,4 @@ def _probed(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Ids of some text, and of many of the tokens after one another."""
     some = sorted(tokenizer.get_vocab().values())[:: max(1, len(tokenizer) // _NUM_PROBED)]
     texts = [_PROBE, tokenizer.decode(some, skip_special_tokens=True)]
-    return [ids.tolist() for ids in batch_encoder(tokenizer)(texts)]
+    return [ids.tolist() for ids in TextEncoder(tokenizer)(texts)]
