@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 import matta
 from matta.errors import RunError, SubModelError
+from matta.lm import folders
 from matta.lm.cards import Score, card_of
 from matta.lm.configurations import fit_configuration
 from matta.lm.extracting import run, spec_of, specs_of
+from matta.lm.family import require_writable
 from matta.lm.folders import CODE, auto_class, export
 from matta.lm.recipe import read_recipe
 from matta.lm.runs import NESTED, RESULTS, write_run
@@ -84,6 +86,67 @@ MIXED_OF = {"gpt2": ["k=2", "skip"], "llama": ["k=2", "skip"]}
 @pytest.fixture(scope="module")
 def nestings() -> dict[str, matta.Nested]:
     return {name: make() for name, make in NESTINGS.items()}
+
+
+def _decoder(name: str) -> tuple[str, Callable[..., nn.Module], dict[str, Any], dict[str, Any]]:
+    """The list of blocks of an architecture, how it is built, and the sizes of a Student and a TA."""
+    small, large = {"num_hidden_layers": 2, "intermediate_size": 24}, {"num_hidden_layers": 4, "intermediate_size": 48}
+    rotary = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    if name == "GPT2":
+        kind, fixed = "GPT2LMHeadModel", {"n_embd": 16, "n_head": 4, "n_positions": 64}
+        return "transformer.h", _build(kind, "GPT2Config", **fixed), {"n_layer": 2, "n_inner": 24}, {"n_layer": 4}
+    if name == "Gemma2":
+        rotary |= {"head_dim": 4, "query_pre_attn_scalar": 4}
+    return "model.layers", _build(f"{name}ForCausalLM", f"{name}Config", **rotary), small, large
+
+
+def _rope(kind: str, theta: float, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **values}}
+
+
+DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Llama", _rope("default", 1e4), _rope("default", 5e5)),
+    ("Llama", _rope("default", 1e4), _rope("linear", 1e4, factor=2.0)),
+    ("Llama", {"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+    ("Llama", {"rms_norm_eps": 1e-6}, {"rms_norm_eps": 1e-3}),
+    ("Llama", {"hidden_act": "silu"}, {"hidden_act": "gelu"}),
+    ("Mistral", {"sliding_window": 8}, {"sliding_window": 16}),
+    ("Mistral", {"sliding_window": 8}, {"sliding_window": None}),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, {"use_sliding_window": False}),
+    ("Gemma2", {"final_logit_softcapping": 30.0}, {"final_logit_softcapping": None}),
+    ("Gemma2", {"attn_logit_softcapping": 50.0}, {"attn_logit_softcapping": 2.0}),
+    ("Gemma2", {"query_pre_attn_scalar": 4}, {"query_pre_attn_scalar": 16}),
+    ("Gemma2", {}, {"layer_types": ["full_attention"] * 4}),
+    ("GPT2", {"layer_norm_epsilon": 1e-5}, {"layer_norm_epsilon": 1e-2}),
+    ("GPT2", {"scale_attn_by_inverse_layer_idx": False}, {"scale_attn_by_inverse_layer_idx": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "small", "large"), DIFFERENT, ids=lambda each: each if isinstance(each, str) else "")
+def test_values_that_no_parameter_shows_are_those_of_each_block(
+    name: str, small: dict[str, Any], large: dict[str, Any], tmp_path: Path
+) -> None:
+    blocks, build, *sizes = _decoder(name)
+    torch.manual_seed(0)
+    nested = matta.nest(
+        build(**sizes[0], **small), build(**{**sizes[0], **sizes[1]}, **large), layers={blocks: "first"}
+    ).eval()
+    for text in ("student", "k=1", "ta"):
+        folder = export(_extract(nested, text), tmp_path / text)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert torch.equal(_logits(loaded), _logits(_live(nested, text) if text != "ta" else nested.ta)), text
+
+
+def test_a_folder_that_would_compute_something_else_is_not_written(tmp_path: Path) -> None:
+    module = _plain_gpt2().eval()
+    module.transformer.ln_f.register_forward_hook(lambda part, inputs, output: output * 1.5)
+    with pytest.raises(SubModelError, match=r"would not hold the model: its outputs are .* apart from the model's"):
+        export(module, tmp_path / "model")
+    llama = _extract(NESTINGS["llama"](), "student")
+    llama.model.rotary_emb.inv_freq.mul_(2)  # in no file: it follows from the configuration
+    with pytest.raises(SubModelError, match=r"model.rotary_emb.inv_freq is another tensor when it is loaded"):
+        export(llama, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _logits(module: nn.Module) -> Tensor:
@@ -410,6 +473,25 @@ def test_models_that_a_run_has_written_are_told_again(a_run: Path) -> None:
     written = {file: file.stat().st_mtime_ns for file in (a_run / "models").rglob("*")}
     assert run(ExtractSettings(run=a_run)) == first
     assert {file: file.stat().st_mtime_ns for file in (a_run / "models").rglob("*")} == written
+
+
+def test_a_model_that_cannot_be_written_stops_no_other(
+    a_run: Path, nestings: dict[str, matta.Nested], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = folders.fit_configuration
+
+    def refused(model: Any) -> Any:
+        fit = real(model)
+        if fit.is_uniform:
+            return fit
+        raise SubModelError("no configuration builds it")
+
+    monkeypatch.setattr(folders, "fit_configuration", refused)
+    with pytest.raises(RunError, match="1 of 3 models could not be written: k=2: no configuration builds it"):
+        run(ExtractSettings(run=a_run, models=("family",)))
+    assert sorted(file.name for file in (a_run / "models").iterdir()) == ["student", "ta"]
+    with pytest.raises(SubModelError, match="k=2 of this family could not be written: no configuration builds it"):
+        require_writable(nestings["gpt2"], (2,))
 
 
 def test_all_folders_are_new_before_any_is_written(a_run: Path, tmp_path: Path) -> None:

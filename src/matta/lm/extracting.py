@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from matta.errors import RunError
 from matta.extraction import extract
 from matta.lm.cards import Score, held_out_scores, loading_lines, recipe_card
-from matta.lm.family import members
-from matta.lm.folders import CODE, auto_class, export, require_new
+from matta.lm.family import members, require_written, write_model
+from matta.lm.folders import CODE, auto_class, require_new
 from matta.lm.runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
 from matta.lm.settings import ExtractSettings
 from matta.nesting import Nested
@@ -31,7 +31,8 @@ def run(settings: ExtractSettings) -> dict[str, Any]:
     """Write the models asked for, and tell how they are loaded; what the run itself has written stays as it is.
 
     Raises:
-        RunError: the folder is no run, a model is none of its, or one of the folders of --out is there already.
+        RunError: the folder is no run, a model is none of its, or one of the folders of --out is there already; or
+            models could not be written, once the others are.
         SubModelError: a sub-model that the nesting does not hold.
     """
     found = load_run(settings.run)
@@ -42,7 +43,8 @@ def run(settings: ExtractSettings) -> dict[str, Any]:
         require_new(folder)
     results = _results(settings.run)
     rows = [_write(found, name, spec, folders[name], results) for name, spec in specs.items()]
-    _print(rows, out)
+    _print([row for row in rows if row["not_written"] is None], out)
+    require_written(rows)
     return {"run": str(settings.run), "models": rows}
 
 
@@ -119,10 +121,11 @@ def _write(found: LanguageRun, name: str, spec: SubModel | None, folder: Path, r
     """Write one model, unless it is there; its row of the table."""
     model = model_of(found.nested, name, spec)
     assert isinstance(model, PreTrainedModel), "load_run builds nothing else"
+    not_written = None
     if not folder.exists():
         steps = results.steps or found.recipe.train.num_steps(found.recipe.data.context)
         card = recipe_card(found.nested, name, spec, found.recipe, steps=steps, scores=results.scores.get(name, ()))
-        export(model, folder, tokenizer=found.tokenizer, card=card)
+        not_written = write_model(model, folder, tokenizer=found.tokenizer, card=card)
     return {
         "name": name,
         "parameters": model.num_parameters(),
@@ -130,6 +133,7 @@ def _write(found: LanguageRun, name: str, spec: SubModel | None, folder: Path, r
         "own_code": (folder / CODE).exists(),
         "class": auto_class(model),
         "folder": str(folder),
+        "not_written": not_written,
     }
 
 

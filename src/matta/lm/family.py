@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -12,10 +12,11 @@ from typing import Any, final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from matta.errors import MattaError, RunError, SubModelError
 from matta.extraction import extract
 from matta.lm.bits import TextScore, bits_per_byte
-from matta.lm.cards import held_out_scores, recipe_card
-from matta.lm.folders import export
+from matta.lm.cards import ModelCard, held_out_scores, recipe_card
+from matta.lm.folders import export, require_configuration
 from matta.lm.recipe import Recipe
 from matta.lm.runs import MODELS, RESULTS, folder_name
 from matta.lm.tables import with_error
@@ -68,8 +69,25 @@ def members(nested: Nested, ks: tuple[int, ...]) -> Iterator[Member]:
     yield Member(name="ta", k=num_layers, spec=wide(nested))
 
 
+def require_writable(nested: Nested, ks: tuple[int, ...]) -> None:
+    """Refuse, before any training, a family of which no folder could hold some model.
+
+    Raises:
+        SubModelError: there is such a model.
+    """
+    for member in members(nested, ks):
+        try:
+            require_configuration(extract(nested, member.spec))
+        except SubModelError as error:
+            raise SubModelError(f"{member.name} of this family could not be written: {error}") from None
+
+
 def finish(outcome: Outcome) -> dict[str, Any]:
-    """Extract, judge, write `results.json`, and print the table."""
+    """Extract, judge, write `results.json`, and print the table; a model that cannot be written stops no other one.
+
+    Raises:
+        RunError: models were not written; it is raised after everything else is done.
+    """
     recipe = outcome.recipe
     for left in (outcome.path / MODELS).glob(".*"):
         shutil.rmtree(left, ignore_errors=True)  # half-written, or half-removed, when the run was killed
@@ -90,7 +108,28 @@ def finish(outcome: Outcome) -> dict[str, Any]:
     }
     write_json(outcome.path / RESULTS, results)
     _print(outcome, results)
+    require_written(models)
     return results
+
+
+def write_model(model: nn.Module, folder: Path, *, tokenizer: PreTrainedTokenizerBase, card: ModelCard) -> str | None:
+    """Write the folder of a model; why it cannot be written, or None."""
+    try:
+        export(model, folder, tokenizer=tokenizer, card=card)
+    except (MattaError, OSError) as error:
+        return str(error)
+    return None
+
+
+def require_written(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tell which models were not written, once the others are.
+
+    Raises:
+        RunError: some were not.
+    """
+    reasons = [f"{row['name']}: {row['not_written']}" for row in rows if row["not_written"] is not None]
+    if reasons:
+        raise RunError(f"{len(reasons)} of {len(rows)} models could not be written: {'; '.join(reasons)}")
 
 
 def _finish_model(outcome: Outcome, member: Member) -> dict[str, Any]:
@@ -102,7 +141,7 @@ def _finish_model(outcome: Outcome, member: Member) -> dict[str, Any]:
     folder = outcome.path / MODELS / folder_name(member.name)
     if (folder / "config.json").is_file():  # of an earlier end of this run
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
-    export(model, folder, tokenizer=outcome.tokenizer, card=card)
+    not_written = write_model(model, folder, tokenizer=outcome.tokenizer, card=card)
     return {
         "name": member.name,
         "k": member.k,
@@ -110,7 +149,8 @@ def _finish_model(outcome: Outcome, member: Member) -> dict[str, Any]:
         "bits_per_byte": None if score is None else score.bits_per_byte,
         "standard_error": None if score is None else score.standard_error,
         "perplexity": None if score is None else score.perplexity,
-        "folder": str(folder),
+        "folder": str(folder) if not_written is None else None,
+        "not_written": not_written,
     }
 
 
@@ -136,7 +176,7 @@ def _print(outcome: Outcome, results: dict[str, Any]) -> None:
             f"{each['parameters']:,}",
             with_error(each["bits_per_byte"], each["standard_error"], 4),
             with_error(each["perplexity"], None, 2),
-            Path(each["folder"]).relative_to(outcome.path).as_posix(),
+            "not written" if each["folder"] is None else Path(each["folder"]).relative_to(outcome.path).as_posix(),
         )
         for each in results["models"]
     ]

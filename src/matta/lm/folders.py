@@ -90,6 +90,17 @@ def require_new(target: Path) -> None:
         raise RunError(f"{target} exists; expected a new path: remove it, or write to another")
 
 
+def require_configuration(module: nn.Module) -> None:
+    """Refuse a model that `export` could not write, at the cost of no file and no weight.
+
+    Raises:
+        SubModelError: it could not.
+    """
+    model = _plain(module)
+    if not fit_configuration(model).is_uniform:
+        shipped_code(model)
+
+
 def auto_class(model: PreTrainedModel) -> str:
     """The name of the class that loads such a model by its configuration, such as "AutoModelForCausalLM".
 

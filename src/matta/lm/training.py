@@ -23,7 +23,7 @@ from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
 from matta.fitting import fit
 from matta.lm.bits import TextScore, bits_per_byte
-from matta.lm.family import Outcome, finish
+from matta.lm.family import Outcome, finish, require_writable
 from matta.lm.models import build_pair, nest_pair, require_context, require_family
 from matta.lm.optimizing import make_optimizer, make_scheduler
 from matta.lm.packing import PackedTokens
@@ -146,6 +146,7 @@ class _Session:
             require_context(model, recipe.data.context)
         self.nested = nest_pair(recipe.model, student, ta)
         require_family(self.nested, recipe.family.k)
+        require_writable(self.nested, recipe.family.k)
         self.data = packed_text(recipe.data, self.tokenizer, batch=micro_batch)
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
