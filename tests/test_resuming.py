@@ -90,6 +90,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "NumPy's Philox": lambda: shuffled_by(numpy.random.Generator(numpy.random.Philox(7))),
     "one generator for two": weighted,
     "samplers in samplers": nested_samplers,
+    "a dataset that draws": lambda: DataLoader(Drawing(), BATCH, shuffle=True),
     "StatefulDataLoader": lambda: StatefulDataLoader(DATA, BATCH, shuffle=True),
     "StatefulDataLoader with workers": lambda: StatefulDataLoader(DATA, BATCH, shuffle=True, num_workers=1),
 }
@@ -137,14 +138,6 @@ def test_a_resumed_run_sees_what_one_that_never_stopped_sees(name: str, stop: in
     first = seen_by(LOADERS[name], tmp_path / "run", stop=stop)
     done = stop - 1  # the step in which it stopped was not saved
     assert first[:done] + seen_by(LOADERS[name], tmp_path / "run", resume=True, seed=1) == whole
-
-
-def test_a_dataset_that_draws_goes_on_with_the_pass_after_the_present_one(tmp_path: Path) -> None:
-    """Examples left out are not loaded: in the present pass its noise is other noise, of the same kind."""
-    first = seen_by(lambda: DataLoader(Drawing(), BATCH), tmp_path / "run", stop=5)
-    rest = seen_by(lambda: DataLoader(Drawing(), BATCH), tmp_path / "run", resume=True, seed=1)
-    seen = [[int(each) for each in batch] for batch in first[:4] + rest]
-    assert seen == [list(range(start, start + BATCH)) for _ in range(3) for start in range(0, COUNT, BATCH)]
 
 
 def test_a_loader_that_keeps_its_place_and_one_that_does_not_are_told_apart(tmp_path: Path) -> None:

@@ -207,7 +207,10 @@ class Feed:
                 f"the data ended before batch {self.batch}, where the run had stopped in epoch {self.epoch}; "
                 f"expected the data that the run was begun with"
             )
-        set_random_state(at["global"])  # those of the samplers are where replaying the pass has brought them
+        if getattr(self.data, "num_workers", 0) == 0 and not self.is_sharded:
+            self._set_random_states(at)  # nothing was drawn ahead, and a dataset may have drawn for what is left out
+        else:
+            set_random_state(at["global"])  # those of the samplers are where replaying the pass has brought them
         return batches
 
     def _deal(self, num_skipped: int) -> Iterator[Batch]:
