@@ -36,7 +36,7 @@ FLOORS = (
     {"factors", "growing", "submodels"},
     {"cotraining", "evaluation", "extraction"},
     {"checkpoints"},
-    {"interrupts", "progressive", "randomness", "reporting", "runs", "snapshots", "streams", "texttables"},
+    {"interrupts", "progressive", "randomness", "reporting", "resuming", "runs", "snapshots", "streams", "texttables"},
     {"feeding"},
     {"loop"},
     {"fitting"},
