@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -29,6 +30,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import matta
 from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
+from matta.resuming import arguments_of
 from test_fitting import Setup, Stopped, assert_equal, batches, examples, seed_all
 
 COUNT, BATCH = 12, 3
@@ -184,10 +186,11 @@ def told_parts() -> list[tuple[Any, Any]]:
         (sampler, DataLoader(DATA, batch_sampler=BatchSampler(sampler, BATCH, drop_last=False))),
         (batched, DataLoader(DATA, batch_sampler=batched)),
         (stream, DataLoader(stream, BATCH)),
+        (dataset, DataLoader(ConcatDataset([dataset]), BATCH)),
     ]
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_whoever_has_set_epoch_is_told(index: int, tmp_path: Path) -> None:
     part, loader = told_parts()[index]
     seen_by(lambda: loader, tmp_path / "run", stop=6)
@@ -362,6 +365,21 @@ def test_clipping_and_precision_are_compared(tmp_path: Path) -> None:
     Setup().fit(batches(), steps=3, run=tmp_path / "run", clip_norm=1.0)
     with pytest.raises(RunError, match=r"clip_norm=1.0, and now it is None; precision='no', and now it is 'bf16'"):
         Setup().fit(batches(), steps=5, run=tmp_path / "run", resume=True, precision="bf16")
+
+
+def test_a_run_resumes_whatever_its_schedule_holds(tmp_path: Path) -> None:
+    """Arguments of kinds that a checkpoint does not hold do not make it one that cannot be read."""
+
+    def held(optimizer: Any) -> Any:
+        scheduler = linear(9)(optimizer)
+        scheduler.modules = [nn.Linear(1, 1)]
+        return scheduler
+
+    ours = Setup()
+    begun = arguments_of(ours.cotrain, ours.optimizer, held(ours.optimizer), clip_norm=numpy.float64(1.5))
+    assert begun["clip_norm"] == 1.5 and begun["scheduler.total_iters"] == 9
+    torch.save(begun, tmp_path / "arguments.pt")
+    assert torch.load(tmp_path / "arguments.pt", weights_only=True) == begun
 
 
 def test_a_prolonged_run_takes_new_hyperparameters(tmp_path: Path) -> None:

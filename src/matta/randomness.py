@@ -53,7 +53,9 @@ def parts_of(data: Any) -> list[Any]:
         part = todo.pop(0)
         if part is not None and not any(part is each for each in found):
             found.append(part)
-            inner = (getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset", "data_source"))
+            inner = [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset", "data_source")]
+            several = getattr(part, "datasets", ())
+            inner += several if isinstance(several, list | tuple) else ()
             todo += [each for each in inner if hasattr(each, "__dict__")]
     return found
 
@@ -71,8 +73,7 @@ def generator_state(generator: Any) -> Any:
         return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    bits = generator.bit_generator if isinstance(generator, numpy.random.Generator) else generator._bit_generator
-    return _plain(bits.state)
+    return _plain(_bits(generator).state)
 
 
 def set_generator_states(generators: Sequence[Any], states: Sequence[Any]) -> None:
@@ -83,9 +84,13 @@ def set_generator_states(generators: Sequence[Any], states: Sequence[Any]) -> No
         elif isinstance(generator, random.Random):
             generator.setstate(state)
         else:
-            is_new = isinstance(generator, numpy.random.Generator)
-            bits = generator.bit_generator if is_new else generator._bit_generator
+            bits = _bits(generator)
             bits.state = _numpy(state, bits.state)
+
+
+def _bits(generator: Any) -> Any:
+    """What draws for a generator of NumPy's, of the new or the older kind."""
+    return generator.bit_generator if isinstance(generator, numpy.random.Generator) else generator._bit_generator
 
 
 def _plain(state: Any) -> Any:

@@ -39,7 +39,7 @@ def arguments_of(
     if scheduler is not None:
         found["scheduler"] = _name(scheduler)
         found |= {f"scheduler.{name}": value for name, value in _of_scheduler(scheduler).items()}
-    return found | settings
+    return found | _plain(settings)
 
 
 def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -156,11 +156,18 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
             value = value.item()
         elif isinstance(value, Mapping):
             value = sorted(f"{key}: {inner}" for key, inner in value.items())
-        elif isinstance(value, list | tuple) and all(isinstance(each, _PLAIN) for each in value):
-            value = list(value)
-        if isinstance(value, (*_PLAIN, list)) and not name.startswith("_") and name not in _HOW:
-            found[name] = value
+        if name.startswith("_") or name in _HOW:
+            continue
+        if isinstance(value, list | tuple) and all(isinstance(each, _PLAIN) for each in value):
+            found[name] = [_builtin(each) for each in value]
+        elif isinstance(value, _PLAIN):
+            found[name] = _builtin(value)
     return found
+
+
+def _builtin(value: Any) -> Any:
+    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them."""
+    return float(value) if isinstance(value, float) else value
 
 
 def _name(value: object) -> str:
