@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matta.factors import Factor, load_factor
-from matta.studies.settings import PreconditionerSettings
+from matta.studies.study_settings import PreconditionerSettings
 
 
 def preconditioner(settings: PreconditionerSettings) -> dict[str, Any]:

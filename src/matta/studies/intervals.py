@@ -6,33 +6,45 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import final
+from typing import Any, final
 
 from scipy.stats import t
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class _Interval:
-    """Where a change lies, with 95% confidence."""
+class Change:
+    """A mean change, and its 95% confidence interval: in percent, or in the unit of what was compared."""
 
+    mean: float
     low: float
     high: float
+    is_relative: bool = True
+
+    def __str__(self) -> str:
+        if self.is_relative:
+            return f"{self.mean:+.2f}% [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
     @property
     def interval(self) -> list[float]:
         """The interval as JSON has it."""
         return [self.low, self.high]
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return not self.low <= 0 <= self.high
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Change(_Interval):
-    """A relative change in percent, and its 95% confidence interval."""
+    def to_json(self) -> dict[str, Any]:
+        """A relative change, as results tell it."""
+        return {"percent": self.mean, "interval": self.interval}
 
-    percent: float
-
-    def __str__(self) -> str:
-        return f"{self.percent:+.2f}% [{self.low:+.2f}, {self.high:+.2f}]"
+    @staticmethod
+    def told(figure: dict[str, Any]) -> Change:
+        """The change of which `to_json` gave `figure`."""
+        low, high = figure["interval"]
+        return Change(mean=figure["percent"], low=low, high=high)
 
 
 def relative_change(values: Sequence[float], references: Sequence[float]) -> Change:
@@ -47,21 +59,10 @@ def relative_change(values: Sequence[float], references: Sequence[float]) -> Cha
     """
     changes = [100.0 * (value / reference - 1.0) for value, reference in zip(values, references, strict=True)]
     mean, reach = mean_and_reach(changes)
-    return Change(percent=mean, low=mean - reach, high=mean + reach)
+    return Change(mean=mean, low=mean - reach, high=mean + reach)
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Difference(_Interval):
-    """An absolute change, in the unit of what was compared, and its 95% confidence interval."""
-
-    mean: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
-
-
-def difference(values: Sequence[float], references: Sequence[float]) -> Difference:
+def difference(values: Sequence[float], references: Sequence[float]) -> Change:
     """How far `values` lie from `references` of the same seeds: the mean of the differences.
 
     Raises:
@@ -72,7 +73,22 @@ def difference(values: Sequence[float], references: Sequence[float]) -> Differen
         '-0.1500 [-0.7853, +0.4853]'
     """
     mean, reach = mean_and_reach([value - reference for value, reference in zip(values, references, strict=True)])
-    return Difference(mean=mean, low=mean - reach, high=mean + reach)
+    return Change(mean=mean, low=mean - reach, high=mean + reach, is_relative=False)
+
+
+def beyond_the_sum(
+    both: Sequence[float], one: Sequence[float], other: Sequence[float], baseline: Sequence[float]
+) -> Change:
+    """How far two changes together go beyond the sum of what each gives alone, in percent of the baseline's loss.
+
+    Below zero: more than the sum.
+
+    Example:
+        >>> round(beyond_the_sum([0.65, 1.3], [0.9, 1.8], [0.8, 1.6], [1.0, 2.0]).mean, 6)
+        -5.0
+    """
+    rows = zip(both, one, other, baseline, strict=True)
+    return relative_change([joint - first - second + 2 * base for joint, first, second, base in rows], baseline)
 
 
 def mean_and_reach(values: Sequence[float]) -> tuple[float, float]:
