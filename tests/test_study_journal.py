@@ -11,7 +11,7 @@ from rich.console import Console
 
 from matta.errors import RunError
 from matta.studies.journal import journal_of, kept
-from matta.studies.pool import Run
+from matta.studies.worker_pool import Run
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,5 @@ def test_what_is_kept_is_said(tmp_path: Path) -> None:
     with kept(squares([]), out, "numbers", console) as run_jobs:
         list(run_jobs([Square(1), Square(2)]))
     told = console.export_text()
-    assert f"Kept: 1 training runs. The same command with --out {out} goes on." in told
+    assert f"Kept: 1 training runs. The same command with --out {out} resumes." in told
     assert f"Done before, in {out}.journal: 1 training runs" in told
