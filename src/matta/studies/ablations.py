@@ -7,7 +7,6 @@ same fresh seeds as the baselines, with which it is compared seed by seed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -30,10 +29,10 @@ from matta.studies.experiment import (
     Measured,
     RunJobs,
     Training,
-    dated,
+    conduct,
     machine,
+    plain,
     run_seeds,
-    study_session,
     tune,
 )
 from matta.studies.intervals import Change, beyond_the_sum, relative_change
@@ -63,7 +62,7 @@ def run(settings: AblationsSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, studies, out = Console(), plan_of(settings), settings.out or dated("ablations")
+    console, studies = Console(), plan_of(settings)
 
     def prepare(folder: Path) -> str:
         for study in studies:
@@ -73,9 +72,12 @@ def run(settings: AblationsSettings) -> dict[str, Any]:
                 relevance.copy_data(TupleSettings(), folder, console)
         return "tuples and flights"
 
-    with study_session(out, prepare=prepare, load=load_bench, run_job=run_job, console=console) as (run_jobs, folder):
-        results = run_ablations(studies, run_jobs, folder, console, quick=settings.quick)
-    console.print(f"\nWritten to {out}: results.json, results.md and ablations.png.", highlight=False)
+    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+        return run_ablations(studies, run_jobs, folder, console, quick=settings.quick)
+
+    _, results = conduct(
+        "ablations", settings.out, prepare=prepare, load=load_bench, run_job=run_job, study=study, console=console
+    )
     return results
 
 
@@ -260,41 +262,21 @@ CLAIMS: Final = (
     Claim("MatTA without Shampoo: its Student beats the one trained alone", MATTA, STUDENT, _ALONE, (-4.63, -0.25)),
     Claim("MatTA without Shampoo: so does its TA", MATTA, TA, _ALONE, (-5.92, -0.32)),
     Claim("Shampoo alone beats the first-order optimizer", SHAMPOO, STUDENT, _ALONE, (-3.89, -0.28)),
-    Claim(
-        "MatTA with Shampoo: its Student beats the one trained alone, first order",
-        BOTH,
-        STUDENT,
-        _ALONE,
-        (-8.05, -0.60),
-    ),
+    Claim("MatTA with Shampoo: its Student beats the one trained alone, first order",
+          BOTH, STUDENT, _ALONE, (-8.05, -0.60)),
     Claim("MatTA with Shampoo: so does its TA", BOTH, TA, _ALONE, (-9.47, -0.81)),
     Claim("MatTA with Shampoo: its Student beats Shampoo alone", BOTH, STUDENT, (SHAMPOO, STUDENT), (-4.33, -0.32)),
     Claim("MatTA with Shampoo: the TA is better than its Student", BOTH, TA, (BOTH, STUDENT), (-1.54, -0.21)),
     Claim("Student: both together give more than the sum of both", BOTH, STUDENT, None, (0.47, -0.07)),
     Claim("TA: both together give more than the sum of both", BOTH, TA, None, (0.34, -0.21)),
-    Claim(
-        "Table 4: a Student that shares the embeddings alone is a little better",
-        "unshared",
-        STUDENT,
-        (BOTH, STUDENT),
-        (-0.26, -0.14),
-    ),
+    Claim("Table 4: a Student that shares the embeddings alone is a little better",
+          "unshared", STUDENT, (BOTH, STUDENT), (-0.26, -0.14)),
     Claim("Table 4: so is its TA", "unshared", TA, (BOTH, TA), (-0.44, -0.25)),
-    Claim(
-        "Distillation from the TA helps the Student: it is worse with ω₃ = 0",
-        "distill_0",
-        STUDENT,
-        (BOTH, STUDENT),
-        sign=1,
-    ),
-    Claim(
-        "3.1.1: the weight of the distillation has to rise slowly: the Student is worse without a ramp",
-        "ramp_0",
-        STUDENT,
-        (BOTH, STUDENT),
-        sign=1,
-    ),
-)
+    Claim("Distillation from the TA helps the Student: it is worse with ω₃ = 0",
+          "distill_0", STUDENT, (BOTH, STUDENT), sign=1),
+    Claim("3.1.1: the weight of the distillation has to rise slowly: the Student is worse without a ramp",
+          "ramp_0", STUDENT, (BOTH, STUDENT), sign=1),
+)  # fmt: skip
 
 
 def results_of(
@@ -328,7 +310,7 @@ def results_of(
         for model in (STUDENT, TA):
             for key, value in together(losses, model).to_json().items():
                 results[f"{study.name}_{model.lower()}_beyond_the_sum_{key}"] = value
-    return json.loads(json.dumps(results, allow_nan=False))
+    return plain(results)
 
 
 def _losses(variant: Variant, found: Found) -> dict[str, list[float]]:

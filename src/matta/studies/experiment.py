@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
@@ -14,18 +15,16 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final, Literal, TypedDict, final
+from typing import Any, Literal, TypedDict, final
 
 from rich.console import Console
 
 from matta.errors import RunError
-from matta.studies.intervals import Change, relative_change
+from matta.studies.intervals import Change, figures, relative_change
 from matta.studies.journal import kept
 from matta.studies.trials import STUDENT
 from matta.studies.tuning import Search, Tuned
 from matta.studies.worker_pool import Run, worker_processes
-
-BASELINE: Final = "baseline"
 
 
 @final
@@ -88,6 +87,10 @@ class Arm:
     stored: Any = None  # what a full study has chosen, if it is to be had without tuning
 
 
+Further = Mapping[str, tuple[Training, int]]
+"""By name: what is asked beside the arms, and how many of the fresh seeds it has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How much is done. No `search`: the stored trials."""
@@ -116,6 +119,17 @@ class Plan:
         tried = {arm.name: [Training(trial=each, setting=self.setting) for each in arm.trials] for arm in self.arms}
         tuned = tune(self.search, tried, run_jobs)
         return {name: each.best for name, each in tuned.items()}, tuned
+
+    def run(
+        self, run_jobs: RunJobs, figure: str, further: Callable[[Mapping[str, Training]], Further] | None = None
+    ) -> Found:
+        """Tune the arms, and run them with the fresh seeds; and what is further asked, which may hang on the tuning."""
+        trainings, tuned = self.tune(run_jobs)
+        asked = further(trainings) if further else {}
+        seeds = dict.fromkeys(trainings, self.seeds) | {name: self.seeds[:count] for name, (_, count) in asked.items()}
+        measured = run_seeds(trainings | {name: each for name, (each, _) in asked.items()}, seeds, run_jobs)
+        titles = {arm.name: arm.title for arm in self.arms}
+        return Found(titles=titles, trainings=trainings, tuned=tuned, measured=measured, figure=figure)
 
 
 def tune(search: Search, tried: Mapping[str, Sequence[Training]], run_jobs: RunJobs) -> dict[str, Tuned[Training]]:
@@ -192,38 +206,48 @@ class Found:
             for arm, tuned in self.tuned.items()
         }
 
+    def summary(self, changes: Mapping[str, Change], tried: str) -> dict[str, Any]:
+        """What the results of a study begin with; `tried` is the name of the loss by which trials were judged."""
+        return figures(changes) | {
+            "num_seeds": len(next(iter(self.measured.values()))),
+            "titles": self.titles,
+            "aucloss": self.by_arm(),
+            "chosen": {arm: self.chosen(arm) for arm in self.titles},
+            "tried": self.tried(tried),
+            "machine": machine(),
+        }
 
-def figures(changes: Mapping[str, Change]) -> dict[str, Any]:
-    """Changes under names of their own, as the results of a study have them."""
-    return {f"{name}_{key}": value for name, change in changes.items() for key, value in change.to_json().items()}
+
+def plain(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in types that JSON gives back as they are."""
+    return json.loads(json.dumps(results, allow_nan=False))
 
 
-def change_of(results: Mapping[str, Any], figure: str) -> Change:
-    """What `figures` has written of a change."""
-    return Change.told({key: results[f"{figure}_{key}"] for key in ("percent", "interval")})
-
-
-@contextmanager
-def study_session(
-    out: Path,
+def conduct(
+    name: str,
+    out: Path | None,
     *,
     prepare: Callable[[Path], str],
     load: Callable[[Path], Any],
     run_job: Callable[[Job, Any], Measured],
+    study: Callable[[RunJobs, Path], dict[str, Any]],
     console: Console,
-) -> Iterator[tuple[RunJobs, Path]]:
-    """Worker processes that have the data, whose results are kept if the study is stopped; and its folder.
+) -> tuple[Path, dict[str, Any]]:
+    """The run folder of a study, and its results. If it is stopped, what was done is kept.
 
     Args:
-        out: The run folder to be.
+        name: The study's.
+        out: The run folder to be, if it is chosen.
         prepare: Writes the data to a folder, and says which it is.
-        load: Reads the data from that folder.
+        load: Reads the data from that folder, in each worker process.
         run_job: One run with the data.
-        console: See `kept`.
+        study: Has the runs made, writes all files to a folder, and gives the results.
+        console: Told what is kept, and what was written.
 
     Raises:
         RunError: the run folder exists.
     """
+    out = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     require_new(out)
     with tempfile.TemporaryDirectory() as made:
         data = prepare(Path(made))
@@ -232,12 +256,9 @@ def study_session(
             kept(run_jobs, out, data, console) as run_kept,
             new_run_folder(out) as folder,
         ):
-            yield run_kept, folder
-
-
-def dated(name: str) -> Path:
-    """The default folder of a run that starts now."""
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+            results = study(run_kept, folder)
+    console.print(f"\nWritten to {out}: {', '.join(sorted(each.name for each in out.iterdir()))}.", highlight=False)
+    return out, results
 
 
 def require_new(path: Path) -> None:

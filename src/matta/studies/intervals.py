@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, final
@@ -89,6 +89,16 @@ def beyond_the_sum(
     """
     rows = zip(both, one, other, baseline, strict=True)
     return relative_change([joint - first - second + 2 * base for joint, first, second, base in rows], baseline)
+
+
+def figures(changes: Mapping[str, Change]) -> dict[str, Any]:
+    """Changes under names of their own, as the results of a study have them."""
+    return {f"{name}_{key}": value for name, change in changes.items() for key, value in change.to_json().items()}
+
+
+def change_of(results: Mapping[str, Any], figure: str) -> Change:
+    """What `figures` has written of a change."""
+    return Change.told({key: results[f"{figure}_{key}"] for key in ("percent", "interval")})
 
 
 def mean_and_reach(values: Sequence[float]) -> tuple[float, float]:

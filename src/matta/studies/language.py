@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,22 +33,21 @@ from matta.nesting import Nested, nest
 from matta.objectives import CausalLM
 from matta.shampoo import Shampoo
 from matta.studies.experiment import (
-    BASELINE,
     Arm,
     Found,
+    Further,
     Job,
     Measured,
     Plan,
     RunJobs,
     Training,
-    dated,
-    run_seeds,
-    study_session,
+    conduct,
+    plain,
 )
 from matta.studies.intervals import difference, relative_change
 from matta.studies.presentation import Notes, Part, Point, Table, draw_family, report
 from matta.studies.study_settings import LanguageSettings
-from matta.studies.trials import STUDENT, TA, Method, Trial, count_parameters, descend, models_of, step_of
+from matta.studies.trials import BASELINE, STUDENT, TA, Method, Trial, count_parameters, descend, models_of, step_of
 from matta.studies.tuning import Search
 from matta.studies.worker_pool import counted
 from matta.submodels import SubModel, layer_names, wide_narrow_wide
@@ -220,14 +218,21 @@ class LanguagePlan(Plan):
     @property
     def num_runs(self) -> int:
         """Training runs in all."""
-        further = [FAMILY, *LONGER.values(), *PLACES[1:]]  # one place is the arm's own
-        return self.num_arm_runs + sum(len(self.seeds_of(name)) for name in further)
+        num_further = len(LONGER) + len(PLACES) - 1  # one place is the arm's own
+        return (
+            self.num_arm_runs + len(self.seeds[: self.num_family]) + num_further * len(self.seeds[: self.num_further])
+        )
 
-    def seeds_of(self, name: str) -> range:
-        """The fresh seeds of an arm or a further question."""
-        if any(name == arm.name for arm in self.arms):
-            return self.seeds
-        return self.seeds[: self.num_family if name == FAMILY else self.num_further]
+    def further(self, trainings: Mapping[str, Training]) -> Further:
+        """The three further questions: other places in depth, a family trained along, and a longer run alone."""
+
+        def changed(name: str, **changes: Any) -> Training:
+            return replace(trainings[name], trial=replace(trainings[name].trial, **changes))
+
+        places = {place: changed(BOTH, place=place) for place in PLACES if place != trainings[BOTH].trial.place}
+        longer = {further: changed(name, longer=TIMES_LONGER) for name, further in LONGER.items()}
+        asked = {name: (each, self.num_further) for name, each in (places | longer).items()}
+        return asked | {FAMILY: (changed(BOTH, sampled=True), self.num_family)}
 
 
 def plan_of(settings: LanguageSettings) -> LanguagePlan:
@@ -237,17 +242,6 @@ def plan_of(settings: LanguageSettings) -> LanguagePlan:
         return plan
     small = Setting(steps=200, warm_up=20)
     return replace(plan, num_family=2, num_further=2, search=QUICK_SEARCH, setting=small)
-
-
-def further_trainings(trainings: Mapping[str, Training]) -> dict[str, Training]:
-    """The three further questions: other places in depth, a family trained along, and a longer run alone."""
-
-    def changed(name: str, **changes: Any) -> Training:
-        return replace(trainings[name], trial=replace(trainings[name].trial, **changes))
-
-    places = {place: changed(BOTH, place=place) for place in PLACES if place != trainings[BOTH].trial.place}
-    longer = {further: changed(name, longer=TIMES_LONGER) for name, further in LONGER.items()}
-    return {**places, FAMILY: changed(BOTH, sampled=True), **longer}
 
 
 def run_job(job: Job, text: Text) -> Measured:
@@ -387,7 +381,7 @@ def run(settings: LanguageSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan, out = Console(), plan_of(settings), settings.out or dated("language")
+    console, plan = Console(), plan_of(settings)
     data = read_topics()
     source = cut(data).source
 
@@ -395,20 +389,19 @@ def run(settings: LanguageSettings) -> dict[str, Any]:
         (folder / TEXT_FILE).write_bytes(data)
         return source
 
-    with study_session(out, prepare=prepare, load=load_text, run_job=run_job, console=console) as (run_jobs, folder):
-        results = run_study(plan, source, run_jobs, folder, console)
-    console.print(f"\nWritten to {out}: results.json, results.md and language.png.", highlight=False)
+    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+        return run_study(plan, source, run_jobs, folder, console)
+
+    _, results = conduct(
+        "language", settings.out, prepare=prepare, load=load_text, run_job=run_job, study=study, console=console
+    )
     return results
 
 
 def run_study(plan: LanguagePlan, source: str, run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
     """Tune, run the fresh seeds, report; all files are written to `folder`."""
     with counted(run_jobs, plan.num_runs, console) as run_counted:
-        trainings, tuned = plan.tune(run_counted)
-        every = trainings | further_trainings(trainings)
-        measured = run_seeds(every, {name: plan.seeds_of(name) for name in every}, run_counted)
-    titles = {arm.name: arm.title for arm in plan.arms}
-    found = Found(titles=titles, trainings=trainings, tuned=tuned, measured=measured, figure="test")
+        found = plan.run(run_counted, "test", plan.further)
     results = results_of(plan, source, found)
     draw(results, folder / "language.png")
     report(results, told(results), folder, console)
@@ -451,7 +444,7 @@ def results_of(plan: LanguagePlan, source: str, found: Found) -> dict[str, Any]:
         "num_seeds": plan.num_seeds,
         "arms": {arm: _arm_figures(found, arm) for arm in found.titles},
         "places": _places(plan, found),
-        "places_num_seeds": len(plan.seeds_of(PLACES[0])),
+        "places_num_seeds": len(plan.seeds[: plan.num_further]),
         "room": {
             name: {"times_longer": TIMES_LONGER} | against(found, found.losses(longer), name)
             for name, longer in LONGER.items()
@@ -459,7 +452,7 @@ def results_of(plan: LanguagePlan, source: str, found: Found) -> dict[str, Any]:
         "tried": found.tried("validation_bpb"),
         "setting": dataclasses.asdict(plan.setting) | {"source": source, "tokens": plan.setting.tokens},
     }
-    return json.loads(json.dumps(results, allow_nan=False))
+    return plain(results)
 
 
 def _arm_figures(found: Found, arm: str) -> dict[str, Any]:
@@ -473,7 +466,7 @@ def _arm_figures(found: Found, arm: str) -> dict[str, Any]:
 
 def _places(plan: LanguagePlan, found: Found) -> dict[str, Any]:
     """Where the Student sits in depth: Student and TA against the baseline, all with Shampoo, the same seeds."""
-    used, count = found.trainings[BOTH].trial.place, len(plan.seeds_of(PLACES[0]))
+    used, count = found.trainings[BOTH].trial.place, len(plan.seeds[: plan.num_further])
     names = {place: BOTH if place == used else place for place in PLACES}
     return {
         place: {model: against(found, found.losses(name, model)[:count], SHAMPOO) for model in (STUDENT, TA)}

@@ -11,6 +11,8 @@ from typing import Any, Final, final
 
 from rich.console import Console
 
+from matta.studies.intervals import change_of
+from matta.studies.trials import BASELINE
 from matta.texttables import markdown_table, rich_table
 
 COLORS: Final = {"Student": "#1f77b4", "TA": "#ff7f0e", "shampoo": "#2ca02c", "baseline": "#d62728", "plain": "#7f7f7f"}
@@ -37,6 +39,49 @@ class Notes:
 
 Part = Table | Notes | str
 """A part of a report; a paragraph of markdown is left out in the terminal."""
+
+
+def arm_table(
+    title: str,
+    results: Mapping[str, Any],
+    compared: Mapping[str, tuple[str, str, str]],
+    paper: Mapping[str, float],
+    *,
+    digits: int,
+    more: Mapping[str, str] | None = None,
+) -> Table:
+    """A row for each model of each arm: its AucLoss, and the change against the baseline, ours and the paper's.
+
+    Args:
+        title: See `Table`.
+        results: See `Found.summary`.
+        compared: By a figure's name: (arm, model), and the arm whose Student it is compared with.
+        paper: By a figure's name: the paper's change in percent.
+        digits: Of AucLoss.
+        more: Further columns, and which of the results they show.
+    """
+    name_of = {(arm, model): name for name, (arm, model, reference) in compared.items() if reference == BASELINE}
+    rows = []
+    for arm, models in results["aucloss"].items():
+        for model, losses in models.items():
+            figure = name_of.get((arm, model))
+            change = str(change_of(results, figure)) if figure else "–"
+            row = [
+                results["titles"][arm],
+                model,
+                f"{losses['mean']:.{digits}f}",
+                change,
+                paper_figure(paper.get(figure or "")),
+            ]
+            rows.append([*row, *(f"{results[each][arm][model]['mean']:.4f}" for each in (more or {}).values())])
+    return Table(title=title, columns=("arm", "model", "AucLoss", "change [95%]", "paper", *(more or {})), rows=rows)
+
+
+def chosen_table(results: Mapping[str, Any], told: str) -> Table:
+    """The trial of each arm; `told` says how it was chosen."""
+    return Table(
+        columns=("arm", told), rows=[(results["titles"][arm], each["told"]) for arm, each in results["chosen"].items()]
+    )
 
 
 def paper_figure(percent: float | None) -> str:

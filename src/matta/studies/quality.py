@@ -8,7 +8,6 @@ and are judged by the other three quarters.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,35 +24,31 @@ from matta.objectives import Binary
 from matta.shampoo import Shampoo, shampoo_groups
 from matta.studies.event_streams import EventStream, load_flights, load_rated_films, load_stream, save_stream
 from matta.studies.experiment import (
-    BASELINE,
     Arm,
     Found,
     Job,
     Measured,
     Plan,
     RunJobs,
-    change_of,
-    dated,
-    figures,
-    machine,
-    run_seeds,
-    study_session,
+    conduct,
+    plain,
 )
-from matta.studies.intervals import Change, beyond_the_sum
+from matta.studies.intervals import Change, beyond_the_sum, change_of
 from matta.studies.presentation import (
     COLORS,
     Line,
     Notes,
     Part,
-    Table,
+    arm_table,
+    chosen_table,
     draw_periods,
-    paper_figure,
     report,
     told_machine,
 )
 from matta.studies.rankers import EventModel, RankerSize, nest_rankers
 from matta.studies.study_settings import QualitySettings
 from matta.studies.trials import (
+    BASELINE,
     SHARES,
     STUDENT,
     TA,
@@ -325,7 +320,7 @@ def run(settings: QualitySettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan, out = Console(), plan_of(settings), settings.out or dated("quality")
+    console, plan = Console(), plan_of(settings)
     sizes: list[int] = []
 
     def prepare(folder: Path) -> str:
@@ -334,9 +329,12 @@ def run(settings: QualitySettings) -> dict[str, Any]:
         save_stream(stream, folder / STREAM_FILE)
         return plan.stream
 
-    with study_session(out, prepare=prepare, load=read_stream, run_job=run_job, console=console) as (run_jobs, folder):
-        results = run_study(plan, sizes[0], run_jobs, folder, console)
-    console.print(f"\nWritten to {out}: results.json, results.md and {picture(results)}.", highlight=False)
+    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+        return run_study(plan, sizes[0], run_jobs, folder, console)
+
+    _, results = conduct(
+        "quality", settings.out, prepare=prepare, load=read_stream, run_job=run_job, study=study, console=console
+    )
     return results
 
 
@@ -348,10 +346,7 @@ def read_stream(folder: Path) -> EventStream:
 def run_study(plan: QualityPlan, num_events: int, run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
     """Tune, run the fresh seeds, report; all files are written to `folder`."""
     with counted(run_jobs, plan.num_arm_runs, console) as run_counted:
-        trainings, tuned = plan.tune(run_counted)
-        measured = run_seeds(trainings, dict.fromkeys(trainings, plan.seeds), run_counted)
-    titles = {arm.name: arm.title for arm in plan.arms}
-    found = Found(titles=titles, trainings=trainings, tuned=tuned, measured=measured, figure="rest")
+        found = plan.run(run_counted, "rest")
     results = results_of(plan, found) | {"num_events": num_events}
     draw(results, folder / picture(results))
     report(results, told(results), folder, console)
@@ -377,26 +372,19 @@ PAPER: Final[Mapping[str, float]] = {
     "ta_vs_baseline": -0.81,
 }
 WANTED: Final = {"student_vs_baseline": -1.0, "ta_vs_baseline": -1.7}
-COLUMNS: Final = ("arm", "model", "AucLoss", "change against the baseline", "paper")
 
 
 def results_of(plan: QualityPlan, found: Found) -> dict[str, Any]:
     """Everything that the study found, in types that JSON gives back as they are."""
     together = beyond_the_sum(*(found.losses(arm) for arm in (BOTH, SHAMPOO, MATTA, BASELINE)))
-    results = figures(found.changes(CHANGES) | {"beyond_the_sum": together}) | {
-        "num_seeds": plan.num_seeds,
-        "aucloss": found.by_arm(),
+    results = found.summary(found.changes(CHANGES) | {"beyond_the_sum": together}, "tuning_aucloss") | {
         "by_period": {arm: _periods(found, arm) for arm in found.titles},
-        "titles": found.titles,
-        "chosen": {arm: found.chosen(arm) for arm in found.titles},
-        "tried": found.tried("tuning_aucloss"),
         "stream": plan.stream,
         "setting": dataclasses.asdict(plan.setting),
         "search": dataclasses.asdict(plan.search) if plan.search else None,
         "fresh_seeds": [plan.seeds[0], plan.seeds[-1]],
-        "machine": machine(),
     }
-    return json.loads(json.dumps(results, allow_nan=False))
+    return plain(results)
 
 
 def _periods(found: Found, arm: str) -> dict[str, list[float]]:
@@ -413,29 +401,10 @@ def told(results: Mapping[str, Any]) -> list[Part]:
     return [
         f"## {stream.title}{f', with a warm-up of {warm_up} steps' if warm_up else ''}",
         _what_was_run(results),
-        Table(title="Progressive AucLoss of the last three quarters", columns=COLUMNS, rows=_rows(results)),
+        arm_table("Progressive AucLoss of the last three quarters", results, CHANGES, PAPER, digits=4),
         Notes([*notes(results), *edges(results), stream.seen]),
-        Table(
-            columns=("arm", "settings, chosen on the first quarter"),
-            rows=[(title, results["chosen"][arm]["told"]) for arm, title in results["titles"].items()],
-        ),
+        chosen_table(results, "settings, chosen on the first quarter"),
         f"![AucLoss over the stream]({picture(results)})",
-    ]
-
-
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table of arms."""
-    name_of = {(arm, model): name for name, (arm, model, reference) in CHANGES.items() if reference == BASELINE}
-    return [
-        (
-            results["titles"][arm],
-            model,
-            f"{losses['mean']:.4f}",
-            str(change_of(results, figure)) if (figure := name_of.get((arm, model))) else "–",
-            paper_figure(PAPER.get(figure or "")),
-        )
-        for arm, models in results["aucloss"].items()
-        for model, losses in models.items()
     ]
 
 

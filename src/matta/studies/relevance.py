@@ -8,7 +8,6 @@ many trials as any other, on a validation part; then all run with fresh seeds.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,20 +30,16 @@ from matta.nesting import Nested
 from matta.objectives import Binary
 from matta.shampoo import Shampoo
 from matta.studies.experiment import (
-    BASELINE,
     Arm,
     Found,
     Job,
     Measured,
     Plan,
     RunJobs,
-    change_of,
-    dated,
-    figures,
-    machine,
-    run_seeds,
-    study_session,
+    conduct,
+    plain,
 )
+from matta.studies.intervals import change_of
 from matta.studies.labelled_films import (
     RelevanceData,
     Tuples,
@@ -56,10 +51,21 @@ from matta.studies.labelled_films import (
     num_ticks,
     save_data,
 )
-from matta.studies.presentation import Notes, Part, Point, Table, draw_family, paper_figure, report, told_machine
+from matta.studies.presentation import (
+    Notes,
+    Part,
+    Point,
+    Table,
+    arm_table,
+    chosen_table,
+    draw_family,
+    report,
+    told_machine,
+)
 from matta.studies.rankers import Ranker, RankerSize, nest_rankers
 from matta.studies.study_settings import RelevanceSettings
 from matta.studies.trials import (
+    BASELINE,
     SHARES,
     STUDENT,
     TA,
@@ -149,7 +155,7 @@ PAIR_SHAMPOO: Final[Rates] = {
 MIXES: Final = ((1.0, 1.0, 0.1), (1.0, 0.5, 0.1), (1.0, 0.3, 0.3))  # (ω₁, ω₃, ramp), with each rate of a pair
 
 
-def _arm(name: str, title: str, method: Method, rates: Rates, optimizer: str, lr: float, **stored: float) -> Arm:
+def _arm(name: str, title: str, method: Method, rates: Rates, optimizer: str, lr: float, **stored: Any) -> Arm:
     """Every optimizer with each of its rates, and for a pair each mix of the losses; and the trial chosen before."""
     trial = partial(RankerTrial, method=method)
     mixes = MIXES if method != "baseline" else MIXES[:1]
@@ -284,16 +290,19 @@ def run(settings: RelevanceSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan, out = Console(), plan_of(settings), settings.out or dated("relevance")
+    console, plan = Console(), plan_of(settings)
+
+    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+        return run_study(plan, load_data(cached_path(plan.tuples)), run_jobs, folder, console)
 
     def prepare(folder: Path) -> str:
         return copy_data(plan.tuples, folder, console)
 
-    with study_session(out, prepare=prepare, load=read_data, run_job=run_job, console=console) as (run_jobs, folder):
-        results = run_study(plan, load_data(cached_path(plan.tuples)), run_jobs, folder, console)
+    out, results = conduct(
+        "relevance", settings.out, prepare=prepare, load=read_data, run_job=run_job, study=study, console=console
+    )
     student = results["family"][0]["file"]
     console.print(
-        f"\nWritten to {out}: results.json, results.md, family.png, models/, nested/ and preconditioner.safetensors.\n"
         f"Next: look at {out / 'family.png'}; serve a size with safetensors.torch.load_file('{out / student}');\n"
         f"go on training from matta.load('{out / 'nested'}', student, ta); for a model of your own: matta.nest."
     )
@@ -322,15 +331,12 @@ def run_study(
 ) -> dict[str, Any]:
     """Tune, run the fresh seeds, measure the family; all files of the run are written to `folder`."""
     with counted(run_jobs, plan.num_runs, console) as run_counted:
-        trainings, tuned = plan.tune(run_counted)
-        measured = run_seeds(trainings, dict.fromkeys(trainings, plan.seeds), run_counted)
-        pair = trainings[FAMILY_ARM]
+        found = plan.run(run_counted, "test")
+        pair = found.trainings[FAMILY_ARM]
         sampled = replace(pair, trial=replace(pair.trial, sampled=True))
         list(run_counted([Job(training=sampled, seed=plan.first_seed, whole=True, save_to=folder)]))
     size = plan.setting.size
     nested = load(folder / "nested", Ranker(data.num_rows, size), Ranker(data.num_rows, size.grown()))
-    titles = {arm.name: arm.title for arm in plan.arms}
-    found = Found(titles=titles, trainings=trainings, tuned=tuned, measured=measured, figure="test")
     results = results_of(plan, found, measure_family(nested, data, folder / "models"))
     points = [
         Point(name=each["name"], parameters=each["parameters"], loss=each["aucloss"]) for each in results["family"]
@@ -409,7 +415,6 @@ PAPER: Final[Mapping[str, float]] = {
     "shampoo_student_vs_baseline": -8.05,
     "shampoo_ta_vs_baseline": -9.47,
 }
-COLUMNS: Final = ("arm", "model", "AucLoss", "change [95%]", "paper", "real")
 FAMILY_COLUMNS: Final = ("sub-model", "parameters", "ms", "AucLoss", "real")
 
 
@@ -418,20 +423,14 @@ def results_of(plan: RelevancePlan, found: Found, family: Sequence[Mapping[str, 
     changes = found.changes(CHANGES)
     additive = changes["shampoo_baseline_vs_baseline"].mean + changes["student_vs_baseline"].mean
     together = changes["shampoo_student_vs_baseline"].mean
-    results = figures(changes) | {
+    further = {
         "additive_percent": additive,
         "gains_are": "super-additive" if together < additive else "not super-additive",
-        "num_seeds": plan.num_seeds,
-        "titles": found.titles,
-        "aucloss": found.by_arm(),
         "real_aucloss": found.by_arm("real"),
-        "chosen": {arm: found.chosen(arm) for arm in found.titles},
-        "tried": found.tried("validation_aucloss"),
         "setting": dataclasses.asdict(plan.setting) | dataclasses.asdict(plan.tuples),
         "family": list(family),
-        "machine": machine(),
     }
-    return json.loads(json.dumps(results, allow_nan=False))
+    return plain(found.summary(changes, "validation_aucloss") | further)
 
 
 def told(results: Mapping[str, Any]) -> list[Part]:
@@ -449,12 +448,16 @@ def told(results: Mapping[str, Any]) -> list[Part]:
     return [
         "## Relevance: films ranked for users",
         _what_was_run(results),
-        Table(title="AucLoss of held-out tuples (less is better)", columns=COLUMNS, rows=_rows(results)),
-        Notes(notes(results)),
-        Table(
-            columns=("arm", "chosen"),
-            rows=[(title, results["chosen"][arm]["told"]) for arm, title in results["titles"].items()],
+        arm_table(
+            "AucLoss of held-out tuples (less is better)",
+            results,
+            CHANGES,
+            PAPER,
+            digits=5,
+            more={"real": "real_aucloss"},
         ),
+        Notes(notes(results)),
+        chosen_table(results, "chosen"),
         "One more run of MatTA with Shampoo, in which a random mixture of wide and narrow layers is trained along "
         "at each step (`CoTraining(sample=matta.random_sub_model(nested))`); every size of it, extracted:",
         Table(
@@ -480,23 +483,6 @@ def _what_was_run(results: Mapping[str, Any]) -> str:
         f"baseline alone with its best first-order optimizer; “real” is the AucLoss on held-out true ratings "
         f"(4 stars and more). {told_machine(results['machine'])}."
     )
-
-
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table of arms."""
-    name_of = {(arm, model): name for name, (arm, model, reference) in CHANGES.items() if reference == BASELINE}
-    return [
-        (
-            results["titles"][arm],
-            model,
-            f"{losses['mean']:.5f}",
-            str(change_of(results, figure)) if (figure := name_of.get((arm, model))) else "–",
-            paper_figure(PAPER.get(figure or "")),
-            f"{results['real_aucloss'][arm][model]['mean']:.4f}",
-        )
-        for arm, models in results["aucloss"].items()
-        for model, losses in models.items()
-    ]
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from matta.submodels import SubModel
 
 Method = Literal["baseline", "matta", "unshared", "separate"]
 SHARES: Final = {"matta": "all", "unshared": "embeddings", "separate": "none"}  # what each way of training nests
-STUDENT, TA = "Student", "TA"
+BASELINE, STUDENT, TA = "baseline", "Student", "TA"
 EVALUATION_BATCH: Final = 10_000
 
 
