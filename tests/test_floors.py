@@ -49,7 +49,7 @@ NUM_CORE_FLOORS = 11  # from the ground up: these import torch and nothing heavi
 CORE_PACKAGES = {"torch", "safetensors", "jaxtyping", *sys.stdlib_module_names}
 WITHOUT_TORCH = (
     *("__init__", "__main__", "cli", "errors"),
-    *("lm.__init__", "lm.recipe", "lm.settings", "lm.tabled", "studies.__init__", "studies.settings"),
+    *("lm.__init__", "lm.recipe", "lm.settings", "lm.tabled", "studies.__init__", "studies.study_settings"),
 )
 
 PACKAGE = Path(matta.__file__).parent

@@ -17,16 +17,10 @@ import matta
 from matta.cli import main
 from matta.errors import RunError
 from matta.studies import relevance
-from matta.studies.arms import ARMS
-from matta.studies.pool import worker_processes
-from matta.studies.ranker import Ranker, RankerSize, nest_rankers
-from matta.studies.ratings import Ratings
-from matta.studies.runfolder import new_run_folder
-from matta.studies.settings import RelevanceSettings
-from matta.studies.statistics import relative_change
-from matta.studies.training import Job, Scores, Setting, Trial, auc_loss, make_optimizer, run_job, score, train
-from matta.studies.tuning import Search
-from matta.studies.tuples import (
+from matta.studies.experiment import Job, Measured, Training, new_run_folder
+from matta.studies.intervals import relative_change
+from matta.studies.labelled_films import (
+    Ratings,
     RelevanceData,
     Tuples,
     TupleSettings,
@@ -35,6 +29,22 @@ from matta.studies.tuples import (
     num_ticks,
     save_data,
 )
+from matta.studies.rankers import Ranker, RankerSize, nest_rankers
+from matta.studies.relevance import (
+    ARMS,
+    RankerTrial,
+    RelevancePlan,
+    Setting,
+    make_optimizer,
+    read_data,
+    run_job,
+    score,
+    train,
+    tuples_loss,
+)
+from matta.studies.study_settings import RelevanceSettings
+from matta.studies.tuning import Search
+from matta.studies.worker_pool import worker_processes
 
 TINY = Setting(size=RankerSize(embedding=2, hidden=(4, 3)), batch=64)
 FAST = dataclasses.replace(TINY, passes=2)
@@ -86,7 +96,7 @@ def test_interval_is_that_of_the_paired_t_test() -> None:
     change = relative_change(values, references)
     changes = torch.tensor([100 * (a / b - 1) for a, b in zip(values, references, strict=True)], dtype=torch.float64)
     reach = 2.7764451 * float(changes.std()) / math.sqrt(5)
-    assert change.percent == pytest.approx(float(changes.mean()))
+    assert change.mean == pytest.approx(float(changes.mean()))
     assert change.interval == pytest.approx([float(changes.mean()) - reach, float(changes.mean()) + reach], rel=1e-6)
 
 
@@ -104,7 +114,7 @@ def test_auc_loss_counts_pairs_in_the_wrong_order() -> None:
     labels = torch.tensor([0.2, 0.9, 0.7, 0.3, 0.1])
     module = torch.nn.Sequential(torch.nn.Embedding.from_pretrained(scores), torch.nn.Flatten(0))
     wrong = [float(scores[i]) < float(scores[j]) for i in (1, 2) for j in (0, 3, 4)]
-    loss = auc_loss(module, Tuples(ids=torch.arange(5)[:, None], label=labels))
+    loss = tuples_loss(module, Tuples(ids=torch.arange(5)[:, None], label=labels))
     assert loss == pytest.approx(sum(wrong) / len(wrong))
 
 
@@ -112,14 +122,14 @@ def test_every_arm_has_as_many_trials() -> None:
     counts = {arm.name: len(arm.trials) for arm in ARMS}
     assert len(set(counts.values())) == 1
     assert all(len(set(arm.trials)) == len(arm.trials) for arm in ARMS)
-    assert all(trial.method == arm.method for arm in ARMS for trial in (*arm.trials, arm.stored))
+    assert all(trial.method == arm.stored.method for arm in ARMS for trial in arm.trials)
 
 
 @pytest.mark.parametrize("share", ["all", "embeddings"])
 def test_first_layer_is_cut_by_embedding(share: str) -> None:
     size = RankerSize(embedding=2, hidden=(4, 3))
     student, ta = Ranker((5, 6, 7), size), Ranker((5, 6, 7), size.grown())
-    nested = nest_rankers(student, ta, share)
+    nested = nest_rankers([student], ta, share)
     columns = torch.tensor([0, 1, 4, 5, 8, 9])
     expected = ta.mlp[0].weight[:4, columns] if share == "all" else student.mlp[0].weight
     torch.testing.assert_close(nested.student.mlp[0].weight, expected, rtol=0, atol=0)
@@ -130,18 +140,19 @@ def test_first_layer_is_cut_by_embedding(share: str) -> None:
 def test_every_arm_learns(arm, data: RelevanceData) -> None:
     before = score(train(dataclasses.replace(arm.stored, lr=0.0), data, FAST, 0), data)
     after = score(train(arm.stored, data, FAST, 0), data)
-    assert after.student["test"] < before.student["test"]
-    assert (after.ta is None) == (arm.method == "baseline")
+    assert after["models"]["Student"]["test"] < before["models"]["Student"]["test"]
+    assert tuple(after["models"]) == arm.stored.models
+    assert ("TA" not in after["models"]) == (arm.stored.method == "baseline")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "rmsprop", "shampoo-adam", "shampoo-adagrad"])
 def test_every_optimizer_has_the_rate_of_its_trial(optimizer) -> None:
-    made = make_optimizer(Trial(method="baseline", optimizer=optimizer, lr=0.5), torch.nn.Linear(2, 2))
+    made = make_optimizer(RankerTrial(method="baseline", optimizer=optimizer, lr=0.5), torch.nn.Linear(2, 2))
     assert {group["lr"] for group in made.param_groups} == {0.5}
 
 
 def test_runs_repeat(data: RelevanceData) -> None:
-    job = Job(trial=ARMS[1].stored, seed=3, setting=TINY)
+    job = Job(training=Training(trial=ARMS[1].stored, setting=TINY), seed=3, whole=True)
     assert run_job(job, data) == run_job(job, data)
 
 
@@ -149,13 +160,20 @@ def test_rankers_are_tuned_by_the_students_validation_loss() -> None:
     arm = ARMS[0]
     ranks = {trial: index for index, trial in enumerate(arm.trials)}
 
-    def run(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+    def run(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         for job in jobs:
-            loss = float(ranks[job.trial])
-            yield job, Scores(student={"validation": loss, "test": -loss}, ta=None)
+            yield job, {"tuning": float(ranks[job.training.trial]), "models": {}}
 
-    plan = relevance.StudyPlan(num_seeds=2, setting=TINY, arms=(arm,))
-    assert relevance.tune(plan, Search(), run)[arm.name].best == arm.trials[0]
+    plan = RelevancePlan(num_seeds=2, setting=TINY, arms=(arm,), search=Search())
+    trainings, tuned = plan.tune(run)
+    assert trainings[arm.name] == tuned[arm.name].best == Training(trial=arm.trials[0], setting=TINY)
+
+
+@pytest.mark.parametrize("arm", [ARMS[0], ARMS[1]], ids=lambda arm: arm.name)
+def test_a_run_is_judged_by_the_mean_validation_loss_of_its_models(arm, data: RelevanceData) -> None:
+    measured = run_job(Job(training=Training(trial=arm.stored, setting=TINY), seed=0, whole=False), data)
+    losses = [each["validation"] for each in measured["models"].values()]
+    assert measured["tuning"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_data_of_made_ratings_is_stored_whole(tmp_path: Path) -> None:
@@ -206,9 +224,9 @@ def test_plans_of_the_command_line() -> None:
 
 
 def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None:
-    plan = relevance.StudyPlan(num_seeds=2, search=Search(seeds=(100,), num_trials=1), setting=TINY)
+    plan = RelevancePlan(num_seeds=2, search=Search(seeds=(100,), num_trials=1), setting=TINY)
 
-    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         return ((job, run_job(job, data)) for job in jobs)
 
     console = Console(record=True, width=200)
@@ -234,15 +252,15 @@ def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None
     assert [results["family"][i]["name"] for i in (0, -1)] == ["Student", "TA"]
     student = Ranker(data.num_rows, TINY.size)
     student.load_state_dict(load_file(tmp_path / results["family"][0]["file"]))
-    assert auc_loss(student, data.test) == results["family"][0]["aucloss"]
+    assert tuples_loss(student, data.test) == results["family"][0]["aucloss"]
     again = matta.load(tmp_path / "nested", Ranker(data.num_rows, TINY.size), Ranker(data.num_rows, TINY.size.grown()))
-    assert auc_loss(again.ta, data.test) == results["family"][-1]["aucloss"]
+    assert tuples_loss(again.ta, data.test) == results["family"][-1]["aucloss"]
 
 
 def test_worker_processes_give_what_this_process_gives(data: RelevanceData, tmp_path: Path) -> None:
-    save_data(data, tmp_path / "data.safetensors")
-    job = Job(trial=ARMS[0].stored, seed=1, setting=TINY)
-    with worker_processes(run_job, load_data, tmp_path / "data.safetensors") as run_jobs:
+    save_data(data, tmp_path / relevance.DATA_FILE)
+    job = Job(training=Training(trial=ARMS[0].stored, setting=TINY), seed=1, whole=True)
+    with worker_processes(run_job, read_data, tmp_path) as run_jobs:
         (found,) = run_jobs([job])
     assert found == (job, run_job(job, data))
 

@@ -16,30 +16,36 @@ from made_events import made_stream
 from matta.cli import main
 from matta.errors import RunError
 from matta.studies import ablations
-from matta.studies.ablationoutcome import CLAIMS, beyond_the_sum, verdict
-from matta.studies.ablationreport import claim_rows, markdown, sentences, tally, variant_rows
-from matta.studies.ablationruns import (
-    AblationJob,
+from matta.studies.ablation_variants import BASELINE, BOTH, MATTA, PLACES, QUALITY, RELEVANCE, SHAMPOO, Study
+from matta.studies.ablations import (
+    CLAIMS,
     Bench,
-    Lesson,
-    Measured,
-    Training,
     blend,
+    claim_rows,
     ensemble_size,
     load_bench,
+    plan_of,
+    run_ablations,
     run_job,
+    sentences,
+    tally,
+    together,
+    told,
+    tune_variants,
+    variant_rows,
+    verdict,
 )
-from matta.studies.ablations import AblationsPlan, plan_of, run_ablations, run_fresh_seeds, tune
-from matta.studies.ablationvariants import BASELINE, BOTH, MATTA, PLACES, QUALITY, RELEVANCE, SHAMPOO, Study, with_size
-from matta.studies.events import save_stream
-from matta.studies.pool import worker_processes
-from matta.studies.progressive import StreamSetting, predict_and_learn
-from matta.studies.ranker import Ranker, RankerSize, nest_rankers
-from matta.studies.settings import AblationsSettings
-from matta.studies.statistics import Change
-from matta.studies.training import Setting, train
+from matta.studies.event_streams import save_stream
+from matta.studies.experiment import Job, Lesson, Measured, Training, run_seeds
+from matta.studies.intervals import Change
+from matta.studies.labelled_films import RelevanceData, Tuples, save_data
+from matta.studies.presentation import markdown
+from matta.studies.quality import StreamSetting, make_model, predict_and_learn
+from matta.studies.rankers import Ranker, RankerSize, nest_rankers
+from matta.studies.relevance import Setting, train
+from matta.studies.study_settings import AblationsSettings
 from matta.studies.tuning import Search
-from matta.studies.tuples import RelevanceData, Tuples, save_data
+from matta.studies.worker_pool import worker_processes
 
 DEEP = RankerSize(embedding=2, hidden=(3, 4), blocks=3)
 SECOND = RankerSize(embedding=2, hidden=(6, 5))
@@ -82,16 +88,16 @@ def training_of(study: Study, variant) -> Training:
 
 @pytest.mark.parametrize(("study", "variant"), EVERY)
 def test_every_variant_trains_what_it_says(study: Study, variant, bench: Bench) -> None:
-    measured = run_job(AblationJob(training=training_of(study, variant), seed=3, whole=True), bench)
-    assert len(measured.losses) == len(measured.parameters) == len(variant.models)
-    assert all(0 <= loss < 1 for loss in measured.losses)
+    measured = run_job(Job(training=training_of(study, variant), seed=3, whole=True), bench)
+    assert len(measured["models"]) == len(variant.models)
+    assert all(0 <= each[study.figure] < 1 and each["parameters"] > 0 for each in measured["models"].values())
 
 
 @pytest.mark.parametrize("name", ["separate", "depth_ends", "two_students", "ensemble"])
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_runs_repeat(study: Study, name: str, bench: Bench) -> None:
     variant = next(each for each in study.variants() if each.name == name)
-    job = AblationJob(training=training_of(study, variant), seed=3, whole=True)
+    job = Job(training=training_of(study, variant), seed=3, whole=True)
     first = run_job(job, bench)
     bench.taught.clear()
     assert run_job(job, bench) == first
@@ -125,7 +131,7 @@ def test_published_sizes_of_the_ta(study: Study) -> None:
 )
 def test_the_students_blocks_are_those_of_the_ta(place: str, expected: tuple[int, ...]) -> None:
     student, ta = Ranker((5, 6), DEEP), Ranker((5, 6), DEEP.grown(blocks=2))
-    nested = nest_rankers(student, ta, place=place)
+    nested = nest_rankers([student], ta, place=place)
     for own, index in enumerate(expected):
         wide = ta.mlp.blocks[index].widen.weight
         torch.testing.assert_close(nested.student.mlp.blocks[own].widen.weight, wide[:4], rtol=0, atol=0)
@@ -135,8 +141,6 @@ def test_the_students_blocks_are_those_of_the_ta(place: str, expected: tuple[int
 
 
 def test_wider_embeddings_of_a_stream_are_nested_one_by_one(bench: Bench) -> None:
-    from matta.studies.progressive import make_model
-
     variant = next(each for each in TINY_QUALITY.variants() if each.name == "nested_embeddings")
     nested = make_model(variant.trial, bench.stream, variant.setting)
     columns = torch.tensor([0, 1, 4, 5, 8, 9, 10])
@@ -161,32 +165,34 @@ def test_an_ensemble_costs_what_the_ta_costs() -> None:
 def test_a_student_of_an_ensemble_learns_from_its_mean(bench: Bench) -> None:
     variant = next(each for each in TINY_RELEVANCE.variants() if each.name == "ensemble")
     training = training_of(TINY_RELEVANCE, variant)
-    found = run_job(AblationJob(training=training, seed=8, whole=True), bench)
+    found = run_job(Job(training=training, seed=8, whole=True), bench)
     (taught,) = bench.taught.values()
     count = ensemble_size(*(Ranker((6, 6, 6), size) for size in (variant.setting.size, variant.setting.ta_size)))
     members = [train(training.lesson.trial, bench.tuples, training.lesson.setting, 8000 + i) for i in range(count)]
     votes = torch.stack([member(bench.tuples.train.ids).sigmoid() for member in members])
     torch.testing.assert_close(taught, votes.mean(0).detach())
-    plain = AblationJob(training=dataclasses.replace(training, lesson=None), seed=8, whole=True)
-    assert run_job(plain, bench).losses != found.losses
+    plain = Job(training=dataclasses.replace(training, lesson=None), seed=8, whole=True)
+    assert run_job(plain, bench)["models"] != found["models"]
 
 
 def test_a_frozen_ta_teaches_after_its_quarter_alone(bench: Bench) -> None:
     variant = next(each for each in TINY_QUALITY.variants() if each.name == "offline")
     training = training_of(TINY_QUALITY, variant)
     plain = dataclasses.replace(training, lesson=None)
-    quarters = [run_job(AblationJob(training=each, seed=1, whole=False), bench) for each in (training, plain)]
-    wholes = [run_job(AblationJob(training=each, seed=1, whole=True), bench) for each in (training, plain)]
-    assert quarters[0] == quarters[1] and quarters[0].losses == (None,)
-    assert wholes[0].losses != wholes[1].losses
+    quarters = [run_job(Job(training=each, seed=1, whole=False), bench) for each in (training, plain)]
+    wholes = [run_job(Job(training=each, seed=1, whole=True), bench) for each in (training, plain)]
+    assert quarters[0] == quarters[1] and quarters[0]["models"]["Student"]["rest"] is None
+    assert wholes[0]["models"]["Student"]["rest"] != wholes[1]["models"]["Student"]["rest"]
 
 
 def test_what_is_not_learned_from_changes_no_prediction() -> None:
     stream = made_stream(512)
     trial, setting = TINY_QUALITY.trials[BASELINE], TINY_QUALITY.setting
     turned = dataclasses.replace(stream, label=torch.cat([stream.label[:128], 1 - stream.label[128:]]))
-    (found,), (other,) = (predict_and_learn(trial, each, setting, seed=0, learned=128) for each in (stream, turned))
-    (online,) = predict_and_learn(trial, stream, setting, seed=0)
+    found, other, online = (
+        predict_and_learn(trial, events, setting, seed=0, learned=learned).logits["Student"]
+        for events, learned in ((stream, 128), (turned, 128), (stream, None))
+    )
     assert torch.equal(found, other)
     assert torch.equal(found[:192], online[:192]) and not torch.equal(found[192:], online[192:])
 
@@ -198,13 +204,18 @@ def test_what_goes_beyond_the_sum() -> None:
         MATTA: {"Student": [0.8, 1.6], "TA": [0.7, 1.4]},
         BOTH: {"Student": [0.65, 1.3], "TA": [0.7, 1.4]},
     }
-    assert beyond_the_sum(losses, "Student").percent == pytest.approx(-35.0 + 10.0 + 20.0)
-    assert beyond_the_sum(losses, "TA").percent == pytest.approx(-30.0 + 10.0 + 30.0)
+    assert together(losses, "Student").mean == pytest.approx(-35.0 + 10.0 + 20.0)
+    assert together(losses, "TA").mean == pytest.approx(-30.0 + 10.0 + 30.0)
 
 
 def test_the_papers_figures_follow_from_its_tables() -> None:
     tables = {"relevance": ((-3.89, -4.63, -8.05), (-5.92, -9.47)), "quality": ((-0.28, -0.25, -0.60), (-0.32, -0.81))}
-    claims = {(claim.variant, claim.model, claim.reference): claim.paper for claim in CLAIMS}
+    claims = {
+        (claim.variant, claim.model, claim.reference): dict(
+            zip(("relevance", "quality"), claim.paper or (), strict=False)
+        )
+        for claim in CLAIMS
+    }
     for study, ((shampoo, matta, both), (ta, both_ta)) in tables.items():
         assert claims[BOTH, "Student", None][study] == pytest.approx(both - shampoo - matta)
         assert claims[BOTH, "TA", None][study] == pytest.approx(both_ta - shampoo - ta)
@@ -222,7 +233,7 @@ def test_the_papers_figures_follow_from_its_tables() -> None:
 
 
 def test_a_claim_is_seen_only_by_the_whole_interval() -> None:
-    told = [verdict(Change(percent=p, low=p - 1, high=p + 1), 1) for p in (2.0, 1.0, -2.0)]
+    told = [verdict(Change(mean=p, low=p - 1, high=p + 1), 1) for p in (2.0, 1.0, -2.0)]
     assert told == ["seen", "cannot be told by these seeds", "not seen: it is the other way round"]
 
 
@@ -249,80 +260,78 @@ def test_sentences_name_what_lies_off_zero() -> None:
 
 
 def test_the_tally_names_what_is_the_other_way_round() -> None:
-    signs = [verdict(Change(percent=p, low=p - 1, high=p + 1), -1) for p in (-2.0, -3.0, 0.0, 2.0)]
+    signs = [verdict(Change(mean=p, low=p - 1, high=p + 1), -1) for p in (-2.0, -3.0, 0.0, 2.0)]
     assert tally(made_study({}, signs)) == (
         "Of these 4 statements 2 are seen, 1 are the other way round (claim 3), and 1 cannot be told from no "
         "difference by 2 seeds."
     )
 
 
-def measured_by_rate(jobs: Iterable[AblationJob]) -> Iterator[tuple[AblationJob, Measured]]:
+def measured_by_rate(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
     """In place of training: the lowest rate is best with the first tuning seed, the middle one with both."""
     for job in jobs:
         lr = job.training.trial.lr
-        count = 1 if job.training.trial.method == "baseline" else 2
         losses = {0.1: 0.3, 0.0667: 0.2, 0.15: 0.4} if job.seed == 600 else {0.1: 0.1, 0.0667: 0.5, 0.15: 0.0}
-        yield job, Measured(tuning=losses.get(lr, 0.3), losses=(lr,) * count, parameters=(1,) * count)
+        models = {model: {"rest": lr, "parameters": 1} for model in job.training.trial.models}
+        yield job, {"tuning": losses.get(lr, 0.3), "models": models}
 
 
 def test_rates_are_chosen_by_both_seeds_and_teachers_take_theirs() -> None:
-    plan = AblationsPlan(studies=(TINY_QUALITY,))
-    trainings, tuned = tune(plan, measured_by_rate)
+    trainings, tuned = tune_variants((TINY_QUALITY,), measured_by_rate)
     assert {training.trial.lr for training in trainings.values()} == {0.1}
-    assert {len(losses) for _, losses in tuned["quality", BOTH].tried} == {1, 2}
-    lesson = trainings["quality", "ensemble"].lesson
-    assert lesson.trial == trainings["quality", SHAMPOO].trial
-    assert trainings["quality", "offline"].lesson.setting == with_size(
-        TINY_QUALITY.setting, TINY_QUALITY.setting.ta_size
-    )
+    assert {len(losses) for _, losses in tuned[f"quality/{BOTH}"].tried} == {1, 2}
+    lesson = trainings["quality/ensemble"].lesson
+    assert lesson.trial == trainings[f"quality/{SHAMPOO}"].trial
+    assert trainings["quality/offline"].lesson.setting == TINY_QUALITY.setting.with_size(TINY_QUALITY.setting.ta_size)
 
 
 def test_fresh_seeds_are_those_of_the_study_and_equal_runs_are_run_once() -> None:
-    plan = AblationsPlan(studies=tuple(dataclasses.replace(study, search=None) for study in STUDIES))
-    trainings, tuned = tune(plan, measured_by_rate)
+    studies = tuple(dataclasses.replace(study, search=None) for study in STUDIES)
+    trainings, tuned = tune_variants(studies, measured_by_rate)
     ran = []
 
-    def run(jobs: Iterable[AblationJob]) -> Iterator[tuple[AblationJob, Measured]]:
+    def run(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         ran.extend(jobs)
         yield from measured_by_rate(ran)
 
-    measured = run_fresh_seeds(plan, trainings, run)
-    assert tuned == {} and len(set(ran)) == len(ran) == plan.num_runs
+    seeds = {f"{study.name}/{each.name}": study.seeds for study in studies for each in study.variants()}
+    measured = run_seeds(trainings, seeds, run)
+    assert tuned == {} and len(set(ran)) == len(ran) == sum(study.num_runs for study in studies)
     assert {job.seed for job in ran} == {6000, 6001, 3000, 3001} and all(job.whole for job in ran)
     assert {len(runs) for runs in measured.values()} == {2}
 
 
 def test_the_whole_command_on_made_data(bench: Bench, tmp_path: Path) -> None:
     search = Search(seeds=(600,), num_trials=1)
-    plan = AblationsPlan(studies=tuple(dataclasses.replace(study, search=search) for study in STUDIES))
+    studies = tuple(dataclasses.replace(study, search=search) for study in STUDIES)
     results = run_ablations(
-        plan, lambda jobs: ((job, run_job(job, bench)) for job in jobs), tmp_path, Console(quiet=True)
+        studies, lambda jobs: ((job, run_job(job, bench)) for job in jobs), tmp_path, Console(quiet=True)
     )
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "ablations.png"}
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     for study in STUDIES:
-        told = results["studies"][study.name]
-        assert set(told["variants"]) == {each.name for each in study.variants()}
-        joint, base = (told["variants"][name]["aucloss"]["Student"]["seeds"] for name in (BOTH, BASELINE))
+        found = results["studies"][study.name]
+        assert set(found["variants"]) == {each.name for each in study.variants()}
+        joint, base = (found["variants"][name]["aucloss"]["Student"]["seeds"] for name in (BOTH, BASELINE))
         changes = [100 * (a / b - 1) for a, b in zip(joint, base, strict=True)]
-        assert told["variants"][BOTH]["vs_alone"]["Student"]["percent"] == pytest.approx(sum(changes) / 2)
-        assert told["variants"][BOTH]["vs_reference"].keys() == {"Student"}
-        assert told["variants"]["unshared"]["vs_reference"].keys() == {"Student", "TA"}
-        assert told["variants"]["ta_alone"]["vs_reference"].keys() == {"TA"}
-        assert told["variants"][BASELINE]["vs_alone"] == {}
-        assert len(claim_rows(told)) == len(CLAIMS)
-        assert len(variant_rows(told)) == len(study.variants()) + len({each.group for each in study.variants()})
-        assert all(sentence in text for sentence in (tally(told), *sentences(told)))
+        assert found["variants"][BOTH]["vs_alone"]["Student"]["percent"] == pytest.approx(sum(changes) / 2)
+        assert found["variants"][BOTH]["vs_reference"].keys() == {"Student"}
+        assert found["variants"]["unshared"]["vs_reference"].keys() == {"Student", "TA"}
+        assert found["variants"]["ta_alone"]["vs_reference"].keys() == {"TA"}
+        assert found["variants"][BASELINE]["vs_alone"] == {}
+        assert len(claim_rows(found)) == len(CLAIMS)
+        assert len(variant_rows(found)) == len(study.variants()) + len({each.group for each in study.variants()})
+        assert all(sentence in text for sentence in (tally(found), *sentences(found)))
         assert f"{study.name}_ta_beyond_the_sum_interval" in results
-    assert text == markdown(results) and "`matta study ablations`" in text and "-8.05%" in text
+    assert text == markdown(told(results)) and "`matta study ablations`" in text and "-8.05%" in text
 
 
 def test_worker_processes_give_what_this_process_gives(bench: Bench, tmp_path: Path) -> None:
     save_data(bench.tuples, tmp_path / "tuples.safetensors")
     save_stream(bench.stream, tmp_path / "stream.safetensors")
-    jobs = [AblationJob(training=training_of(study, study.variants()[0]), seed=1, whole=True) for study in STUDIES]
+    jobs = [Job(training=training_of(study, study.variants()[0]), seed=1, whole=True) for study in STUDIES]
     with worker_processes(run_job, load_bench, tmp_path) as run_jobs:
         found = dict(run_jobs(jobs))
     assert found == {job: run_job(job, bench) for job in jobs}
@@ -330,10 +339,10 @@ def test_worker_processes_give_what_this_process_gives(bench: Bench, tmp_path: P
 
 def test_plans_of_the_command_line() -> None:
     whole, quick = plan_of(AblationsSettings()), plan_of(AblationsSettings(quick=True))
-    assert [(study.num_seeds, study.search is None) for study in whole.studies] == [(6, False), (6, False)]
-    assert [(study.num_seeds, study.search is None) for study in quick.studies] == [(2, True), (2, True)]
-    assert quick.num_runs < whole.num_runs / 3
-    (only,) = plan_of(AblationsSettings(study="quality", seeds=4)).studies
+    assert [(study.num_seeds, study.search is None) for study in whole] == [(6, False), (6, False)]
+    assert [(study.num_seeds, study.search is None) for study in quick] == [(2, True), (2, True)]
+    assert sum(study.num_runs for study in quick) < sum(study.num_runs for study in whole) / 3
+    (only,) = plan_of(AblationsSettings(study="quality", seeds=4))
     assert (only.name, only.num_seeds) == ("quality", 4)
 
 

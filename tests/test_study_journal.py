@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from matta.errors import RunError
 from matta.studies.journal import journal_of, kept
-from matta.studies.pool import Run
+from matta.studies.worker_pool import Run
 
 
 @dataclass(frozen=True)
@@ -111,5 +112,30 @@ def test_what_is_kept_is_said(tmp_path: Path) -> None:
     with kept(squares([]), out, "numbers", console) as run_jobs:
         list(run_jobs([Square(1), Square(2)]))
     told = console.export_text()
-    assert f"Kept: 1 training runs. The same command with --out {out} goes on." in told
+    assert f"Kept: 1 training runs. The same command with --out {out} resumes." in told
     assert f"Done before, in {out}.journal: 1 training runs" in told
+
+
+@pytest.mark.parametrize("left", [b'["Square(of=3)", ', b"\x00\xff\n"])
+def test_a_last_line_that_a_crash_left_is_dropped_and_that_is_said(stopped: Path, left: bytes) -> None:
+    console, journal = Console(record=True, width=200), journal_of(stopped)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + left)
+    with pytest.raises(Stopped), kept(squares([], 4), stopped, "numbers", console) as run_jobs:
+        list(run_jobs([Square(4)]))
+    assert f"Dropped the last line of {journal}" in console.export_text()
+    assert journal.read_bytes() == whole
+
+
+def test_a_journal_that_is_damaged_in_the_middle_is_refused(stopped: Path) -> None:
+    lines = journal_of(stopped).read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:2], b"{\n", *lines[3:]])
+    journal_of(stopped).write_bytes(damaged)
+    with pytest.raises(RunError, match="is damaged; remove it"):
+        study(stopped, [])
+    assert journal_of(stopped).read_bytes() == damaged
+
+
+def test_a_journal_is_lines_of_json(stopped: Path) -> None:
+    about, *records = [json.loads(line) for line in journal_of(stopped).read_text().splitlines()]
+    assert about["data"] == "numbers" and records == [[f"Square(of={n})", n * n] for n in (1, 2, 3)]

@@ -20,22 +20,32 @@ import matta
 from matta.cli import main
 from matta.errors import RunError
 from matta.studies import language
-from matta.studies.language import ARMS, LanguagePlan, plan_of, run_study
-from matta.studies.languagemodel import PLACES, GptSize, bits_per_byte, build, nest_gpts
-from matta.studies.languagetext import Text, batches, cut, load_text, read_topics
-from matta.studies.languagetraining import (
-    Job,
-    Scores,
+from matta.studies.experiment import Job, Measured, RunJobs, Training
+from matta.studies.intervals import difference
+from matta.studies.language import (
+    ARMS,
+    PLACES,
+    GptSize,
+    GptTrial,
+    LanguagePlan,
     Setting,
-    Trial,
+    Text,
+    batches,
+    bits_per_byte,
+    build,
+    cut,
     judge_family,
+    load_text,
     make_model,
+    nest_gpts,
+    plan_of,
+    read_topics,
     run_job,
+    run_study,
     sampler,
     train,
 )
-from matta.studies.settings import LanguageSettings
-from matta.studies.statistics import difference
+from matta.studies.study_settings import LanguageSettings
 from matta.studies.tuning import Search
 from matta.submodels import wide_narrow_wide
 
@@ -49,7 +59,11 @@ TINY = Setting(
 )
 LINE = b"the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n"
 MADE = LINE * (10 * 4096 // len(LINE) + 1)
-PAIR = Trial(method="matta", optimizer="shampoo", lr=0.01)
+PAIR = GptTrial(method="matta", optimizer="shampoo", lr=0.01)
+
+
+def job_of(trial: GptTrial, seed: int = 0, setting: Setting = TINY) -> Job:
+    return Job(training=Training(trial=trial, setting=setting), seed=seed, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +71,10 @@ def text() -> Text:
     return cut(MADE)
 
 
-def here(text: Text) -> language.RunJobs:
+def here(text: Text) -> RunJobs:
     """Runs jobs in this process."""
 
-    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         return ((job, run_job(job, text)) for job in jobs)
 
     return run_jobs
@@ -154,26 +168,25 @@ def test_arms_have_as_many_trials_and_trials_of_their_own() -> None:
 def test_every_arm_learns(arm, text: Text) -> None:
     setting = dataclasses.replace(TINY, steps=15)
     still, moved = (
-        run_job(Job(trial=dataclasses.replace(arm.trials[0], lr=lr), seed=0, setting=setting), text)
+        run_job(job_of(dataclasses.replace(arm.trials[0], lr=lr), setting=setting), text)["models"]
         for lr in (0.0, 0.01)
     )
-    assert moved.student["test"] < still.student["test"]
-    assert (moved.ta is None) == (arm.trials[0].method == "baseline")
-    if moved.ta is not None and still.ta is not None:
-        assert moved.ta["test"] < still.ta["test"]
+    assert moved.keys() == still.keys() == set(arm.trials[0].models)
+    assert ("TA" not in moved) == (arm.trials[0].method == "baseline")
+    assert all(moved[model]["test"] < still[model]["test"] for model in moved)
 
 
 def test_a_longer_run_makes_more_steps(text: Text) -> None:
     setting = dataclasses.replace(TINY, steps=10)
-    trial = Trial(method="baseline", optimizer="adamw", lr=0.01)
+    trial = GptTrial(method="baseline", optimizer="adamw", lr=0.01)
     once, longer = (
-        run_job(Job(trial=dataclasses.replace(trial, longer=times), seed=0, setting=setting), text) for times in (1, 4)
+        run_job(job_of(dataclasses.replace(trial, longer=times), setting=setting), text)["models"] for times in (1, 4)
     )
-    assert longer.student["validation"] < once.student["validation"]
+    assert longer["Student"]["validation"] < once["Student"]["validation"]
 
 
 def test_runs_repeat_and_seeds_differ(text: Text) -> None:
-    job = Job(trial=dataclasses.replace(PAIR, sampled=True), seed=3, setting=TINY, family=True)
+    job = job_of(dataclasses.replace(PAIR, sampled=True), seed=3)
     found = run_job(job, text)
     assert found == run_job(job, text)
     assert found != run_job(dataclasses.replace(job, seed=4), text)
@@ -182,12 +195,12 @@ def test_runs_repeat_and_seeds_differ(text: Text) -> None:
 def test_the_family_goes_from_all_narrow_to_the_ta(text: Text) -> None:
     nested = train(PAIR, text, TINY, seed=0)
     family = judge_family(nested, text, TINY)
-    scores = run_job(Job(trial=PAIR, seed=0, setting=TINY), text)
-    assert [each.k for each in family] == list(range(6))
-    assert scores.ta is not None and family[-1].bpb == scores.ta["test"]
-    assert family[-1].parameters == scores.num_parameters["TA"] == sum(p.numel() for p in nested.ta.parameters())
+    models = run_job(job_of(PAIR), text)["models"]
+    assert [each["k"] for each in family] == list(range(6))
+    assert family[-1]["bpb"] == models["TA"]["test"] and "family" not in models["Student"]
+    assert family[-1]["parameters"] == models["TA"]["parameters"] == sum(p.numel() for p in nested.ta.parameters())
     per_block = 2 * 8 * 8 + 8  # eight more units of one FFN
-    assert [b.parameters - a.parameters for a, b in pairwise(family)] == [per_block] * 5
+    assert [b["parameters"] - a["parameters"] for a, b in pairwise(family)] == [per_block] * 5
 
 
 def test_sub_models_smaller_than_the_ta_are_trained_along() -> None:
@@ -225,8 +238,8 @@ def test_a_stopped_study_goes_on_and_finds_the_same(
     stops_after = [20]
 
     @contextmanager
-    def on_workers(data: bytes) -> Iterator[language.RunJobs]:
-        def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+    def in_this_process(run_job: object, load: object, path: Path) -> Iterator[RunJobs]:
+        def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
             for job, scores in here(text)(jobs):
                 if len(ran) in stops_after:
                     raise KeyboardInterrupt
@@ -235,7 +248,7 @@ def test_a_stopped_study_goes_on_and_finds_the_same(
 
         yield run_jobs
 
-    monkeypatch.setattr(language, "on_workers", on_workers)
+    monkeypatch.setattr("matta.studies.experiment.worker_processes", in_this_process)
     monkeypatch.setattr(language, "plan_of", lambda settings: TINY_PLAN)
     stopped, whole = LanguageSettings(out=tmp_path / "stopped"), LanguageSettings(out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -253,7 +266,7 @@ def test_whole_study_on_a_made_text(text: Text, tmp_path: Path) -> None:
     plan = TINY_PLAN
     ran: list[Job] = []
 
-    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Scores]]:
+    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         for job, scores in here(text)(jobs):
             ran.append(job)
             yield job, scores
@@ -288,16 +301,16 @@ def test_fresh_seeds_are_none_of_those_for_tuning() -> None:
 
 
 def test_jobs_and_scores_can_go_to_another_process_and_back(text: Text) -> None:
-    job = Job(trial=PAIR, seed=1, setting=TINY, family=True)
+    job = job_of(dataclasses.replace(PAIR, sampled=True), seed=1)
     sent, function = pickle.loads(pickle.dumps((job, run_job)))
     scores = function(sent, text)
-    assert sent == job and len(scores.family) == 6
-    assert pickle.loads(pickle.dumps(scores)) == scores
+    assert sent == job and len(scores["models"]["Student"]["family"]) == 6
+    assert pickle.loads(pickle.dumps(scores)) == scores == json.loads(json.dumps(scores))
 
 
 def test_a_text_survives_its_file(text: Text, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(MADE)
-    loaded = load_text(tmp_path / "text")
+    loaded = load_text(tmp_path)
     assert loaded.source == text.source
     assert torch.equal(loaded.train, text.train)
 

@@ -17,22 +17,34 @@ from rich.console import Console
 from made_events import made_stream
 from matta.cli import main
 from matta.errors import RunError
-from matta.studies import flights, quality, qualityreport, ratedfilms
-from matta.studies.events import load_stream, normalise_by_the_past, save_stream
-from matta.studies.flights import join, to_stream
-from matta.studies.progressive import (
-    StreamScores,
+from matta.studies import event_streams, quality
+from matta.studies.event_streams import (
+    flight_stream,
+    join,
+    load_stream,
+    normalise_by_the_past,
+    rating_numbers,
+    rating_stream,
+    save_stream,
+)
+from matta.studies.experiment import Arm, Job, Measured, Training
+from matta.studies.intervals import beyond_the_sum, relative_change
+from matta.studies.quality import (
+    ARMS,
+    PAPER,
+    Predicted,
+    QualityPlan,
     StreamSetting,
     StreamTrial,
     make_model,
     make_optimizer,
+    plan_of,
     predict_and_learn,
+    run_job,
+    run_study,
     score,
 )
-from matta.studies.quality import ARMS, QualityPlan, StreamJob, plan_of, run_job, run_study, tune
-from matta.studies.qualityreport import PAPER
-from matta.studies.settings import QualitySettings
-from matta.studies.statistics import relative_change
+from matta.studies.study_settings import QualitySettings
 from matta.studies.tuning import Search
 
 TINY = StreamSetting(embedding=2, hidden=(4, 3), ta_factor=2, batch=32, ramp=5)
@@ -56,7 +68,7 @@ def made_tables() -> tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame]
     for name in ("dep_time", "dep_delay", "arr_time", "air_time"):
         table[name] = 7.0
     weather = pandas.DataFrame({"origin": ["JFK"], "time_hour": ["2013-01-01T10:00:00Z"], "wind_dir": [90.0]})
-    weather = weather.assign(**dict.fromkeys(flights.WEATHER, 1.0))
+    weather = weather.assign(**dict.fromkeys(event_streams.WEATHER, 1.0))
     planes = pandas.DataFrame({"tailnum": ["N1", "N2"], "year": [1999, 2004], "seats": [100, 200], "engines": [2, 2]})
     return table, weather, planes
 
@@ -75,14 +87,14 @@ def test_a_missing_tail_number_does_not_tell_the_label() -> None:
 
 
 def test_tables_become_tensors_with_missing_numbers_marked() -> None:
-    stream = to_stream(join(*made_tables()), batch=2)
+    stream = flight_stream(join(*made_tables()), batch=2)
     assert stream.period.tolist() == [0, 0, 0, 0, 0]
     assert [len(set(column)) for column in stream.ids.T.tolist()] == [2, 1, 1, 3, 5, 1, 2]
     offsets = stream.ids.min(dim=0).values
     assert (offsets.diff() > 0).all() and int(stream.ids.max()) == stream.num_rows - 1
-    marks = stream.numbers[:, -len(flights.MARKED) :]
-    assert marks[:, flights.MARKED.index("built")].tolist() == [0, 1, 0, 0, 0]
-    assert marks[:, flights.MARKED.index("temp")].tolist() == [0, 0, 0, 1, 1]
+    marks = stream.numbers[:, -len(event_streams.MARKED) :]
+    assert marks[:, event_streams.MARKED.index("built")].tolist() == [0, 1, 0, 0, 0]
+    assert marks[:, event_streams.MARKED.index("temp")].tolist() == [0, 0, 0, 1, 1]
     assert stream.numbers.isfinite().all()
 
 
@@ -110,8 +122,8 @@ def test_events_are_predicted_before_they_are_learned(trial: StreamTrial) -> Non
     turned = dataclasses.replace(stream, label=torch.cat([stream.label[:320], 1 - stream.label[320:]]))
     seen = predict_and_learn(trial, stream, TINY, seed=0)
     other = predict_and_learn(trial, turned, TINY, seed=0)
-    assert len(seen) == (1 if trial.method == "baseline" else 2)
-    for logits, others in zip(seen, other, strict=True):
+    assert len(seen.logits) == len(seen.parameters) == (1 if trial.method == "baseline" else 2)
+    for logits, others in zip(seen.logits.values(), other.logits.values(), strict=True):
         assert torch.equal(logits[:352], others[:352])  # up to the batch whose labels are the first to differ
         assert not torch.equal(logits[352:], others[352:])
 
@@ -131,10 +143,16 @@ def test_every_arm_learns(arm) -> None:
     stream = made_stream()
     for trial in (arm.trials[0], arm.trials[-1]):
         rate = 0.03 if trial.optimizer in ("adam", "shampoo-adam") else trial.lr
-        job = StreamJob(trial=dataclasses.replace(trial, lr=rate), seed=0, setting=TINY, whole=True)
-        untaught = run_job(dataclasses.replace(job, trial=dataclasses.replace(trial, lr=0.0)), stream)
-        for scores, before in zip(run_job(job, stream), untaught, strict=True):
-            assert scores.by_period[-1] < before.by_period[-1]
+        taught, untaught = (
+            run_job(
+                Job(training=Training(trial=dataclasses.replace(trial, lr=lr), setting=TINY), seed=0, whole=True),
+                stream,
+            )["models"]
+            for lr in (rate, 0.0)
+        )
+        assert taught.keys() == untaught.keys() == set(trial.models)
+        for model, scores in taught.items():
+            assert scores["by_period"][-1] < untaught[model]["by_period"][-1]
 
 
 def test_even_pace_leaves_a_wide_layer_as_it_is() -> None:
@@ -148,10 +166,15 @@ def test_scores_are_of_the_right_events() -> None:
     stream = made_stream()
     logits = torch.randn(640, generator=torch.Generator().manual_seed(1))
     logits[60:160] = stream.label[60:160]  # most of the first quarter is known
-    scores = score(logits, stream, quarter=160)
-    assert 0.0 <= scores.tuning < 0.1 < scores.rest
-    assert len(scores.by_period) == 3
-    assert score(logits[:160], stream.take(slice(160)), quarter=160).rest is None
+
+    def scores_of(logits: torch.Tensor) -> dict[str, Any]:
+        predicted = Predicted(logits={"Student": logits}, parameters={"Student": 7})
+        return score(predicted, stream.take(slice(len(logits))), stream)["models"]["Student"]
+
+    scores = scores_of(logits)
+    assert 0.0 <= scores["tuning"] < 0.1 < scores["rest"]
+    assert len(scores["by_period"]) == 3 and scores["parameters"] == 7
+    assert scores_of(logits[:160])["rest"] is None
 
 
 def test_every_arm_has_as_many_trials() -> None:
@@ -163,15 +186,19 @@ def test_every_arm_has_as_many_trials() -> None:
 
 def test_a_pair_is_tuned_by_the_mean_of_student_and_ta() -> None:
     trials = tuple(dataclasses.replace(PAIR, lr=0.1 * k) for k in (1, 2, 3))
-    losses = {trials[0]: (0.1, 0.4), trials[1]: (0.2, 0.2), trials[2]: (0.3, 0.15)}
+    losses = {trials[0]: 0.25, trials[1]: 0.2, trials[2]: 0.225}
 
-    def run(jobs: Iterable[StreamJob]) -> Iterator[tuple[StreamJob, list[StreamScores]]]:
+    def run(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         for job in jobs:
             assert not job.whole
-            yield job, [StreamScores(tuning=loss, rest=None, by_period=()) for loss in losses[job.trial]]
+            yield job, {"tuning": losses[job.training.trial], "models": {}}
 
-    arm = quality.StreamArm(name="matta", title="MatTA", trials=trials)
-    assert tune(QualityPlan(num_seeds=2, arms=(arm,)), run)["matta"].best == trials[1]
+    plan = QualityPlan(num_seeds=2, arms=(Arm(name="matta", title="MatTA", trials=trials),))
+    assert plan.tune(run)[0]["matta"].trial == trials[1]
+    stream = made_stream(320)
+    quarter = run_job(Job(training=Training(trial=PAIR, setting=TINY), seed=0, whole=False), stream)
+    each = [scores["tuning"] for scores in quarter["models"].values()]
+    assert len(each) == 2 and quarter["tuning"] == pytest.approx(sum(each) / 2)
 
 
 def test_the_whole_study(tmp_path: Path) -> None:
@@ -185,7 +212,7 @@ def test_the_whole_study(tmp_path: Path) -> None:
         arm: {model: each["seeds"] for model, each in models.items()} for arm, models in results["aucloss"].items()
     }
     expected = relative_change(losses["matta_shampoo"]["TA"], losses["baseline"]["Student"])
-    assert results["ta_vs_baseline_percent"] == pytest.approx(expected.percent)
+    assert results["ta_vs_baseline_percent"] == pytest.approx(expected.mean)
     against = relative_change(losses["matta_shampoo"]["Student"], losses["shampoo"]["Student"])
     assert results["student_vs_shampoo_interval"] == pytest.approx(against.interval)
     figures = {figure.removesuffix("_percent") for figure in results if figure.endswith("_percent")}
@@ -205,9 +232,10 @@ def test_what_goes_beyond_the_sum() -> None:
         "matta": {"Student": [0.8, 1.6], "TA": [0.7, 1.4]},
         "matta_shampoo": {"Student": [0.65, 1.3], "TA": [0.5, 1.0]},
     }
-    changes = quality.changes_of(losses)
-    assert changes["student_vs_baseline"].percent == pytest.approx(-35.0)
-    assert changes["beyond_the_sum"].percent == pytest.approx(-5.0)
+    student, base = losses["matta_shampoo"]["Student"], losses["baseline"]["Student"]
+    assert relative_change(student, base).mean == pytest.approx(-35.0)
+    together = beyond_the_sum(student, losses["shampoo"]["Student"], losses["matta"]["Student"], base)
+    assert together.mean == pytest.approx(-5.0)
 
 
 def test_the_command_line_runs_the_study(
@@ -223,7 +251,7 @@ def test_the_command_line_runs_the_study(
     assert received == [QualitySettings(stream="ratings", quick=True, seeds=4, warm_up=7, out=out)]
     assert json.loads(capsys.readouterr().out) == {"student_vs_baseline_percent": -1.5}
     plan = plan_of(received[0])
-    assert plan.num_seeds == 4 and plan.setting == dataclasses.replace(quality.SETTINGS["ratings"], warm_up=7)
+    assert plan.num_seeds == 4 and plan.setting == dataclasses.replace(quality.STREAMS["ratings"].setting, warm_up=7)
 
 
 def made_ratings() -> pandas.DataFrame:
@@ -242,7 +270,7 @@ def made_ratings() -> pandas.DataFrame:
 
 
 def test_ratings_come_in_the_order_of_time() -> None:
-    stream = ratedfilms.to_stream(made_ratings(), batch=2)
+    stream = rating_stream(made_ratings(), batch=2)
     assert stream.label.tolist() == [0, 1, 0, 1, 0, 1]
     user, film, genres, *_ = (column - column.min() for column in stream.ids.T)
     assert user.tolist() == [0, 0, 0, 1, 1, 1] and film.tolist() == genres.tolist() == [0, 1, 2, 0, 1, 2]
@@ -251,7 +279,7 @@ def test_ratings_come_in_the_order_of_time() -> None:
 
 
 def test_of_user_and_film_only_earlier_batches_are_known() -> None:
-    numbers = ratedfilms._numbers(made_ratings().sort_values(["timestamp", "userId", "movieId"]), batch=2)
+    numbers = rating_numbers(made_ratings().sort_values(["timestamp", "userId", "movieId"]), batch=2)
     assert numbers["user_mean"].fillna(-1).tolist() == [-1, -1, 3.75, -1, 5, 5]
     assert numbers["film_mean"].fillna(-1).tolist() == [-1, -1, -1, 3.5, 4.0, 2.0]
     assert numbers["film_count"].tolist() == pytest.approx([0, 0, 0, *[math.log(2)] * 3])
@@ -262,14 +290,14 @@ def test_of_user_and_film_only_earlier_batches_are_known() -> None:
 def test_later_ratings_do_not_change_what_is_known_before() -> None:
     table = made_ratings()
     changed = table.assign(rating=table["rating"].where(table["timestamp"] < 2000, 0.5))
-    one, other = (ratedfilms.to_stream(each, batch=2) for each in (table, changed))
+    one, other = (rating_stream(each, batch=2) for each in (table, changed))
     assert not torch.equal(one.label, other.label)
     torch.testing.assert_close(one.numbers[:4], other.numbers[:4], rtol=0, atol=0)
 
 
 def test_what_is_missed_is_said() -> None:
     results = {"stream": "flights", "student_vs_baseline_percent": -0.9, "ta_vs_baseline_percent": -1.8}
-    assert qualityreport._wanted(results) == [
+    assert quality.missed(results) == [
         "Wanted of the Student against the baseline: at most -1.0%; missed by 0.10 points."
     ]
 
@@ -281,13 +309,13 @@ def test_rates_at_the_edge_of_what_was_tried_are_said() -> None:
     }
     chosen = {"a": {"optimizer": "adagrad", "lr": 0.2}, "b": {"optimizer": "adagrad", "lr": 0.05}}
     results = {"tried": tried, "chosen": chosen, "titles": {"a": "A", "b": "B"}}
-    assert qualityreport.edges(results) == ["Chosen at the edge of the rates tried: B (0.05 of 0.05 to 0.2)."]
+    assert quality.edges(results) == ["Chosen at the edge of the rates tried: B (0.05 of 0.05 to 0.2)."]
 
 
 def test_the_command_is_written_as_it_was_typed() -> None:
     results = {"stream": "ratings", "setting": {"warm_up": 7}, "num_seeds": 4}
-    assert qualityreport.command(results) == "matta study quality --stream ratings --warm-up 7 --seeds 4"
-    assert qualityreport.picture(results) == "images/quality-ratings-warm-up-7.png"
+    assert quality.command(results) == "matta study quality --stream ratings --warm-up 7 --seeds 4"
+    assert quality.picture(results) == "images/quality-ratings-warm-up-7.png"
 
 
 def test_an_existing_folder_is_refused_before_anything_is_computed(

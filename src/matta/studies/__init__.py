@@ -1,1 +1,17 @@
-"""Studies: the paper's experiments on data that anybody can get, one module each."""
+"""Studies: the paper's experiments on data that anybody can get (`matta study …`).
+
+A study is its data, its models, its arms and its prose. What all studies do is written once: an arm is tuned with as
+many trials as any other, runs with fresh seeds on two worker processes that keep a journal, and is compared with a
+baseline seed by seed; tables, notes and a picture tell what was found, and what was not.
+
+Read in this order:
+
+- `study_settings`: what the command line asks for, without torch.
+- `intervals`, `tuning`, `worker_pool`, `journal`: a paired change, the best trial, jobs on processes, a stopped study.
+- `trials`: what is tuned, and the one training loop.
+- `experiment`: arms, plans, fresh seeds, what was found, and the run folder.
+- `presentation`: tables, notes and pictures.
+- `labelled_films`, `event_streams`, `rankers`: data and models of the two case studies.
+- `relevance`, `quality`, `language`: three studies.
+- `ablation_variants`, `ablations`: one change at a time, on both case studies.
+"""

