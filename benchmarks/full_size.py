@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 import matta
-from matta.lm.memory import step_memory
-from matta.lm.models import build_pair, nest_pair
-from matta.lm.optimizing import make_optimizer
+from matta.lm.costs import step_memory
+from matta.lm.decoders import build_pair, make_optimizer, nest_pair
 from matta.lm.recipe import Recipe, read_recipe
-from matta.objectives import CausalLM
+from matta.objectives.objective import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_medium_c4"
 BATCH, CONTEXT = 1, 128

@@ -28,13 +28,12 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import matta
-from matta.lm.models import build_pair, nest_pair
-from matta.lm.optimizing import make_optimizer
+from matta.lm.decoders import build_pair, make_optimizer, nest_pair
+from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import Recipe, read_recipe
-from matta.lm.texts import text_source
-from matta.lm.tokenizers import load_tokenizer
-from matta.objectives import CausalLM
+from matta.lm.tokens import load_tokenizer
+from matta.objectives.objective import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_mini"
 SETTINGS = {

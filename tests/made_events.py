@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from matta.studies.event_streams import EventStream
+from matta_studies.event_streams import EventStream
 
 
 def made_stream(count: int = 640) -> EventStream:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-import matta.fitting
+import matta.training.fitting
 from matta.streams import Categorical, EventBatch, Folder, Numeric, Schema, Stream
 
 NUM_EVENTS, BATCH_SIZE = 400, 16

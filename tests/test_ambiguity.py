@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.ambiguity import growths
 from matta.errors import NestingError
-from matta.layout import Axis, Layout
+from matta.nesting.ambiguity import growths
+from matta.nesting.layout import Axis, Layout
 
 
 class Fused(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.slicing import is_live, slices_of
+from matta.nesting.slicing import is_live, slices_of
 
 
 def _gpt2(depth: int, inner: int) -> nn.Module:

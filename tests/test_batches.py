@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matta.batches import call, logits_of, split_labels
 from matta.errors import LabelError
+from matta.nesting.batches import call, logits_of, split_labels
 
 X, Y = torch.ones(2, 3), torch.zeros(2)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import matta
-from matta import checkpoints, storage
 from matta.errors import CheckpointError
+from matta.family import saving, storage
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -89,13 +89,13 @@ def test_what_is_loaded_can_be_trained_and_saved_again(saved: Path, tmp_path: Pa
     matta.CoTraining(loaded, matta.objectives.Classification())((X, torch.ones(5).long())).loss.backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
     again = matta.save(matta.load(saved, Net(), Net(6, 3)), tmp_path / "again")
-    for name in (checkpoints.WEIGHTS, checkpoints.DESCRIPTION):
+    for name in (saving.WEIGHTS, saving.DESCRIPTION):
         assert (again / name).read_bytes() == (saved / name).read_bytes()
 
 
 def test_a_folder_holds_each_weight_once_and_nothing_pickled(saved: Path) -> None:
     assert sorted(file.name for file in saved.iterdir()) == ["SHA256SUMS", "nested.json", "nested.safetensors"]
-    names = load_file(saved / checkpoints.WEIGHTS).keys()
+    names = load_file(saved / saving.WEIGHTS).keys()
     assert not any(name.startswith("students.0.blocks") for name in names)
     assert {"students.0.stem.weight", "students.0.norm.running_mean", "ta.norm.running_mean"} <= names
     assert not any(name.endswith("mask") for name in names)
@@ -144,7 +144,7 @@ def test_what_modules_keep_beside_tensors_is_saved_too(tmp_path: Path) -> None:
     path = matta.save(nested, tmp_path / "x")
     loaded = matta.load(path, Counted(4, None), Counted(6, None))
     assert (loaded.student.seen, loaded.ta.seen) == ({"batches": [3, 4]}, "many")
-    file = path / checkpoints.DESCRIPTION
+    file = path / saving.DESCRIPTION
     file.write_text(file.read_text().replace("many", "none"))
     with pytest.raises(CheckpointError, match=r"nested.json is damaged: its checksum"):
         matta.load(path, Counted(4, None), Counted(6, None))
@@ -195,7 +195,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints if hasattr(checkpoints, step) else storage, step, fail)
+    monkeypatch.setattr(saving if hasattr(saving, step) else storage, step, fail)
     with pytest.raises(OSError, match="no space left"):
         matta.save(_nested(1), target)
     assert [each.name for each in tmp_path.iterdir()] == (["nesting"] if earlier else [])
@@ -222,7 +222,7 @@ def test_an_empty_folder_and_missing_parents_will_do(tmp_path: Path) -> None:
 
 def _edit(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        file = folder / checkpoints.DESCRIPTION
+        file = folder / saving.DESCRIPTION
         description = {**json.loads(file.read_text()), **changes}
         file.write_text(json.dumps({key: value for key, value in description.items() if value is not None}))
         storage.add_checksums(folder)
@@ -233,9 +233,9 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
 def as_version_1(folder: Path, **changes: Any) -> None:
     """A folder as the first version wrote it."""
     (folder / storage.SUMS).unlink()
-    file = folder / checkpoints.DESCRIPTION
+    file = folder / saving.DESCRIPTION
     description = json.loads(file.read_text())
-    digest = checkpoints._digest(folder / checkpoints.WEIGHTS, description)
+    digest = saving._digest(folder / saving.WEIGHTS, description)
     file.write_text(json.dumps({**description, "version": 1, "digest": digest, **changes}))
 
 
@@ -257,7 +257,7 @@ def _write(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def _json_list(folder: Path) -> None:
-    (folder / checkpoints.DESCRIPTION).write_text("[]")
+    (folder / saving.DESCRIPTION).write_text("[]")
     storage.add_checksums(folder)
 
 
@@ -310,7 +310,7 @@ def test_a_damaged_or_foreign_folder_is_refused_and_changes_nothing(saved: Path,
 
 @pytest.mark.parametrize("edit", ["other segments", "one left out", "other block"])
 def test_an_edited_plan_is_refused_even_where_it_would_fit(saved: Path, edit: str) -> None:
-    file = saved / checkpoints.DESCRIPTION
+    file = saved / saving.DESCRIPTION
     description = json.loads(file.read_text())
     plan = description["students"][0]
     fused = next(each for each in plan["placements"] if each[0] == "blocks.0.0.weight")

@@ -18,7 +18,7 @@ import pytest
 import matta
 from matta.cli import COMMANDS, Command, main
 from matta.errors import RunError
-from matta.studies.study_settings import RelevanceSettings
+from matta_studies.study_settings import RelevanceSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -289,7 +289,7 @@ def test_sub_models_that_were_sampled_do_not_pile_up(monkeypatch: pytest.MonkeyP
         made.append(weakref.ref(module))
         return module
 
-    monkeypatch.setattr("matta.cotraining.live", noted)
+    monkeypatch.setattr("matta.training.cotraining.live", noted)
     nested = matta.nest(deep(4), deep(7))
     cotrain = _cotraining(nested, sample=matta.random_sub_model(nested))
     for _ in range(80):

@@ -13,7 +13,7 @@ from torch import nn
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.factors import FILE, load_factor, save_factors
+from matta.training.factors import FILE, load_factor, save_factors
 
 BATCHES = [(torch.randn(16, 5, generator=torch.Generator().manual_seed(i)), torch.rand(16)) for i in range(12)]
 

@@ -1,9 +1,13 @@
-"""The floors of the package: each module imports from lower ones only, and the core stays light."""
+"""The floors of the house: packages import from lower packages only, modules of a package from lower modules.
+
+The core stays light, and no two modules share a name.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -12,52 +16,25 @@ import pytest
 
 import matta
 
-FLOORS = (
-    {"calls", "channels", "errors"},
-    {
-        "batches",
-        "firstorder",
-        "heads",
-        "layers",
-        "layout",
-        "losses",
-        "moving",
-        "preconditioner",
-        "processes",
-        "storage",
-        "schedule",
-    },
-    {"flow", "fused", "labels"},
-    {"objectives", "slicing", "stacking", "tables"},
-    {"plan", "shampoo", "tracing"},
-    {"acceptance", "ambiguity", "probing", "rules", "widening"},
-    {"placing", "units", "warmstart"},
-    {"assembly", "nesting"},
-    {"factors", "growing", "submodels"},
-    {"cotraining", "evaluation", "extraction"},
-    {"checkpoints"},
-    {"interrupts", "progressive", "randomness", "reporting", "resuming", "runs", "snapshots", "streams", "texttables"},
-    {"feeding"},
-    {"loop"},
-    {"fitting"},
-    {"lm"},
-    {"studies"},
-    {"cli"},
-    {"__main__"},
+PACKAGES = (
+    *("errors", "optim", "nesting", "family", "objectives", "training"),
+    *("streams", "lm", "cli", "__main__"),
 )
-NUM_CORE_FLOORS = 11  # from the ground up: these import torch and nothing heavier
-CORE_PACKAGES = {"torch", "safetensors", "jaxtyping", *sys.stdlib_module_names}
+"""From the ground up: each imports from those before it alone."""
+
+MOST_FLOORS = {"optim": 3, "nesting": 6, "family": 4, "objectives": 3, "training": 5, "streams": 4, "lm": 9}
+"""The longest chain of imports inside a package: a new floor needs a reason."""
+
+CORE = PACKAGES[: PACKAGES.index("training") + 1]  # these import torch and nothing heavier
+CORE_PACKAGES = {"torch", "safetensors", "jaxtyping", "numpy", *sys.stdlib_module_names}
 WITHOUT_TORCH = (
     *("__init__", "__main__", "cli", "errors"),
-    *("lm.__init__", "lm.recipe", "lm.settings", "lm.tabled", "studies.__init__", "studies.study_settings"),
+    *("lm.__init__", "lm.recipe", "lm.command_settings", "lm.typed_tables"),
 )
 
-PACKAGE = Path(matta.__file__).parent
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-FILES = sorted(PACKAGE.rglob("*.py"))
-NAMES = [".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in FILES]
-MODULES = list(zip(NAMES, FILES, strict=True))
-CORE = [(name, file) for name, file in MODULES if FLOOR_OF.get(name.split(".")[0], 99) < NUM_CORE_FLOORS]
+ROOT = Path(matta.__file__).parent
+FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
+INSIDE = {package: [name for name in FILES if name.startswith(f"{package}.")] for package in MOST_FLOORS}
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -70,11 +47,22 @@ def imports(tree: ast.AST, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def imports_at_load(file: Path, package: str) -> set[str]:
+def imported_modules(name: str) -> set[str]:
+    """The modules of matta that a module imports anywhere, by their names inside matta."""
+    found = set()
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    for each in imports(tree, f"matta.{name}".rpartition(".")[0]):
+        parts = each.split(".")
+        if parts[0] == "matta" and parts[1:2] != ["__version__"]:
+            inner = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+            found.add(next((known for known in inner if known in FILES or f"{known}.__init__" in FILES), inner[-1]))
+    return found
+
+
+def imports_at_load(name: str) -> set[str]:
     """Top-level packages imported when a module is loaded: not in functions, not for type checkers."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
     found: set[str] = set()
-    todo: list[ast.AST] = list(tree.body)
+    todo: list[ast.AST] = list(ast.parse(FILES[name].read_text(encoding="utf-8")).body)
     while todo:
         node = todo.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -82,38 +70,68 @@ def imports_at_load(file: Path, package: str) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             todo += node.orelse
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found.update(name.split(".")[0] for name in imports(node, package))
+            found.update(each.split(".")[0] for each in imports(node, f"matta.{name}".rpartition(".")[0]))
         else:
             todo += ast.iter_child_nodes(node)
     return found
 
 
-def test_every_module_has_a_floor() -> None:
-    modules = {name.split(".")[0] for name in NAMES} - {"__init__"}
-    assert modules == FLOOR_OF.keys(), "enter a new module into FLOORS, take out one that is gone"
+def floors(package: str) -> dict[str, int]:
+    """The floor of each module of a package: one above the highest module of the package that it imports."""
+    found: dict[str, int] = {}
+
+    def floor_of(name: str, path: tuple[str, ...] = ()) -> int:
+        assert name not in path, f"modules import each other: {' -> '.join((*path, name))}"
+        if name not in found:
+            below = imported_modules(name) & set(INSIDE[package])
+            found[name] = max((floor_of(each, (*path, name)) + 1 for each in below), default=0)
+        return found[name]
+
+    for name in INSIDE[package]:
+        if not name.endswith("__init__"):
+            floor_of(name)
+    return found
 
 
-@pytest.mark.parametrize(("name", "file"), MODULES, ids=NAMES)
-def test_imports_come_from_lower_floors(name: str, file: Path) -> None:
-    if name == "__init__":
-        pytest.skip("the facade names every module, and imports each when it is asked for")
-    own, _, inside = name.partition(".")
-    package = f"matta.{own}" if inside else "matta"
-    assert own in FLOOR_OF, f"{name} is not in FLOORS"
-    for imported in imports(ast.parse(file.read_text(encoding="utf-8")), package):
-        parts = imported.split(".")
-        if parts[0] != "matta" or parts[1] == "__version__" or (inside and parts[1] == own):
-            continue
-        assert parts[1] in FLOOR_OF, f"{name} imports {imported}: import it from the module that defines it"
-        assert FLOOR_OF[parts[1]] < FLOOR_OF[own], f"{name} imports {imported}, which is not on a lower floor"
+def test_every_package_has_a_floor() -> None:
+    assert {name.split(".")[0] for name in FILES} - {"__init__"} == set(PACKAGES)
 
 
-@pytest.mark.parametrize(("name", "file"), CORE)
-def test_the_core_loads_torch_and_nothing_heavier(name: str, file: Path) -> None:
-    assert imports_at_load(file, "matta") <= {"matta", *CORE_PACKAGES}
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
+def test_imports_come_from_lower_packages(name: str) -> None:
+    own = name.split(".")[0]
+    for imported in imported_modules(name):
+        package = imported.split(".")[0]
+        if package != own:
+            assert package in PACKAGES, f"{name} imports {imported}: import it from the module that defines it"
+            assert PACKAGES.index(package) < PACKAGES.index(own), f"{name} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("package", MOST_FLOORS)
+def test_a_package_has_no_more_floors_than_its_story_needs(package: str) -> None:
+    assert max(floors(package).values()) + 1 <= MOST_FLOORS[package]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[0] in CORE])
+def test_the_core_loads_torch_and_nothing_heavier(name: str) -> None:
+    assert imports_at_load(name) <= {"matta", *CORE_PACKAGES}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_help_needs_loads_only_the_standard_library(name: str) -> None:
-    file = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-    assert imports_at_load(file, f"matta.{name}".rpartition(".")[0]) <= {"matta", *sys.stdlib_module_names}
+    assert imports_at_load(name) <= {"matta", *sys.stdlib_module_names}
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = Counter(name.split(".")[-1] for name in FILES if not name.endswith("__init__"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("package", MOST_FLOORS)
+def test_a_package_begins_with_its_table_of_contents(package: str) -> None:
+    """The `__init__` of a package has a docstring that names each of its modules, imports, and nothing else."""
+    body = ast.parse(FILES[f"{package}.__init__"].read_text(encoding="utf-8")).body
+    contents = ast.get_docstring(ast.Module(body, [])) or ""
+    missing = [name for name in INSIDE[package] if name.count(".") == 1 and f"`{name.split('.')[1]}`" not in contents]
+    assert [name for name in missing if not name.endswith("__init__")] == []
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign | ast.Try) for node in body)

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import matta
 from matta.errors import GrowthError, TracingError
-from matta.growing import grow
-from matta.tracing import trace_layouts
+from matta.nesting.growing import grow
+from matta.nesting.tracing import trace_layouts
 
 
 class Ranker(nn.Module):

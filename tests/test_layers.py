@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from matta.errors import NestingError
-from matta.layers import LayerMap, is_module_list, map_layers, place_layers, translate
+from matta.nesting.declarations import LayerMap, is_module_list, map_layers, place_layers, translate
 
 DEPTHS = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 RULES = ["first", "last", "even", "ends"]

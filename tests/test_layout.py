@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matta.errors import LayoutError
-from matta.layout import Axis, Layout, Segment
+from matta.nesting.layout import Axis, Layout, Segment
 
 PAIRS = st.tuples(st.integers(0, 4), st.integers(0, 3)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 SEGMENTS = st.lists(PAIRS, min_size=1, max_size=3).map(

@@ -21,22 +21,20 @@ import torch
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.lm.settings import EvaluateSettings
+from matta.lm.command_settings import EvaluateSettings
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
-from matta.lm.benchmarks import run, score_folder  # noqa: E402
-from matta.lm.bits import bits_per_byte  # noqa: E402
-from matta.lm.contestants import contestants, is_own_code  # noqa: E402
+from matta.lm.benchmark_tables import PAPER, markdown, notes, rich_tables, tables  # noqa: E402
+from matta.lm.benchmarks import contestants, is_own_code, run  # noqa: E402
+from matta.lm.bits_per_byte import bits_per_byte  # noqa: E402
 from matta.lm.folders import export  # noqa: E402
-from matta.lm.judging import Suite, load_judge  # noqa: E402
+from matta.lm.judging import BENCHMARKS, Suite, choose, load_judge, scores_of, write_tasks  # noqa: E402
 from matta.lm.recipe import DataPart, FamilyPart, ModelPart, Recipe, SourcePart, TrainPart  # noqa: E402
-from matta.lm.runs import write_json, write_run  # noqa: E402
-from matta.lm.suite import BENCHMARKS, choose, write_tasks  # noqa: E402
-from matta.lm.tables import PAPER, markdown, notes, rich_tables, tables  # noqa: E402
 from matta.lm.tasks.sat_math import has_content, has_letter, hub_form, process_results  # noqa: E402
-from matta.lm.tokenizers import TextEncoder, load_tokenizer  # noqa: E402
+from matta.lm.tokens import TextEncoder, load_tokenizer  # noqa: E402
+from matta.lm.trained_runs import write_json, write_run  # noqa: E402
 
 TEXT = "Six short benchmarks say little of a small model; a text says more. " * 8
 LIMIT = 6
@@ -205,9 +203,8 @@ def test_figures_equal_those_of_simple_evaluate(workshop: Path, judged: dict[str
     options: dict[str, Any] = {"pretrained": str(workshop / "student"), "dtype": "float32"}
     theirs = simple_evaluate("hf", options, names, batch_size=3, device="cpu", limit=LIMIT, task_manager=manager)
     assert theirs is not None
-    ours = score_folder(
-        workshop / "student", Suite(choose("hellaswag,boolq"), workshop / "data", tmp_path / "ours", limit=LIMIT)
-    )
+    suite = Suite(choose("hellaswag,boolq"), workshop / "data", tmp_path / "ours", limit=LIMIT)
+    ours = scores_of(load_judge(str(workshop / "student"), batch=8), suite)[0]
     for name, scores in ours.items():
         assert figures(scores) == figures(judged["models"][0]["scores"][name])
         for (task, metric), (value, error) in figures(scores).items():
@@ -396,7 +393,7 @@ def test_items_in_the_hubs_form_are_scored_alike(workshop: Path, tmp_path: Path)
     write_items(tmp_path / "hub", {"sat_math": items})
     folders = {"own": workshop / "data", "hub": tmp_path / "hub"}
     scores = [
-        score_folder(workshop / "student", Suite(choose("sat_math"), data, tmp_path / name))
+        scores_of(load_judge(str(workshop / "student"), batch=8), Suite(choose("sat_math"), data, tmp_path / name))[0]
         for name, data in folders.items()
     ]
     assert scores[0] == scores[1]

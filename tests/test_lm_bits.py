@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from matta.errors import RunError
-from matta.lm.bits import bits_per_byte, change, rolling_windows
+from matta.lm.bits_per_byte import bits_per_byte, change, rolling_windows
 
 transformers = pytest.importorskip("transformers")
 
-from matta.lm.blocks import token_blocks  # noqa: E402
 from matta.lm.documents import Document  # noqa: E402
-from matta.lm.tokenizers import TextEncoder  # noqa: E402
+from matta.lm.tokens import TextEncoder, token_blocks  # noqa: E402
 
 TEXT = "Wide above, narrow below: ein größeres Modell ⊃ das kleine 🪆. " * 4
 

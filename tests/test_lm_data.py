@@ -29,12 +29,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 
 import matta
 from matta.errors import RunError
-from matta.lm import corpus, hub, packing, streaming
-from matta.lm.documents import Counts, TextSource, read_documents
+from matta.lm import packing, text_files, text_streaming, tokens
+from matta.lm.documents import Counts, TextSource, held_out_documents, read_documents
 from matta.lm.packing import PackedTokens
-from matta.lm.shuffling import Shuffled, draws
-from matta.lm.texts import held_out_documents
-from matta.lm.tokenizers import (
+from matta.lm.text_streaming import Shuffled, draws
+from matta.lm.tokens import (
     TextEncoder,
     disagreement,
     load_tokenizer,
@@ -293,7 +292,7 @@ def test_cutting_before_spaces_leaves_the_tokens_as_they_were(tmp_path: Path) ->
     text = "the other, then he; " * 60 + "the end"
     (tmp_path / "a.txt").write_text(text)
     source = TextSource(path=tmp_path / "a.txt", piece_bytes=100)
-    cut = corpus.load_corpus(source, tokenizer, None)
+    cut = tokens.load_corpus(source, tokenizer, None)
     assert cut.tokens.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert cut.counts.cut == cut.counts.documents == 1
 
@@ -306,7 +305,7 @@ def test_a_piece_that_is_not_utf8_is_left_out_and_the_document_ends(tmp_path: Pa
 
 def test_a_document_without_a_good_piece_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff" * 50 + b";first;" + b"\xff" * 50 + b";" + b"\xff" * 9 + b";last")
-    made = corpus.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
+    made = tokens.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
     assert made.tokens.tolist() == [*b"first", END, *b"last", END]
     assert made.counts.skipped == {"not UTF-8": 3 + 3 + 1}
 
@@ -505,7 +504,7 @@ MAKERS: dict[str, Callable[[Path], PackedTokens]] = {
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few documents are many blocks."""
-    monkeypatch.setattr(streaming, "BLOCK_CHARS", 100)
+    monkeypatch.setattr(text_streaming, "BLOCK_CHARS", 100)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -538,7 +537,7 @@ def test_resumed_at_any_batch_it_equals_the_uninterrupted_run(
 def test_a_document_whose_end_is_broken_ends_also_after_a_resume(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(streaming, "BLOCK_CHARS", 1)  # so that the end comes in a block of its own
+    monkeypatch.setattr(text_streaming, "BLOCK_CHARS", 1)  # so that the end comes in a block of its own
     (tmp_path / "a.txt").write_bytes((b"a" * 20 + b"\xff;") * 8)
     settings = {"source": TextSource(path=tmp_path, separator=";", piece_bytes=20), "context": 3, "batch": 1}
     rows, _ = dealt(pack(tmp_path, **settings))
@@ -593,7 +592,7 @@ def test_a_tokenizer_written_in_python_will_do(tmp_path: Path) -> None:
 def test_an_interpreter_ends_while_text_is_being_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words and more " * 100_000)
     code = (
-        "from matta.lm.tokenizers import load_tokenizer as load; from matta.lm.documents import TextSource;"
+        "from matta.lm.tokens import load_tokenizer as load; from matta.lm.documents import TextSource;"
         "from matta.lm.packing import PackedTokens;"
         f"data = PackedTokens(TextSource(path={str(tmp_path)!r}), load('bytes'), context=16, batch=2, stream=True);"
         "print(next(data)['input_ids'].shape)"
@@ -692,13 +691,13 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
         calls.append(1)
         return TextEncoder(tokenizer)
 
-    monkeypatch.setattr(corpus, "TextEncoder", counted)
+    monkeypatch.setattr(tokens, "TextEncoder", counted)
     first = pack(path, cache=tmp_path / "cache")
     again = pack(path, cache=tmp_path / "cache", context=8, seed=4)
     assert len(calls) == 1 and again.report()["documents"] == 40
     assert dealt(first)[0] == rows
-    tokens = next((tmp_path / "cache").glob("*/tokens.bin"))
-    tokens.write_bytes(tokens.read_bytes()[:-2])
+    kept = next((tmp_path / "cache").glob("*/tokens.bin"))
+    kept.write_bytes(kept.read_bytes()[:-2])
     assert dealt(pack(path, cache=tmp_path / "cache"))[0] == rows and len(calls) == 2, (
         "one that is damaged is made anew"
     )
@@ -769,17 +768,17 @@ def test_a_column_that_the_hub_does_not_have(tmp_path: Path) -> None:
 
 def test_a_lost_connection_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
-    rows = hub.HubShards._rows
+    monkeypatch.setattr(text_files.time, "sleep", waits.append)
+    rows = text_files.HubShards._rows
     lost = iter([5, 2, 0, 0])
 
-    def shaky(self: hub.HubShards, index: int, skip: int) -> Iterator[Any]:
+    def shaky(self: text_files.HubShards, index: int, skip: int) -> Iterator[Any]:
         last = next(lost, None)
         yield from itertools.islice(rows(self, index, skip), last)
         if last is not None:
             raise ConnectionError("reset by peer")
 
-    monkeypatch.setattr(hub.HubShards, "_rows", shaky)
+    monkeypatch.setattr(text_files.HubShards, "_rows", shaky)
     path = written(tmp_path, WORDS)
     assert [each.text for each in read_documents(TextSource(hub=str(path)))] == WORDS
     assert waits == [1.0, 1.0, 4.0, 15.0], "waits grow until a row is read"

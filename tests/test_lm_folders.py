@@ -23,14 +23,13 @@ import matta
 from matta.errors import RunError, SubModelError
 from matta.lm import folders
 from matta.lm.cards import Score, card_of
+from matta.lm.command_settings import ExtractSettings
 from matta.lm.configurations import fit_configuration
-from matta.lm.extracting import run, spec_of, specs_of
-from matta.lm.family import require_writable
+from matta.lm.extracting import require_writable, run, spec_of, specs_of
 from matta.lm.folders import CODE, auto_class, export
 from matta.lm.recipe import read_recipe
-from matta.lm.runs import NESTED, RESULTS, write_run
-from matta.lm.settings import ExtractSettings
-from matta.lm.tokenizers import load_tokenizer
+from matta.lm.tokens import load_tokenizer
+from matta.lm.trained_runs import NESTED, RESULTS, write_run
 
 VOCABULARY = 300
 IDS = torch.arange(5, 29).view(2, 12)
@@ -346,7 +345,7 @@ def test_the_card_says_what_the_model_is(nestings: dict[str, matta.Nested], tmp_
     assert f"| Student | {sizes[0]:,} | 24 | 3 | 4 | 2 |" in text
     assert f"| Teaching Assistant | {sizes[1]:,} | 40 | 4 | 8 | 4 |" in text
     assert f"| this model: k=2 | {sizes[2]:,} | mixed | 4 | mixed | mixed |" in text
-    assert "- wide: `model.layers.0`, `model.layers.3`\n- narrow: `model.layers.1` to `model.layers.2`" in text
+    assert "- wide: `model.layers` 0, 3\n- narrow: `model.layers` 1-2" in text
     assert "| lambada | acc | 0.2500 ± 0.0100 |" in text
     assert "trust_remote_code=True" in text
     assert "2505.23337" in text

@@ -24,18 +24,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import matta
 from matta.cli import main
-from matta.cotraining import CoTraining
 from matta.errors import GrowthError, RunError
-from matta.lm.costs import cost_of, family_costs
-from matta.lm.memory import optimizer_bytes, saved_bytes
-from matta.lm.models import build_pair, nest_pair
-from matta.lm.optimizing import make_optimizer, rate_factor
+from matta.lm.command_settings import TrainSettings
+from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
+from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
+from matta.lm.documents import held_out_documents, pydoc_topics, text_source
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, read_recipe, recipe_from_values, recipe_to_values
-from matta.lm.runs import load_run, read_run_recipe
-from matta.lm.settings import TrainSettings
-from matta.lm.texts import held_out_documents, pydoc_topics, text_source
-from matta.lm.training import Meter, run
+from matta.lm.recipe_training import Meter, run
+from matta.lm.trained_runs import load_run, read_run_recipe
+from matta.training.cotraining import CoTraining
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 16}

@@ -17,15 +17,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import matta
 from matta.errors import RunError
-from matta.labels import TopK
-from matta.lm import stored, teaching
+from matta.family.storage import add_checksums
+from matta.lm import teacher_labels, teaching
+from matta.lm.command_settings import TeachSettings
 from matta.lm.documents import TextSource
 from matta.lm.packing import IGNORED, PackedTokens
-from matta.lm.settings import TeachSettings
-from matta.lm.stored import MANIFEST, About, StoredTeacher, begin, with_teacher
+from matta.lm.teacher_labels import MANIFEST, About, StoredTeacher, begin, with_teacher
 from matta.lm.teaching import Teacher, load_teacher
-from matta.lm.tokenizers import load_tokenizer
-from matta.storage import add_checksums
+from matta.lm.tokens import load_tokenizer
+from matta.objectives.labels import TopK
 
 BYTES, CONTEXT, TOP = load_tokenizer("bytes"), 8, 5
 TEXT = "\f".join(f"Document {index} is about {'cats' if index % 3 else 'dogs'} and {index**3}." for index in range(20))
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "recipe.toml").write_text(RECIPE.replace("PATH", str(path / "text.txt")))
     save(gpt2(), path / "teacher")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "_SHARD_BYTES", 4 * 8 * (CONTEXT - 1) * TOP * 4)
+        patch.setattr(teacher_labels, "_SHARD_BYTES", 4 * 8 * (CONTEXT - 1) * TOP * 4)
         teaching.run(settings(path))
     return path
 
@@ -92,7 +92,7 @@ def packed(path: Path, *, batch: int = 3, context: int = CONTEXT, **options: Any
     return PackedTokens(source, BYTES, context=context, batch=batch, **options)
 
 
-def taught(path: Path, **options: Any) -> stored.TaughtTokens:
+def taught(path: Path, **options: Any) -> teacher_labels.TaughtTokens:
     return with_teacher(packed(path, **options), StoredTeacher(path / "labels"))
 
 
@@ -172,7 +172,7 @@ def test_a_run_trained_on_stored_labels_resumes_exactly(folder: Path, tmp_path: 
         nested = matta.nest(gpt2(1), gpt2(2, n_inner=64), layers={"transformer.h": "first"})
         return matta.CoTraining(nested, matta.objectives.CausalLM(), accumulate=2)
 
-    def train(steps: int, data: stored.TaughtTokens, **options: Any) -> dict[str, Tensor]:
+    def train(steps: int, data: teacher_labels.TaughtTokens, **options: Any) -> dict[str, Tensor]:
         cotrain = pair()
         optimizer = torch.optim.AdamW(cotrain.nested.parameters(), lr=1e-2)
         matta.fit(cotrain, data, optimizer, steps=steps, progress=False, tensorboard=False, **options)
@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_with_the_files_that_are_missing(
     for file in (files[1], files[-1]):
         file.unlink()
     (out / ".labels-00001.safetensors.part").write_bytes(b"half")
-    monkeypatch.setattr(stored, "_SHARD_BYTES", 4 * 8 * (CONTEXT - 1) * TOP * 4)
+    monkeypatch.setattr(teacher_labels, "_SHARD_BYTES", 4 * 8 * (CONTEXT - 1) * TOP * 4)
     result = teaching.run(settings(folder, out=out))
     assert (result["files_written_now"], result["files"]) == (2, len(files))
     assert {each.name for each in out.iterdir()} == {each.name for each in whole.iterdir()}
@@ -318,7 +318,7 @@ def test_labels_that_cannot_be_written_are_said_in_a_line(folder: Path, tmp_path
     about = StoredTeacher(folder / "labels").about
     labels = TopK(*(torch.zeros(1, CONTEXT - 1, TOP) for _ in range(3)))
     with pytest.raises(RunError, match="labels-00000.safetensors cannot be written: .*; make room for it, and run"):
-        stored.write_shard(tmp_path / "gone", 0, about, np.zeros(1, np.int64), labels)
+        teacher_labels.write_shard(tmp_path / "gone", 0, about, np.zeros(1, np.int64), labels)
 
 
 def test_labels_of_other_data_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_teacher_without_some_of_its_weights_is_refused(tmp_path: Path) -> Non
 def test_a_teacher_or_its_labels_may_be_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     assert load_teacher("~/teacher", BYTES).num_classes == 257
-    assert stored.is_stored("~/labels") and StoredTeacher("~/labels").path == folder / "labels"
+    assert teacher_labels.is_stored("~/labels") and StoredTeacher("~/labels").path == folder / "labels"
 
 
 def test_a_teacher_that_gives_nan_writes_no_labels(folder: Path, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_teacher_that_gives_nan_writes_no_labels(folder: Path, tmp_path: Path)
 
 def test_no_teacher_is_not_the_labels_of_the_present_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / "labels")
-    assert stored.is_stored(".") and not stored.is_stored("")
+    assert teacher_labels.is_stored(".") and not teacher_labels.is_stored("")
 
 
 def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

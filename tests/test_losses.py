@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from matta.losses import (
+from matta.objectives.losses import (
     at_least_float32,
     binary_cross_entropy,
     distillation_loss,

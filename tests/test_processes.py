@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.processes import make_accelerator, num_launched, require_all
+from matta.training.processes import make_accelerator, num_launched, require_all
 
 Pair = tuple[Tensor, Tensor]
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")
@@ -125,7 +125,7 @@ def test_logged_losses_are_means_over_labels() -> None:
 
 
 def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
-    from matta.feeding import Feed
+    from matta.training.feeding import Feed
 
     three = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=3, split_batches=False)
     data = TensorDataset(torch.zeros(32, 2), torch.zeros(32))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 import matta
-import matta.progressive
+import matta.training.progressive_validation
 from matta.errors import LabelError, RunError
 from matta.streams import EventBatch
 
@@ -154,7 +154,7 @@ def test_a_state_goes_on(num_batches: int) -> None:
 
 
 def test_points_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matta.progressive, "_MOST_POINTS", 20)
+    monkeypatch.setattr(matta.training.progressive_validation, "_MOST_POINTS", 20)
     validation = matta.ProgressiveValidation(window=2, num_bins=2)
     for _ in range(60):
         feed(validation, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))

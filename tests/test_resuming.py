@@ -28,9 +28,9 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import matta
-from matta.cotraining import CoTraining, CoTrainingOutput
 from matta.errors import RunError
-from matta.resuming import arguments_of
+from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.resuming import arguments_of
 from test_fitting import Setup, Stopped, assert_equal, batches, examples, seed_all
 
 COUNT, BATCH = 12, 3

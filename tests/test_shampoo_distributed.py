@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from matta.errors import OptimizerError
-from matta.preconditioner import Factors
-from matta.shampoo import Shampoo
+from matta.optim.preconditioner import Factors
+from matta.optim.shampoo import Shampoo
 
 NUM_PROCESSES = 2
 NUM_STEPS = 14

@@ -42,4 +42,4 @@ def test_modules_of_matta_are_checked(name: str) -> None:
 
 
 def test_losses_have_shapes() -> None:
-    assert "matta.losses" in MODULES
+    assert "matta.objectives.losses" in MODULES

@@ -18,8 +18,8 @@ import torch
 
 import matta
 from matta.errors import RunError
-from matta.feeding import Feed
 from matta.streams import Categorical, Encoder, EventBatch, Folder, Numeric, Rows, Schema, Stream
+from matta.training.feeding import Feed
 
 SCHEMA = Schema(
     columns={

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.studies import relevance
-from matta.studies.experiment import Job, Measured, Training, new_run_folder
-from matta.studies.intervals import relative_change
-from matta.studies.labelled_films import (
+from matta_studies import relevance
+from matta_studies.experiment import Job, Measured, Training, new_run_folder
+from matta_studies.intervals import relative_change
+from matta_studies.labelled_films import (
     Ratings,
     RelevanceData,
     Tuples,
@@ -29,8 +29,8 @@ from matta.studies.labelled_films import (
     num_ticks,
     save_data,
 )
-from matta.studies.rankers import Ranker, RankerSize, nest_rankers
-from matta.studies.relevance import (
+from matta_studies.rankers import Ranker, RankerSize, nest_rankers
+from matta_studies.relevance import (
     ARMS,
     RankerTrial,
     RelevancePlan,
@@ -42,9 +42,9 @@ from matta.studies.relevance import (
     train,
     tuples_loss,
 )
-from matta.studies.study_settings import RelevanceSettings
-from matta.studies.tuning import Search
-from matta.studies.worker_pool import worker_processes
+from matta_studies.study_settings import RelevanceSettings
+from matta_studies.tuning import Search
+from matta_studies.worker_pool import worker_processes
 
 TINY = Setting(size=RankerSize(embedding=2, hidden=(4, 3)), batch=64)
 FAST = dataclasses.replace(TINY, passes=2)

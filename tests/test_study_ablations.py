@@ -15,9 +15,9 @@ from torch.nn import functional
 from made_events import made_stream
 from matta.cli import main
 from matta.errors import RunError
-from matta.studies import ablations
-from matta.studies.ablation_variants import BASELINE, BOTH, MATTA, PLACES, QUALITY, RELEVANCE, SHAMPOO, Study
-from matta.studies.ablations import (
+from matta_studies import ablations
+from matta_studies.ablation_variants import BASELINE, BOTH, MATTA, PLACES, QUALITY, RELEVANCE, SHAMPOO, Study
+from matta_studies.ablations import (
     CLAIMS,
     Bench,
     blend,
@@ -35,17 +35,17 @@ from matta.studies.ablations import (
     variant_rows,
     verdict,
 )
-from matta.studies.event_streams import save_stream
-from matta.studies.experiment import Job, Lesson, Measured, Training, run_seeds
-from matta.studies.intervals import Change
-from matta.studies.labelled_films import RelevanceData, Tuples, save_data
-from matta.studies.presentation import markdown
-from matta.studies.quality import StreamSetting, make_model, predict_and_learn
-from matta.studies.rankers import Ranker, RankerSize, nest_rankers
-from matta.studies.relevance import Setting, train
-from matta.studies.study_settings import AblationsSettings
-from matta.studies.tuning import Search
-from matta.studies.worker_pool import worker_processes
+from matta_studies.event_streams import save_stream
+from matta_studies.experiment import Job, Lesson, Measured, Training, run_seeds
+from matta_studies.intervals import Change
+from matta_studies.labelled_films import RelevanceData, Tuples, save_data
+from matta_studies.presentation import markdown
+from matta_studies.quality import StreamSetting, make_model, predict_and_learn
+from matta_studies.rankers import Ranker, RankerSize, nest_rankers
+from matta_studies.relevance import Setting, train
+from matta_studies.study_settings import AblationsSettings
+from matta_studies.tuning import Search
+from matta_studies.worker_pool import worker_processes
 
 DEEP = RankerSize(embedding=2, hidden=(3, 4), blocks=3)
 SECOND = RankerSize(embedding=2, hidden=(6, 5))

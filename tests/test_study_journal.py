@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from matta.errors import RunError
-from matta.studies.journal import journal_of, kept
-from matta.studies.worker_pool import Run
+from matta_studies.journal import journal_of, kept
+from matta_studies.worker_pool import Run
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from rich.console import Console
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.studies import language
-from matta.studies.experiment import Job, Measured, RunJobs, Training
-from matta.studies.intervals import difference
-from matta.studies.language import (
+from matta.family.submodels import wide_narrow_wide
+from matta_studies import language
+from matta_studies.experiment import Job, Measured, RunJobs, Training
+from matta_studies.intervals import difference
+from matta_studies.language import (
     ARMS,
     PLACES,
     GptSize,
@@ -45,9 +46,8 @@ from matta.studies.language import (
     sampler,
     train,
 )
-from matta.studies.study_settings import LanguageSettings
-from matta.studies.tuning import Search
-from matta.submodels import wide_narrow_wide
+from matta_studies.study_settings import LanguageSettings
+from matta_studies.tuning import Search
 
 TINY = Setting(
     student=GptSize(layers=3, width=8, ffn=8, heads=2),
@@ -248,7 +248,7 @@ def test_a_stopped_study_goes_on_and_finds_the_same(
 
         yield run_jobs
 
-    monkeypatch.setattr("matta.studies.experiment.worker_processes", in_this_process)
+    monkeypatch.setattr("matta_studies.experiment.worker_processes", in_this_process)
     monkeypatch.setattr(language, "plan_of", lambda settings: TINY_PLAN)
     stopped, whole = LanguageSettings(out=tmp_path / "stopped"), LanguageSettings(out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -17,8 +17,8 @@ from rich.console import Console
 from made_events import made_stream
 from matta.cli import main
 from matta.errors import RunError
-from matta.studies import event_streams, quality
-from matta.studies.event_streams import (
+from matta_studies import event_streams, quality
+from matta_studies.event_streams import (
     flight_stream,
     join,
     load_stream,
@@ -27,9 +27,9 @@ from matta.studies.event_streams import (
     rating_stream,
     save_stream,
 )
-from matta.studies.experiment import Arm, Job, Measured, Training
-from matta.studies.intervals import beyond_the_sum, relative_change
-from matta.studies.quality import (
+from matta_studies.experiment import Arm, Job, Measured, Training
+from matta_studies.intervals import beyond_the_sum, relative_change
+from matta_studies.quality import (
     ARMS,
     PAPER,
     Predicted,
@@ -44,8 +44,8 @@ from matta.studies.quality import (
     run_study,
     score,
 )
-from matta.studies.study_settings import QualitySettings
-from matta.studies.tuning import Search
+from matta_studies.study_settings import QualitySettings
+from matta_studies.tuning import Search
 
 TINY = StreamSetting(embedding=2, hidden=(4, 3), ta_factor=2, batch=32, ramp=5)
 BASELINE = StreamTrial(method="baseline", optimizer="adagrad", lr=0.1)

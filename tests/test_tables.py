@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import matta
-from matta import tables
-from matta.layout import Segment
+from matta.nesting import known_modules as tables
+from matta.nesting.layout import Segment
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GPT2": ("GPT2", {"n_inner": 12}, {"num_attention_heads": 4, "hidden_size": 16, "n_inner": 20}),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import Case, places
-from matta.channels import Channels
 from matta.errors import TracingError
-from matta.layout import Segment
-from matta.tracing import Part, Trace, trace, trace_layouts
+from matta.nesting.channels import Channels
+from matta.nesting.layout import Segment
+from matta.nesting.tracing import Part, Trace, trace, trace_layouts
 from zoo import CASES
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from matta.studies.tuning import Search
+from matta_studies.tuning import Search
 
 Run = tuple[int, int]
 

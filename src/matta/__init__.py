@@ -11,83 +11,72 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Where each public name is defined; None: the name is a module of its own.
-_DEFINED_IN: dict[str, str | None] = {
-    "CoTraining": "cotraining",
-    "Evaluation": "evaluation",
-    "Layout": "layout",
-    "MattaError": "errors",
-    "Nested": "nesting",
-    "ProgressiveValidation": "progressive",
-    "Ramp": "schedule",
-    "Shampoo": "shampoo",
-    "Snapshots": "snapshots",
-    "SubModel": "submodels",
-    "Weights": "schedule",
-    "errors": None,
-    "extract": "extraction",
-    "fit": "fitting",
-    "grow": "growing",
-    "layer_names": "submodels",
-    "live": "submodels",
-    "load": "checkpoints",
-    "narrow": "submodels",
-    "nest": "nesting",
-    "objectives": None,
-    "probe": "nesting",
-    "random_sub_model": "submodels",
-    "read_snapshot": "snapshots",
-    "recalibrate": "extraction",
-    "save": "checkpoints",
-    "shampoo_groups": "shampoo",
-    "streams": None,
-    "trace_layouts": "tracing",
-    "wide": "submodels",
-    "wide_narrow_wide": "submodels",
+_PUBLIC_MODULES = ("errors", "objectives", "streams")
+_PUBLIC_NAMES = {
+    "nesting": ("Layout", "Nested", "grow", "nest", "probe", "trace_layouts"),
+    "training": (
+        "CoTraining",
+        "Evaluation",
+        "ProgressiveValidation",
+        "Ramp",
+        "Snapshots",
+        "Weights",
+        "fit",
+        "read_snapshot",
+    ),
+    "family": (
+        *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
+        *("wide", "wide_narrow_wide"),
+    ),
+    "optim": ("Shampoo", "shampoo_groups"),
+    "errors": ("MattaError",),
 }
+_DEFINED_IN = {name: package for package, names in _PUBLIC_NAMES.items() for name in names}
 
-__all__ = sorted(_DEFINED_IN)
+__all__ = sorted((*_PUBLIC_MODULES, *_DEFINED_IN))
 
 if TYPE_CHECKING:
     from matta import errors as errors
     from matta import objectives as objectives
     from matta import streams as streams
-    from matta.checkpoints import load as load
-    from matta.checkpoints import save as save
-    from matta.cotraining import CoTraining as CoTraining
     from matta.errors import MattaError as MattaError
-    from matta.evaluation import Evaluation as Evaluation
-    from matta.extraction import extract as extract
-    from matta.extraction import recalibrate as recalibrate
-    from matta.fitting import fit as fit
-    from matta.growing import grow as grow
-    from matta.layout import Layout as Layout
+    from matta.family import SubModel as SubModel
+    from matta.family import extract as extract
+    from matta.family import layer_names as layer_names
+    from matta.family import live as live
+    from matta.family import load as load
+    from matta.family import narrow as narrow
+    from matta.family import random_sub_model as random_sub_model
+    from matta.family import recalibrate as recalibrate
+    from matta.family import save as save
+    from matta.family import wide as wide
+    from matta.family import wide_narrow_wide as wide_narrow_wide
+    from matta.nesting import Layout as Layout
     from matta.nesting import Nested as Nested
+    from matta.nesting import grow as grow
     from matta.nesting import nest as nest
     from matta.nesting import probe as probe
-    from matta.progressive import ProgressiveValidation as ProgressiveValidation
-    from matta.schedule import Ramp as Ramp
-    from matta.schedule import Weights as Weights
-    from matta.shampoo import Shampoo as Shampoo
-    from matta.shampoo import shampoo_groups as shampoo_groups
-    from matta.snapshots import Snapshots as Snapshots
-    from matta.snapshots import read_snapshot as read_snapshot
-    from matta.submodels import SubModel as SubModel
-    from matta.submodels import layer_names as layer_names
-    from matta.submodels import live as live
-    from matta.submodels import narrow as narrow
-    from matta.submodels import random_sub_model as random_sub_model
-    from matta.submodels import wide as wide
-    from matta.submodels import wide_narrow_wide as wide_narrow_wide
-    from matta.tracing import trace_layouts as trace_layouts
+    from matta.nesting import trace_layouts as trace_layouts
+    from matta.optim import Shampoo as Shampoo
+    from matta.optim import shampoo_groups as shampoo_groups
+    from matta.training import CoTraining as CoTraining
+    from matta.training import Evaluation as Evaluation
+    from matta.training import ProgressiveValidation as ProgressiveValidation
+    from matta.training import Ramp as Ramp
+    from matta.training import Snapshots as Snapshots
+    from matta.training import Weights as Weights
+    from matta.training import fit as fit
+    from matta.training import read_snapshot as read_snapshot
 else:
 
     def __getattr__(name):
         """Import a public name on first use (PEP 562)."""
-        if name not in _DEFINED_IN:
+        if name in _PUBLIC_MODULES:
+            value = import_module(f"matta.{name}")
+        elif name in _DEFINED_IN:
+            value = getattr(import_module(f"matta.{_DEFINED_IN[name]}"), name)
+        else:
             raise AttributeError(f"module 'matta' has no attribute {name!r}")
-        module = import_module(f"matta.{_DEFINED_IN[name] or name}")
-        value = getattr(module, name) if _DEFINED_IN[name] else module
         globals()[name] = value
         return value
 

@@ -3,9 +3,6 @@
 A command is an entry in `COMMANDS`: a dataclass of settings, whose fields become its options, and the
 function that takes them. Both are named as "module:attribute"; the function's module is imported only when
 the command runs, so that help comes at once.
-
-Plain argparse: jsonargparse needs 0.12 s for the same help, wants a value after each flag (`--quick true`)
-and spreads an error over three lines.
 """
 
 from __future__ import annotations
@@ -17,12 +14,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, final, get_args, get_origin, get_type_hints
 
 from matta import __version__
-from matta.errors import MattaError, RunError
+from matta.errors import MattaError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -41,26 +37,10 @@ class Command:
     shared: bool = False  # whether several processes can do it together
 
 
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreconditionerSettings:
-    """Settings of `matta figure preconditioner`.
-
-    Raises:
-        RunError: a side that is neither of the two.
-    """
-
-    run: Path = dataclasses.field(metadata={"help": "folder of a run with Shampoo", "positional": True})
-    layer: str = dataclasses.field(metadata={"help": "a matrix of the TA, such as mlp.2.weight", "metavar": "NAME"})
-    side: str = dataclasses.field(default="output", metadata={"help": "which channels: output or input"})
-    out: Path | None = dataclasses.field(
-        default=None, metadata={"help": "the picture (default: in the run)", "metavar": "FILE"}
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown side."""
-        if self.side not in ("output", "input"):
-            raise RunError(f"side={self.side!r}: expected output or input")
+def _study(name: str, summary: str, extra: str = "study") -> Command:
+    module = f"matta_studies.{name}:run"
+    settings = f"matta_studies.study_settings:{name.title()}Settings"
+    return Command(words=("study", name), summary=summary, settings=settings, run=module, extra=extra)
 
 
 GROUPS = {
@@ -72,72 +52,48 @@ COMMANDS = (
     Command(
         words=("plan",),
         summary="what a recipe would train: nesting, sizes, FLOPs and memory, without weights",
-        settings="matta.lm.settings:PlanSettings",
+        settings="matta.lm.command_settings:PlanSettings",
         run="matta.lm.planning:run",
         extra="lm",
     ),
     Command(
         words=("train",),
         summary="co-train the language models of a recipe",
-        settings="matta.lm.settings:TrainSettings",
-        run="matta.lm.training:run",
+        settings="matta.lm.command_settings:TrainSettings",
+        run="matta.lm.recipe_training:run",
         extra="lm",
         shared=True,
     ),
     Command(
         words=("teach",),
         summary="write a Teacher's likeliest tokens for the text of a recipe",
-        settings="matta.lm.settings:TeachSettings",
+        settings="matta.lm.command_settings:TeachSettings",
         run="matta.lm.teaching:run",
         extra="lm",
     ),
     Command(
         words=("extract",),
         summary="write sub-models of a run as Transformers folders",
-        settings="matta.lm.settings:ExtractSettings",
+        settings="matta.lm.command_settings:ExtractSettings",
         run="matta.lm.extracting:run",
         extra="lm",
     ),
     Command(
         words=("evaluate",),
         summary="judge language models by benchmarks and held-out text, in one table",
-        settings="matta.lm.settings:EvaluateSettings",
+        settings="matta.lm.command_settings:EvaluateSettings",
         run="matta.lm.benchmarks:run",
         extra="eval",
     ),
-    Command(
-        words=("study", "relevance"),
-        summary="rank films for users: Student, TA and all sizes between, against a tuned baseline",
-        settings="matta.studies.study_settings:RelevanceSettings",
-        run="matta.studies.relevance:run",
-        extra="study",
-    ),
-    Command(
-        words=("study", "quality"),
-        summary="late flights, predicted online: Student and TA, with and without Shampoo, against a tuned baseline",
-        settings="matta.studies.study_settings:QualitySettings",
-        run="matta.studies.quality:run",
-        extra="study",
-    ),
-    Command(
-        words=("study", "ablations"),
-        summary="what does what in MatTA: optimizers, sharing, weights, sizes, depth, Teachers, on both studies",
-        settings="matta.studies.study_settings:AblationsSettings",
-        run="matta.studies.ablations:run",
-        extra="study",
-    ),
-    Command(
-        words=("study", "language"),
-        summary="a small GPT-2 on real text: Student, TA and all sizes between, against a tuned baseline",
-        settings="matta.studies.study_settings:LanguageSettings",
-        run="matta.studies.language:run",
-        extra="lm,study",
-    ),
+    _study("relevance", "rank films for users: Student, TA and all sizes between, against a tuned baseline"),
+    _study("quality", "late flights, predicted online, with and without Shampoo, against a tuned baseline"),
+    _study("ablations", "optimizers, sharing, weights, sizes, depth and Teachers, on both studies"),
+    _study("language", "a small GPT-2 on real text, and its family, against a tuned baseline", extra="lm,study"),
     Command(
         words=("figure", "preconditioner"),
         summary="Shampoo's factor of a layer as a heat map, with the Student's edge (Fig. 4)",
-        settings="matta.cli:PreconditionerSettings",
-        run="matta.factors:preconditioner",
+        settings="matta_studies.study_settings:PreconditionerSettings",
+        run="matta_studies.preconditioner_figure:run",
         extra="study",
     ),
 )
@@ -166,7 +122,7 @@ def _run(command: Command, options: dict[str, Any], *, as_json: bool) -> None:
     Of several processes (`accelerate launch`) only the one with a result prints it.
     """
     if not command.shared:
-        _named("matta.processes:require_one")(f"matta {' '.join(command.words)}")
+        _named("matta.training.processes:require_one")(f"matta {' '.join(command.words)}")
     settings = _named(command.settings)(**options)
     if not as_json:
         _named(command.run)(settings)

@@ -142,3 +142,8 @@ class RunError(MattaError):
         Traceback (most recent call last):
         matta.errors.RunError: received every_events=None, every_s=None and keep=3; ...
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, for one of ours."""
+    return str(error).strip().split("\n")[0][:200]

@@ -1,1 +1,13 @@
-"""Language models: recipes, text data, Teachers, Transformers folders and benchmarks around the core."""
+"""Language models: from text and a recipe to a co-trained family of Transformers folders, and its judgement.
+
+Read in this order:
+
+- `recipe`, checked by `typed_tables`: what a run trains, on what, and how. `command_settings`: options of the commands.
+- `text_files`, `documents`, `tokens`: text from files or the hub, as documents, as token ids.
+- `packing`, `text_streaming`: batches of packed blocks; text too large for the memory.
+- `decoders`: Student and TA of a recipe, nested. `costs` and `planning`: `matta plan`.
+- `recipe_training`: `matta train`. `trained_runs`: what its folder holds.
+- `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
+- `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
+- `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.
+"""

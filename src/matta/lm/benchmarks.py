@@ -1,34 +1,173 @@
 """`matta evaluate`: language models on the paper's six zero-shot benchmarks and on held-out text, in one table.
 
-With --out the results are there after each model; they hold the command by which lm-eval gives the same figures.
+Models are Transformers folders, those of a run, or names on the hub. Code that comes with a model is run if it is
+matta's own, letter for letter, or if the user says so. With --out, results are written after each model; they hold
+the command by which lm-eval gives the same figures.
 """
 
 from __future__ import annotations
 
-import os
+import json
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, final
 
+import torch
+import transformers
+
 from matta.errors import RunError
-from matta.lm.bits import TextScore, bits_per_byte, change
-from matta.lm.contestants import Contestant, contestants
-from matta.lm.judging import Suite, Values, load_judge, scores_of
+from matta.family.extraction import extract
+from matta.family.storage import write_json
+from matta.family.submodels import SubModel
+from matta.lm.benchmark_tables import markdown, notes, rich_tables
+from matta.lm.bits_per_byte import TextScore, bits_per_byte, change
+from matta.lm.command_settings import EvaluateSettings
+from matta.lm.documents import held_out_documents, text_source
+from matta.lm.extracting import family_of
+from matta.lm.folders import CODE, export, shipped_code
+from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_of
 from matta.lm.recipe import SourcePart
-from matta.lm.settings import EvaluateSettings
-from matta.lm.suite import Figure, choose
-from matta.lm.tables import markdown, notes, rich_tables
-from matta.lm.texts import held_out_documents, text_source
-from matta.storage import write_json
+from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, is_run, load_run
+
+_HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A model to be judged."""
+
+    name: str  # in the table
+    given: str  # on the command line
+    source: str | None = None  # what Transformers loads: an absolute path, or a name on the hub; None: `write` it
+    trust: bool = False  # whether the code that comes with it may be run
+    run: str | None = None  # the run that it is a model of
+    write: Callable[[Path], Path] | None = None
+
+    @contextmanager
+    def at_hand(self) -> Iterator[str]:
+        """What Transformers loads; a model of a run is written into a folder that is removed afterwards."""
+        if self.source is not None:
+            yield self.source
+            return
+        assert self.write is not None, "a model without a source is written"
+        with tempfile.TemporaryDirectory(prefix="matta-") as scratch:
+            yield str(self.write(Path(scratch).resolve() / "model"))
+
+
+def contestants(given: Sequence[str], *, trust: bool = False) -> list[Contestant]:
+    """The models, in the order given, those of a run from the smallest to the TA; each under a name of its own.
+
+    Args:
+        given: Runs of matta train, Transformers folders, or names on the hub.
+        trust: Whether code that comes with foreign models may be run.
+
+    Raises:
+        RunError: one is none of these, or needs code of its own that may not be run.
+    """
+    found = [each for name in dict.fromkeys(given) for each in _of(name, trust)]
+    counts = Counter(each.name for each in found)
+    return [each if counts[each.name] == 1 else replace(each, name=_longer(each)) for each in found]
+
+
+def _longer(contestant: Contestant) -> str:
+    return contestant.given if contestant.run is None else f"{contestant.run} {contestant.name}"
+
+
+def _of(given: str, trust: bool) -> list[Contestant]:
+    path = Path(given).expanduser()
+    if path.is_dir() and is_run(path):
+        return _of_run(given, path.resolve(), trust)
+    if path.is_dir():
+        return [_of_folder(given, path.resolve(), trust)]
+    if path.exists() or not _HUB_NAME.fullmatch(given):
+        raise RunError(f"{given} is no folder; expected a Transformers folder, a run of matta train or a hub name")
+    return [Contestant(name=given, given=given, source=given, trust=trust)]
+
+
+def _of_run(given: str, path: Path, trust: bool) -> list[Contestant]:
+    """The models in the folder of a run; those that are not there are written when their turn comes."""
+    folders = [file.parent for file in sorted((path / MODELS).glob("*/config.json"))]
+    there = {folder.name: folder for folder in folders if not folder.name.startswith(".")}  # those are half-written
+    names = _names_of_run(path)
+    if names and all(folder_name(name) in there for name in names):
+        run, missing = None, {}
+    else:
+        run = load_run(path)
+        missing = family_of(run.nested, run.recipe.family.k)
+        names = list(missing)
+    found = []
+    for name in [*names, *sorted(there.keys() - {folder_name(name) for name in names})]:
+        folder = there.get(folder_name(name))
+        if folder is not None:
+            found.append(replace(_of_folder(str(folder), folder, trust), name=name, run=given))
+        else:
+            assert run is not None, "it was loaded for what is missing"
+            found.append(Contestant(name=name, given=given, run=given, write=_writer(run, missing[name]), trust=True))
+    return found
+
+
+def _names_of_run(path: Path) -> list[str]:
+    """The models that the run says it has; none if it was stopped before."""
+    if not (path / RESULTS).is_file():
+        return []
+    try:
+        return [each["name"] for each in json.loads((path / RESULTS).read_text(encoding="utf-8"))["models"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / RESULTS} is damaged: {error!r}; remove it to judge the models all the same") from None
+
+
+def _writer(run: LanguageRun, spec: SubModel | None) -> Callable[[Path], Path]:
+    return lambda path: export(extract(run.nested, spec).eval(), path, tokenizer=run.tokenizer)
+
+
+def _of_folder(given: str, path: Path, trust: bool) -> Contestant:
+    file = path / "config.json"
+    if not file.is_file():
+        raise RunError(
+            f"{given} holds no model: there is no config.json; expected a Transformers folder, such as matta extract "
+            f"writes, or a run of matta train"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}") from None
+    has_code = any(True for _ in path.rglob("*.py"))
+    if has_code and not trust and not is_own_code(path, config):
+        raise RunError(
+            f"{given} comes with code of its own that is not matta's, which is not run unasked; look at its .py files, "
+            f"then say --trust"
+        )
+    return Contestant(name=path.name, given=given, source=str(path), trust=trust or has_code)
+
+
+def is_own_code(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether all code that would be run with the model in a folder is what this matta writes for its architecture."""
+    kind: Any = getattr(transformers, str((config.get("architectures") or [""])[0]).removeprefix("Matta"), None)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_model:
+        return False
+    names = config.get("auto_map", {}).values()  # "other/repository--module.Class" would be code from elsewhere
+    if not all(re.fullmatch(rf"{CODE.removesuffix('.py')}\.\w+", str(name)) for name in names):
+        return False
+    tokenizer = path / "tokenizer_config.json"
+    if tokenizer.is_file() and "auto_map" in json.loads(tokenizer.read_text(encoding="utf-8")):
+        return False
+    with torch.device("meta"):
+        expected = shipped_code(kind(kind.config_class()))
+    return {file: file.read_text(encoding="utf-8") for file in path.rglob("*.py")} == {path / CODE: expected}
+
 
 MOST_CONTEXT: Final = 1024  # for held-out text, by default
 
@@ -58,19 +197,6 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
                 (settings.out / "results.md").write_text(markdown(results), encoding="utf-8")
     _print(results)
     return results
-
-
-def score_folder(
-    path: str | os.PathLike[str], suite: Suite, *, batch: int = 8, trust: bool = False
-) -> dict[str, dict[str, Any]]:
-    """A Transformers folder, or a model on the hub, on benchmarks: each one's figures, by its name.
-
-    Raises:
-        RunError: it is no model, or needs code that may not be run.
-    """
-    (contestant,) = contestants([os.fspath(path)], trust=trust)
-    with contestant.at_hand() as source:
-        return scores_of(load_judge(source, batch=batch, trust=contestant.trust), suite)[0]
 
 
 @final

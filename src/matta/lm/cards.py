@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Final, final
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 
+from matta.family.submodels import SubModel, layer_names
 from matta.lm.recipe import Recipe
-from matta.nesting import Nested
-from matta.submodels import SubModel, layer_names
+from matta.nesting.nested import Nested
+from matta.training.reporting import markdown_table, ranges
 
 CITATION: Final = """\
 @inproceedings{verma2025matta,
@@ -31,7 +31,7 @@ class Size:
     """How large a model is: parameters, and the values of its configuration in which Student and TA differ."""
 
     parameters: int
-    values: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @final
@@ -194,54 +194,41 @@ def _nesting(card: ModelCard, model: PreTrainedModel) -> str:
         key for blocks in (getattr(model.config, "block_values", None) or {}).values() for b in blocks for key in b
     }
     here = {key: "mixed" if key in mixed else getattr(model.config, key, "") for key in keys}
-    rows = [
-        _row("", "parameters", *(f"`{key}`" for key in keys)),
-        "|---" * (2 + len(keys)) + "|",
-        _row("Student", _millions(card.student.parameters), *card.student.values.values()),
-        _row("Teaching Assistant", _millions(card.ta.parameters), *card.ta.values.values()),
-        _row(f"this model: {card.model}", _millions(model.num_parameters()), *here.values()),
-    ]
-    found = [f"- {choice}: {_ranges(names)}" for choice, names in _by_choice(card.choices).items()]
+    sizes = {
+        "Student": card.student,
+        "Teaching Assistant": card.ta,
+        f"this model: {card.model}": Size(parameters=model.num_parameters(), values=here),
+    }
+    rows = [[name, _millions(size.parameters), *map(str, size.values.values())] for name, size in sizes.items()]
+    table = markdown_table(["", "parameters", *(f"`{key}`" for key in keys)], rows)
+    choices = dict.fromkeys(card.choices.values())
+    found = [f"- {each}: {_listed(name for name, made in card.choices.items() if made == each)}" for each in choices]
     layers = ["", "Layers of the Teaching Assistant:", "", *found] if found else []
-    return "\n".join(["## Nesting", "", *rows, *layers])
+    return "\n".join(["## Nesting", "", table, *layers])
 
 
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _by_choice(choices: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, choice in choices.items():
-        found.setdefault(choice, []).append(name)
-    return found
-
-
-def _ranges(names: Sequence[str]) -> str:
-    """Names that end in numbers, with neighbours drawn together.
+def _listed(names: Iterable[str]) -> str:
+    """Names that end in numbers, neighbours drawn together.
 
     Example:
-        >>> _ranges(["h.0", "h.1", "h.2", "h.5", "stem"])
-        '`h.0` to `h.2`, `h.5`, `stem`'
+        >>> _listed(["h.0", "h.1", "h.2", "h.5", "stem"])
+        '`h` 0-2, 5; `stem`'
     """
-    split = [(i, *_split(name)) for i, name in enumerate(names)]
-    parts = []
-    for _, same in groupby(split, key=lambda each: (each[1], each[0] - each[2])):
-        group = [names[i] for i, *_ in same]
-        parts.append(f"`{group[0]}`" if len(group) == 1 else f"`{group[0]}` to `{group[-1]}`")
-    return ", ".join(parts)
-
-
-def _split(name: str) -> tuple[str, int]:
-    stem, _, last = name.rpartition(".")
-    return (stem, int(last)) if last.isdecimal() and stem else (name, 0)
+    found: dict[str, list[int]] = {}
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        if stem and last.isdecimal():
+            found.setdefault(stem, []).append(int(last))
+        else:
+            found[name] = []
+    return "; ".join(f"`{stem}` {ranges(indices)}".rstrip() for stem, indices in found.items())
 
 
 def _quality(scores: Sequence[Score]) -> str:
     if not scores:
         return ""
-    rows = [f"| {each.task} | {each.metric} | {_value(each)} |" for each in scores]
-    return "\n".join(["## Measured", "", "| | metric | value |", "|---|---|---|", *rows])
+    rows = [[each.task, each.metric, _value(each)] for each in scores]
+    return "## Measured\n\n" + markdown_table(["", "metric", "value"], rows)
 
 
 def _value(score: Score) -> str:

@@ -1,16 +1,28 @@
-"""How many parameters and FLOPs the models of a nesting have, also on the meta device."""
+"""What the models of a nesting cost: parameters, FLOPs, and the memory of a step, without building or running them.
+
+For the memory, models are run on fake tensors, which have shapes and no contents, and what autograd keeps for the
+backward pass is added up. The figure is exact for the operations of a CPU, and the same on a GPU up to its choice of
+kernels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, PreTrainedConfig
 
 from matta.errors import RunError
-from matta.nesting import Nested
-from matta.submodels import WIDE, live, narrow, wide_narrow_wide
+from matta.family.submodels import WIDE, live, narrow, wide_narrow_wide
+from matta.lm.decoders import from_config, make_optimizer
+from matta.lm.recipe import TrainPart
+from matta.nesting.nested import Nested
+from matta.objectives.fused_losses import _CHUNK_ELEMENTS
+from matta.optim.stacking import Grid
 
 
 @final
@@ -110,3 +122,126 @@ def _attention_width(part: Any) -> int:
             f"num_attention_heads in its configuration"
         )
     return int(heads) * int(head_dim)
+
+
+BYTES: Final = 4  # of a number in float32, in which weights, gradients and optimizer state are kept
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes on one process: what stays, and what a step takes beyond that.
+
+    `activations` is what the bodies of both models keep for the backward pass, `heads` what the heads and losses
+    need beyond the head's gradient: a chunk of logits of both, gradients of hidden states, and the head's once more.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    heads: int
+
+    @property
+    def total(self) -> int:
+        """All of it at once: an upper bound, since gradients come while activations go."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.heads
+
+
+def step_memory(nested: Nested, part: TrainPart, *, batch: int, context: int) -> StepMemory:
+    """The memory of a step with `batch` sequences in a forward.
+
+    With `sample` the random sub-model is counted as large as the TA. A Teacher is left out.
+    """
+    parameters = sum(each.numel() for each in nested.parameters()) * BYTES
+    configs = [nested.student.config, nested.ta.config, *([nested.ta.config] if part.sample else [])]
+    distinct = {id(config): config for config in configs}
+    kept = {
+        key: saved_bytes(config, batch=batch, context=context, precision=part.precision)
+        for key, config in distinct.items()
+    }
+    return StepMemory(
+        weights=parameters,
+        gradients=parameters,
+        optimizer=optimizer_bytes(nested, part),
+        activations=sum(kept[id(config)] for config in configs),
+        heads=_head_bytes(configs, rows=batch * context),
+    )
+
+
+def saved_bytes(config: PreTrainedConfig, *, batch: int, context: int, precision: str) -> int:
+    """Bytes that autograd keeps of the forward of a decoder without its head; its weights are not counted.
+
+    Raises:
+        RunError: the model cannot be run on fake tensors, as some with experts.
+    """
+    kept = _Kept()
+    with FakeTensorMode(), torch.device("cpu"):
+        model = from_config(config).train()
+        kept.leave_out(model.parameters())
+        tokens = torch.zeros(batch, context, dtype=torch.int64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            try:
+                model.base_model(input_ids=tokens, use_cache=False, past_key_values=_PassedThrough())
+            except Exception as error:  # of the model's code, or of operations that know no fake tensors
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise RunError(
+                    f"{type(model).__name__} cannot be run on fake tensors, so that the memory of a step is not to be "
+                    f"planned ({reason}); matta train runs it for real"
+                ) from error
+    return kept.bytes
+
+
+@final
+class _Kept:
+    """Adds up the storages that autograd keeps, each once."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seen: dict[int, Tensor] = {}  # holding the tensors keeps their storages' addresses from being used again
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        self._seen |= {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@final
+class _PassedThrough(DynamicCache):
+    """A cache that keeps nothing. With one, Transformers does not look into the positions, which are fake."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def optimizer_bytes(module: nn.Module, part: TrainPart) -> int:
+    """Bytes of an optimizer's state: two averages; Shampoo has factors, roots and two working copies beside them."""
+    if part.optimizer == "adamw":  # which refuses to be made on the meta device
+        return sum(2 * each.numel() * BYTES for each in module.parameters())
+    groups = make_optimizer(part, module).param_groups
+    return sum(_state_bytes(each, group) for group in groups for each in group["params"])
+
+
+def _state_bytes(parameter: Tensor, group: dict[str, Any]) -> int:
+    rows = parameter.shape[0] if parameter.ndim else 1
+    columns = parameter.numel() // rows
+    if not group["precondition"] or parameter.ndim < 2 or max(rows, columns) > group["max_dim"]:
+        return 2 * parameter.numel() * BYTES
+    grid = Grid.of(rows, columns, block_size=group["block_size"])
+    down, across = grid.block_shape
+    factors = sum(2 * side * side for side in grid.block_shape if side > 1)
+    return grid.num_blocks * (4 * down * across + factors) * BYTES
+
+
+def _head_bytes(configs: list[PreTrainedConfig], *, rows: int) -> int:
+    vocabulary = configs[0].vocab_size
+    chunk = min(rows, max(1, _CHUNK_ELEMENTS // vocabulary))
+    hidden = sum(config.hidden_size for config in configs)
+    students = sum(config.hidden_size for config in configs[1:]) * vocabulary
+    return (2 * chunk * vocabulary + rows * hidden + students) * BYTES

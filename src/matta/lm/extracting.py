@@ -1,30 +1,195 @@
-"""`matta extract`: models of a run as Transformers folders, any size between Student and TA."""
+"""Models of a run as Transformers folders: the family at the end of `matta train`, any size by `matta extract`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, final
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matta.errors import RunError
-from matta.extraction import extract
-from matta.lm.cards import Score, held_out_scores, loading_lines, recipe_card
-from matta.lm.family import members, require_written, write_model
-from matta.lm.folders import CODE, auto_class, require_new
-from matta.lm.runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
-from matta.lm.settings import ExtractSettings
-from matta.nesting import Nested
-from matta.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
-from matta.texttables import rich_table
+from matta.errors import MattaError, RunError, SubModelError
+from matta.family.extraction import extract
+from matta.family.storage import write_json
+from matta.family.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
+from matta.lm.benchmark_tables import with_error
+from matta.lm.bits_per_byte import TextScore, bits_per_byte
+from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
+from matta.lm.command_settings import ExtractSettings
+from matta.lm.folders import CODE, auto_class, export, require_configuration, require_new
+from matta.lm.recipe import Recipe
+from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
+from matta.nesting.nested import Nested
+from matta.training.loop import FitResult
+from matta.training.reporting import rich_table
 
 STUDENT: Final = "student"
 TA: Final = "ta"
 FAMILY: Final = "family"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of training: the models, and how it went.
+
+    `documents` are the held-out text, read `batch` sequences at a time, and `text` the counts of the training
+    text. This session has trained on `tokens` in `seconds`, earlier ones of the same run on more.
+    """
+
+    recipe: Recipe
+    nested: Nested
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    fit: FitResult
+    documents: tuple[str, ...]
+    text: dict[str, Any]
+    tokens: int
+    seconds: float
+    num_processes: int
+    batch: int
+
+
+def family_of(nested: Nested, ks: Sequence[int]) -> dict[str, SubModel | None]:
+    """By name: the Student (None), the sub-models with k wide layers, and the TA, all of whose layers are wide."""
+    num_layers = len(layer_names(nested))
+    sizes = {f"k={k}": wide_narrow_wide(nested, k) for k in sorted(ks) if k < num_layers}
+    return {STUDENT: None, **sizes, TA: wide(nested)}
+
+
+def require_writable(nested: Nested, ks: Sequence[int]) -> None:
+    """Refuse, before any training, a family of which no folder could hold some model.
+
+    Raises:
+        SubModelError: there is such a model.
+    """
+    for name, spec in family_of(nested, ks).items():
+        try:
+            require_configuration(extract(nested, spec))
+        except SubModelError as error:
+            raise SubModelError(f"{name} of this family could not be written: {error}") from None
+
+
+def finish(outcome: Outcome) -> dict[str, Any]:
+    """Extract, judge, write `results.json`, and print the table; a model that cannot be written stops no other one.
+
+    Raises:
+        RunError: models were not written; it is raised after everything else is done.
+    """
+    recipe = outcome.recipe
+    for left in (outcome.path / MODELS).glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)  # half-written, or half-removed, when the run was killed
+    models = [_finish_model(outcome, *each) for each in family_of(outcome.nested, recipe.family.k).items()]
+    results = {
+        "recipe": recipe.name,
+        "run": str(outcome.path),
+        "steps": outcome.fit.steps,
+        "processes": outcome.num_processes,
+        "tokens": outcome.fit.steps * recipe.train.batch * recipe.data.context,
+        "tokens_per_second": outcome.tokens / outcome.seconds if outcome.tokens else None,
+        "seconds": outcome.seconds,
+        "skipped_steps": outcome.fit.num_skipped,
+        "losses": outcome.fit.losses,
+        "evaluations": [{"step": each.step, **each.values} for each in outcome.fit.evaluations],
+        "text": outcome.text,
+        "models": models,
+    }
+    write_json(outcome.path / RESULTS, results)
+    _print_outcome(outcome, results)
+    require_written(models)
+    return results
+
+
+def write_model(model: nn.Module, folder: Path, *, tokenizer: PreTrainedTokenizerBase, card: ModelCard) -> str | None:
+    """Write the folder of a model; why it cannot be written, or None."""
+    try:
+        export(model, folder, tokenizer=tokenizer, card=card)
+    except (MattaError, OSError) as error:
+        return str(error)
+    return None
+
+
+def require_written(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tell which models were not written, once the others are.
+
+    Raises:
+        RunError: some were not.
+    """
+    reasons = [f"{row['name']}: {row['not_written']}" for row in rows if row["not_written"] is not None]
+    if reasons:
+        raise RunError(f"{len(reasons)} of {len(rows)} models could not be written: {'; '.join(reasons)}")
+
+
+def _finish_model(outcome: Outcome, name: str, spec: SubModel | None) -> dict[str, Any]:
+    """Take one model out, judge it and write its folder; its row of the results."""
+    model = extract(outcome.nested, spec).eval()
+    score = _score(outcome, model)
+    scores = () if score is None else held_out_scores(score.bits_per_byte, score.standard_error, score.perplexity)
+    card = recipe_card(outcome.nested, name, spec, outcome.recipe, steps=outcome.fit.steps, scores=scores)
+    folder = outcome.path / MODELS / folder_name(name)
+    if (folder / "config.json").is_file():  # of an earlier end of this run
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-old")))
+    not_written = write_model(model, folder, tokenizer=outcome.tokenizer, card=card)
+    return {
+        "name": name,
+        "k": None if spec is None else _num_wide(outcome.nested, spec),
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "bits_per_byte": None if score is None else score.bits_per_byte,
+        "standard_error": None if score is None else score.standard_error,
+        "perplexity": None if score is None else score.perplexity,
+        "folder": str(folder) if not_written is None else None,
+        "not_written": not_written,
+    }
+
+
+def _num_wide(nested: Nested, spec: SubModel) -> int:
+    return [spec.choices.get(layer, spec.default) for layer in layer_names(nested)].count(WIDE)
+
+
+def _score(outcome: Outcome, model: nn.Module) -> TextScore | None:
+    if not outcome.documents:
+        return None
+    context = outcome.recipe.data.context
+    return bits_per_byte(model, outcome.tokenizer, outcome.documents, context=context, batch=outcome.batch)
+
+
+def _print_outcome(outcome: Outcome, results: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    columns = ("model", "parameters", "bits per byte", "perplexity of a token", "folder")
+    rows = [
+        (
+            each["name"],
+            f"{each['parameters']:,}",
+            with_error(each["bits_per_byte"], each["standard_error"], 4),
+            with_error(each["perplexity"], None, 2),
+            "not written" if each["folder"] is None else Path(each["folder"]).relative_to(outcome.path).as_posix(),
+        )
+        for each in results["models"]
+    ]
+    title = f"{results['recipe']}: {results['steps']:,} steps"
+    console = Console()
+    console.print(rich_table(title, columns, rows, left=("model", "folder")))
+    for line in _closing_lines(outcome, results):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
+    """What else is to be known, and what to do next."""
+    speed = results["tokens_per_second"]
+    if speed is not None:
+        yield f"{speed:,.0f} tokens a second, evaluation left out ({results['processes']} process(es))"
+    if outcome.text.get("skipped"):
+        yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
+    if outcome.fit.num_skipped:
+        yield f"{outcome.fit.num_skipped} steps were skipped: their loss was not finite"
+    yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
+    yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
 
 
 def run(settings: ExtractSettings) -> dict[str, Any]:
@@ -59,11 +224,6 @@ def specs_of(nested: Nested, texts: Iterable[str], ks: Sequence[int]) -> dict[st
     for text in texts:
         found.update(family_of(nested, ks) if text == FAMILY else [spec_of(nested, text)])
     return found
-
-
-def family_of(nested: Nested, ks: Sequence[int]) -> dict[str, SubModel | None]:
-    """The Student, the sub-models with k wide layers, and the TA, by name."""
-    return {member.name: member.spec for member in members(nested, tuple(ks))}
 
 
 def spec_of(nested: Nested, text: str) -> tuple[str, SubModel | None]:

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
-from matta.batches import eval_mode
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
 from matta.lm.configurations import Fit, build, fit_configuration, signature
-from matta.slicing import is_live, materialize
+from matta.nesting.batches import eval_mode
+from matta.nesting.slicing import is_live, materialize
 
 CODE: Final = "modeling_matta.py"
 _LENGTH: Final = 128  # tokens on which a folder is compared with its model

@@ -16,11 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matta.errors import RunError
-from matta.lm.corpus import load_corpus
 from matta.lm.documents import TextSource, read_documents
-from matta.lm.shuffling import Shuffled
-from matta.lm.streaming import StreamedSamples
-from matta.lm.tokenizers import TextEncoder, tokenizer_fingerprint
+from matta.lm.text_streaming import Shuffled, StreamedSamples
+from matta.lm.tokens import TextEncoder, load_corpus, tokenizer_fingerprint
 
 IGNORED: Final = -100
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -97,7 +95,7 @@ class PackedTokens:
 
     Example:
         >>> import tempfile, pathlib
-        >>> from matta.lm.tokenizers import load_tokenizer
+        >>> from matta.lm.tokens import load_tokenizer
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = pathlib.Path(folder, "a.txt")
         ...     _ = file.write_text("ab,c,defgh")

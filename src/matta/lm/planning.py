@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.markup import escape
 
-from matta.lm.costs import Cost, cost_of, family_costs
-from matta.lm.memory import step_memory
-from matta.lm.models import build_pair, nest_pair, require_context, require_family
+from matta.family.submodels import layer_names
+from matta.lm.command_settings import PlanSettings
+from matta.lm.costs import Cost, cost_of, family_costs, step_memory
+from matta.lm.decoders import build_pair, nest_pair, require_context, require_family
 from matta.lm.recipe import Recipe, read_recipe
-from matta.lm.settings import PlanSettings
-from matta.lm.tokenizers import load_tokenizer
-from matta.nesting import Nested
-from matta.plan import Plan
-from matta.submodels import layer_names
-from matta.texttables import rich_table
+from matta.lm.tokens import load_tokenizer
+from matta.nesting.nested import Nested
+from matta.nesting.plan import Plan
+from matta.training.reporting import ranges, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,18 +155,6 @@ def _nesting_lines(nesting: Mapping[str, Any]) -> Iterator[str]:
         yield f"{each['list']}: the Student's {len(each['student'])} blocks are {indices} of the TA's {each['of']}"
     shared, private, extra = (nesting[name] for name in ("shared", "private", "extra"))
     yield f"{shared:,} parameters shared, {private:,} the Student's own, {extra:,} beyond them in the TA\n"
-
-
-def ranges(indices: Sequence[int]) -> str:
-    """Numbers with neighbours drawn together.
-
-    Example:
-        >>> ranges([0, 1, 2, 5, 8, 9])
-        '0-2, 5, 8-9'
-    """
-    starts = [i for i in indices if i - 1 not in indices]
-    ends = [i for i in indices if i + 1 not in indices]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _model_table(figures: Mapping[str, Any]) -> Table:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from matta.errors import RunError
-from matta.lm.tabled import Value, part_of
+from matta.lm.typed_tables import Value, part_of
 
 
 @final

@@ -17,19 +17,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta import __version__
-from matta.batches import eval_mode
 from matta.errors import RunError
-from matta.labels import TopK, top_k
-from matta.lm.models import load_decoder, require_context
+from matta.lm.command_settings import TeachSettings
+from matta.lm.decoders import load_decoder, require_context
+from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import Recipe, read_recipe
-from matta.lm.settings import TeachSettings
-from matta.lm.stored import About, begin, samples_per_shard, shard_file, write_shard
-from matta.lm.stored import StoredTeacher as StoredTeacher
-from matta.lm.stored import is_stored as is_stored
-from matta.lm.stored import with_teacher as with_teacher
-from matta.lm.texts import text_source
-from matta.lm.tokenizers import load_tokenizer, require_agreement, tokenizer_fingerprint
+from matta.lm.teacher_labels import About, begin, samples_per_shard, shard_file, write_shard
+from matta.lm.tokens import load_tokenizer, require_agreement, tokenizer_fingerprint
+from matta.nesting.batches import eval_mode
+from matta.objectives.labels import TopK, top_k
 
 
 @final

@@ -3,6 +3,14 @@
 A `Schema` declares the columns of an event, a source gives them (`Folder`, `Rows`), and a `Stream` makes
 checked batches of them. Rows and files that do not fit are set aside in a quarantine file, with the reason.
 
+Read in this order:
+
+- `schema`: the columns of an event. `chunks`: rows as columns, where they came from, and the quarantine of bad ones.
+- `folder_source`, `row_source`: events from a folder that grows, or from an iterator. `parsing`: CSV and JSONL.
+- `row_checks`: what does not fit the schema.
+- `encoding`: from columns to tensors.
+- `stream`: batches of these, and the place at which a run resumes.
+
 Example:
     >>> import tempfile
     >>> from matta.streams import Numeric, Rows, Schema, Stream
@@ -22,8 +30,8 @@ except ModuleNotFoundError:
 
 from matta.streams.chunks import Bad, Chunk
 from matta.streams.encoding import Encoder, EventBatch
-from matta.streams.folder import Folder
-from matta.streams.rows import Rows
+from matta.streams.folder_source import Folder
+from matta.streams.row_source import Rows
 from matta.streams.schema import Categorical, Numeric, Schema
 from matta.streams.stream import Counts, Stream
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from matta.errors import RunError
-from matta.streams.checking import check
 from matta.streams.chunks import table_of
+from matta.streams.row_checks import check
 from matta.streams.schema import Categorical, Schema
 
 CLIP: Final = 10.0

@@ -13,10 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from matta.errors import RunError
-from matta.streams.checking import check
-from matta.streams.chunks import Bad, Chunk, Place, Source
+from matta.streams.chunks import Bad, Chunk, Place, Quarantine, Source
 from matta.streams.encoding import Encoder, EventBatch
-from matta.streams.quarantine import Quarantine
+from matta.streams.row_checks import check
 from matta.streams.schema import Schema
 
 

@@ -1,0 +1,175 @@
+"""Sub-models between Student and Teaching Assistant: any choice of wide and narrow layers (4.2.3).
+
+A layer is one of two things. A *block* is an entry of a module list whose growth stays within it
+(the FFN and heads of a Transformer block): it is taken wide (the TA's), narrow (of the Student's
+width, from the same TA block), or skipped. A *dimension* is a width that runs between modules (a
+hidden layer of an MLP, the embeddings): it is named by the first module that puts it out, and is
+wide or narrow. Where a width runs through all blocks (d_model M-nesting), layers cannot be mixed:
+the one layer is then called "hidden", and the blocks follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import final
+
+from torch import nn
+
+from matta.errors import SubModelError
+from matta.family.assembly import assemble
+from matta.family.units import HIDDEN, Unit, find_units
+from matta.nesting.nested import Nested
+
+NARROW, WIDE, SKIP = "narrow", "wide", "skip"
+
+
+@final
+@dataclass(frozen=True)
+class SubModel:
+    """Which layers are wide, narrow or skipped, by name (see `layer_names`); the others are `default`.
+
+    Raises:
+        SubModelError: a choice that is none of the three.
+
+    Example:
+        >>> SubModel({"h.0": "wide"}) == SubModel({"h.0": "wide"}, default="narrow")
+        True
+    """
+
+    choices: Mapping[str, str] = field(default_factory=dict)
+    default: str = NARROW
+
+    def __post_init__(self) -> None:
+        if self.default not in (NARROW, WIDE):
+            raise SubModelError(f"received default={self.default!r}; expected 'narrow' or 'wide'")
+        for name, choice in self.choices.items():
+            if choice not in (NARROW, WIDE, SKIP):
+                raise SubModelError(f"received {choice!r} for {name!r}; expected 'wide', 'narrow' or 'skip'")
+
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self.choices.items())), self.default))
+
+
+def layer_names(nested: Nested) -> tuple[str, ...]:
+    """The layers that a sub-model of `nested` chooses, from the input to the output.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> layer_names(matta.nest(tower(4), tower(8)))
+        ('0',)
+    """
+    return tuple(unit.name for unit in find_units(nested.student, nested.ta, nested.plan))
+
+
+def narrow(nested: Nested) -> SubModel:
+    """All layers at the Student's width; with depth M-nesting, all of the TA's layers (K = 0).
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> narrow(nested) == matta.SubModel({"0": "narrow"})
+        True
+    """
+    return wide_narrow_wide(nested, 0)
+
+
+def wide(nested: Nested) -> SubModel:
+    """The Teaching Assistant itself (K = N).
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> wide(nested) == matta.SubModel({"0": "wide"})
+        True
+    """
+    names = layer_names(nested)
+    return wide_narrow_wide(nested, len(names)) if names else SubModel(default=WIDE)
+
+
+def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
+    """The lowest k/2 and the highest k/2 layers wide, the others narrow (section 4.2.3).
+
+    With an odd k the lower end has one more.
+
+    Raises:
+        SubModelError: k is not between 0 and the number of layers, or no layer is shared.
+
+    Example:
+        >>> import matta
+        >>> def tower(width):
+        ...     layers = nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+        ...     return nn.Sequential(*layers)
+        >>> wide_narrow_wide(matta.nest(tower(4), tower(8)), 1).choices
+        {'0': 'wide', '2': 'narrow'}
+    """
+    names = layer_names(nested)
+    if not names and nested.plan.private:
+        raise SubModelError(
+            "the Student shares no layer with the TA, so that there is nothing between them; expected a nesting with "
+            "share='all' or patterns; matta.extract(nested) is the Student, nested.ta the TA"
+        )
+    if not hasattr(k, "__index__") or not 0 <= k <= len(names):
+        raise SubModelError(f"received k={k}; expected 0 to {len(names)}, the number of layers: {', '.join(names)}")
+    low, high = k - k // 2, k // 2
+    chosen = [*names[:low], *names[len(names) - high :]]
+    return SubModel({name: WIDE if name in chosen else NARROW for name in names})
+
+
+def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
+    """A draw for `CoTraining(sample=...)`: each layer wide or narrow with equal chance.
+
+    Where one hidden width runs through all layers, they are all wide or all narrow.
+
+    Example:
+        >>> import matta, random
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> random_sub_model(nested)(random.Random(0)).choices
+        {'0': 'wide'}
+    """
+    names = layer_names(nested)
+    if HIDDEN in names:
+        return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
+    return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
+
+
+def live(nested: Nested, spec: SubModel) -> nn.Module:
+    """The sub-model as a live module: it reads the TA's present weights, which it does not copy.
+
+    Its buffers (BatchNorm statistics) are copies of those of the blocks that it consists of.
+
+    Raises:
+        SubModelError: no `SubModel`, an unknown layer, a choice that the layer does not have, or a layer whose
+            weights the Student does not share.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> half = live(nested, matta.SubModel({"0": "wide"}))
+        >>> half[0].weight.shape, bool((half[0].weight == nested.ta[0].weight).all())
+        (torch.Size([8, 3]), True)
+    """
+    if not isinstance(spec, SubModel):
+        raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")
+    units = find_units(nested.student, nested.ta, nested.plan)
+    names = [unit.name for unit in units]
+    for name in spec.choices:
+        if name not in names:
+            raise SubModelError(f"there is no layer {name!r}; the layers are: {', '.join(names) or 'none'}")
+    choices = {unit.name: spec.choices.get(unit.name, spec.default) for unit in units}
+    _refuse_skipped_dimensions(units, choices)
+    return assemble(nested.ta, nested.student, nested.plan, units, choices)
+
+
+def _refuse_skipped_dimensions(units: tuple[Unit, ...], choices: Mapping[str, str]) -> None:
+    for unit in units:
+        if choices[unit.name] == SKIP and not unit.is_block:
+            raise SubModelError(
+                f"{unit.name!r} is a width, not a block of a module list: it can be 'wide' or 'narrow', not skipped"
+            )

@@ -1,0 +1,336 @@
+"""`matta train`: co-train the language models of a recipe, then extract the family and judge it.
+
+In one process, or in several: `accelerate launch -m matta train RECIPE`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from matta.errors import RunError
+from matta.family.submodels import random_sub_model
+from matta.lm.bits_per_byte import TextScore, bits_per_byte
+from matta.lm.command_settings import TrainSettings
+from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
+from matta.lm.documents import held_out_documents, text_source
+from matta.lm.extracting import Outcome, finish, require_writable
+from matta.lm.packing import PackedTokens
+from matta.lm.recipe import DataPart, Recipe, read_recipe, recipe_to_values
+from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
+from matta.lm.teaching import load_teacher
+from matta.lm.tokens import load_tokenizer
+from matta.lm.trained_runs import is_run, read_run_recipe, write_recipe, write_run
+from matta.nesting.batches import Batch, split_labels
+from matta.nesting.nested import Nested
+from matta.objectives.objective import CausalLM
+from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Weights
+from matta.training.fitting import fit
+from matta.training.loop import FitResult
+from matta.training.processes import make_accelerator
+from matta.training.run_folder import MARKER, RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAY_CHANGE: Final = (
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "data.evaluate",
+    "data.evaluate_bytes",
+    "data.cache",
+    "family.k",
+)
+"""What a run that goes on may do otherwise than it began."""
+
+
+def run(settings: TrainSettings) -> dict[str, Any] | None:
+    """Train, extract and judge as a recipe says; the results, on the main process alone.
+
+    Raises:
+        MattaError: the recipe, its data or its models cannot work, or --out is taken.
+        KeyboardInterrupt: it was stopped; a checkpoint was written before that.
+    """
+    recipe = read_recipe(settings.recipe, settings.overrides)
+    accelerator = make_accelerator()
+    path = _agreed_path(settings.out, recipe.name, accelerator)
+    _require_free(path, resume=settings.resume)
+    if is_run(path):
+        _require_same(recipe, read_run_recipe(path), path)
+    session = _Session(recipe, accelerator)
+    with _folder(path, session, accelerator):
+        result = _train(session, path)
+    if not accelerator.is_main_process:
+        return None
+    try:
+        return finish(session.outcome(result, path))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped after training; go on with its models by the same command and --resume --out {path}"
+        ) from None
+
+
+def _agreed_path(out: Path | None, name: str, accelerator: Accelerator) -> Path:
+    """The folder of the run, the same on every process."""
+    if out is not None:
+        return out
+    from accelerate.utils import broadcast_object_list
+
+    paths = [str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(paths)
+    return Path(paths[0])
+
+
+def _require_free(path: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds something else, or a run that is not to go on.
+
+    Raises:
+        RunError: it does.
+    """
+    is_used = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if is_used and not (path / MARKER).is_file():
+        raise RunError(f"{path} exists and holds no run; expected a new folder: name another with --out")
+    if is_used and not resume:
+        raise RunError(f"{path} exists and holds a run; go on with it by --resume, or name a new folder with --out")
+    RunFolder(path, resume=resume)
+
+
+def _require_same(recipe: Recipe, begun: Recipe, path: Path) -> None:
+    """Refuse to go on with a run by another recipe.
+
+    Raises:
+        RunError: a value differs that makes another run.
+    """
+    now, before = (dict(_flat(recipe_to_values(each), "")) for each in (recipe, begun))
+    for key in sorted(now.keys() | before.keys()):
+        if now.get(key) != before.get(key) and key != "name" and not key.startswith(MAY_CHANGE):
+            raise RunError(
+                f"the run in {path} was begun with {key} = {before.get(key)!r}, and now it is {now.get(key)!r}; "
+                f"expected the same: leave the change out, or begin a new run with another --out"
+            )
+
+
+def _flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+@final
+class _Session:
+    """Everything that a recipe needs to be trained here: made before anything is written."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        from accelerate.utils import set_seed
+
+        self.recipe, self.accelerator = recipe, accelerator
+        micro_batch, accumulate = recipe.train.shares(accelerator.num_processes)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        set_seed(recipe.train.seed)
+        student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=self.tokenizer.eos_token_id)
+        for model in (student, ta):
+            require_context(model, recipe.data.context)
+        self.nested = nest_pair(recipe.model, student, ta)
+        require_family(self.nested, recipe.family.k)
+        require_writable(self.nested, recipe.family.k)
+        self.data = packed_text(recipe.data, self.tokenizer, batch=micro_batch)
+        teacher = recipe.train.teacher
+        self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
+        self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
+        self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
+        set_seed(recipe.train.seed, device_specific=True)
+        self.seconds, self.meter = 0.0, Meter()
+
+    def outcome(self, result: FitResult, path: Path) -> Outcome:
+        """What came of it, for the main process to finish."""
+        return Outcome(
+            recipe=self.recipe,
+            nested=self.nested,
+            tokenizer=self.tokenizer,
+            path=path,
+            fit=result,
+            documents=() if self.judge is None else self.judge.documents,
+            text=self.data.report(),
+            tokens=self.meter.tokens * self.accelerator.num_processes,
+            seconds=self.seconds - (0.0 if self.judge is None else self.judge.seconds),
+            num_processes=self.accelerator.num_processes,
+            batch=self.data.batch,
+        )
+
+
+def packed_text(part: DataPart, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> PackedTokens:
+    """The batches of a recipe's text.
+
+    Raises:
+        RunError: there is no text, or too little.
+    """
+    return PackedTokens(
+        text_source(part.train),
+        tokenizer,
+        context=part.context,
+        batch=batch,
+        seed=part.seed,
+        mask_boundaries=part.mask_boundaries,
+        passes=part.passes,
+        cache=part.cache or None,
+    )
+
+
+def make_cotraining(
+    recipe: Recipe, nested: Nested, tokenizer: PreTrainedTokenizerBase, *, accumulate: int = 1
+) -> CoTraining:
+    """The step that the recipe describes; head and losses are fused where that pays."""
+    part = recipe.train
+    return CoTraining(
+        nested,
+        CausalLM(),
+        weights=Weights(student=part.weights.student, ta=part.weights.ta, distill=part.weights.distill),
+        ramp=Ramp(start=part.ramp.start, steps=part.ramp.steps),
+        teacher=_teacher(part.teacher, nested, tokenizer),
+        sample=random_sub_model(nested) if part.sample else None,
+        accumulate=accumulate,
+    )
+
+
+def _teacher(name: str, nested: Nested, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
+    """The model that labels every batch, if the recipe names one and not labels that are written already."""
+    if not name or is_stored(name):
+        return None
+    return load_teacher(name, tokenizer, num_classes=nested.ta.config.vocab_size)  # type: ignore[union-attr,arg-type]
+
+
+@final
+@dataclass
+class Judge:
+    """What `matta.fit` calls in mid-training: Student and TA on the held-out text, and the time that takes."""
+
+    documents: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    batch: int
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> Judge | None:
+        """That of a recipe, if it names a text for it.
+
+        Raises:
+            RunError: the text is not there.
+        """
+        part = recipe.data
+        if part.evaluate is None:
+            return None
+        documents = held_out_documents(text_source(part.evaluate, held_out=True), part.evaluate_bytes)
+        return cls(tuple(documents), tokenizer, part.context, batch)
+
+    def __call__(self, nested: Nested) -> dict[str, float]:
+        """Bits per byte and nats per token of both."""
+        start = time.perf_counter()
+        values: dict[str, float] = {}
+        for name, model in (("student", nested.student), ("ta", nested.ta)):
+            score = self.score(model)
+            values[f"{name}_bits_per_byte"] = score.bits_per_byte
+            values[f"{name}_loss"] = math.log(score.perplexity)
+        self.seconds += time.perf_counter() - start
+        return values
+
+    def score(self, model: nn.Module) -> TextScore:
+        """One model on the text."""
+        return bits_per_byte(model, self.tokenizer, self.documents, context=self.context, batch=self.batch)
+
+
+@final
+class Meter:
+    """Counts the tokens that this session trains on."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
+        inputs, _ = split_labels(batch)
+        self.tokens += inputs["input_ids"].numel()
+
+    def after_step(self, cotrain: CoTraining) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        pass
+
+
+@contextmanager
+def _folder(path: Path, session: _Session, accelerator: Accelerator) -> Iterator[None]:
+    """The folder of the run, begun; a new one is removed if the run fails before its first checkpoint."""
+    is_new = not is_run(path)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and is_new:
+        RunFolder(path, resume=True).begin()
+        write_run(path, session.recipe, session.nested, session.tokenizer)
+    elif accelerator.is_main_process:
+        write_recipe(path, session.recipe)  # with what may change
+    accelerator.wait_for_everyone()
+    try:
+        yield
+    except BaseException:
+        if is_new and accelerator.is_main_process and not RunFolder(path, resume=True).checkpoints():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _train(session: _Session, path: Path) -> FitResult:
+    part, judge = session.recipe.train, session.judge
+    num_steps = part.num_steps(session.recipe.data.context)
+    optimizer = make_optimizer(part, session.nested)
+    start = time.perf_counter()
+    try:
+        with _without_cache(session.nested.student, session.nested.ta):
+            return fit(
+                session.cotrain,
+                session.batches,
+                optimizer,
+                steps=num_steps,
+                scheduler=make_scheduler(part, optimizer, num_steps),
+                clip_norm=part.clip_norm or None,
+                precision=part.precision,
+                evaluate=judge,
+                evaluate_every=None if judge is None else part.evaluate_every,
+                observers=(session.meter,),
+                run=path,
+                resume=True,
+                checkpoint_every=part.checkpoint_every,
+                accelerator=session.accelerator,
+            )
+    except KeyboardInterrupt as interrupt:
+        step = str(interrupt).partition(";")[0] or "stopped"
+        raise KeyboardInterrupt(f"{step}; go on with the same command and --resume --out {path}") from None
+    finally:
+        session.seconds = time.perf_counter() - start
+
+
+@contextmanager
+def _without_cache(*models: nn.Module) -> Iterator[None]:
+    """Models that keep no keys and values for generation, which would cost memory in every forward."""
+    configs = {id(config): config for model in models if (config := getattr(model, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value

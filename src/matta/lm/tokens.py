@@ -1,0 +1,342 @@
+"""Tokens: tokenizers by name, documents as token ids, and text that is tokenised once and kept.
+
+Kept tokens are in memory or in a file that is mapped into it. A sample is then a slice, so that any order, any share
+and any place cost nothing.
+
+    <cache>/<key>/tokens.bin   the tokens, 2 bytes each for vocabularies of up to 65,536, else 4
+    <cache>/<key>/corpus.json  what they are, and what was read and skipped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from matta.errors import RunError, first_line
+from matta.family.storage import verify, whole_folder
+from matta.lm.documents import Counts, Document, Documents, TextSource, read_documents
+
+END: Final = "<|endoftext|>"
+_SPECIAL: Final = ("bos_token", "eos_token", "unk_token")  # padding and masks are never trained on
+_PROBE: Final = (
+    "The quick brown fox can't jump over 3,141 lazy dogs' beds.\n\n\tdef f(x):  # naïve — 42% of “Łódź”\r\n"
+    "\t\treturn {'a': x ** 2}  \n   Größe, 東京, привет, 🙂👩‍💻!? http://a.b/c?d=e&f=g  END"
+)
+_NUM_PROBED: Final = 2000
+
+Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a name. One without a padding token pads with its end of text.
+
+    Args:
+        name: "bytes", whose ids 0 to 255 are the bytes of UTF-8 and 256 is `<|endoftext|>`; a folder that
+            `save_pretrained` wrote, or one with nothing but GPT-2's vocab.json and merges.txt; or a name on the
+            Hugging Face hub, such as "gpt2".
+
+    Raises:
+        RunError: there is no such folder, or the hub does not have the name or cannot be reached.
+
+    Example:
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> tokenizer("né")["input_ids"], tokenizer.decode([110, 195, 169]), len(tokenizer), tokenizer.eos_token_id
+        ([110, 195, 169], 'né', 257, 256)
+    """
+    name = os.fspath(name)
+    if name == "bytes":
+        return _byte_tokenizer()
+    folder = Path(name).expanduser()
+    tokenizer = _from_folder(folder) if folder.is_dir() else _from_hub(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE without merges, which AutoTokenizer loads again without code of ours."""
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_letters())}, merges=[]))
+    # One word to a document: cutting it into words has no effect without merges, and takes twice the time.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _letters() -> list[str]:
+    """GPT-2's letter for each byte: itself where it can be seen, else one from 256 on."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return [chr(byte if byte in seen else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    names = {file.name for file in folder.iterdir()}
+    try:
+        if {"vocab.json", "merges.txt"} <= names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+            return GPT2Tokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
+        there = ", ".join(sorted(names))[:200]
+        raise RunError(
+            f"{folder} holds no tokenizer that can be loaded: {first_line(error)}; received a folder of {there}; "
+            f"expected what save_pretrained writes, or GPT-2's vocab.json and merges.txt"
+        ) from error
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+        raise RunError(f"there is no folder {name!r}; expected 'bytes', a tokenizer's folder, or a name on the hub")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of the network, of the hub and of Transformers: they have no common base
+        raise RunError(
+            f"the tokenizer {name!r} is no folder here, and cannot be had from the hub: {first_line(error)}; check the "
+            f"name and the network (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}), or give the "
+            f"folder of a tokenizer, or 'bytes'"
+        ) from error
+
+
+@final
+class TextEncoder:
+    """From texts to ids, for training, held-out text and benchmarks alike: no text is a special token.
+
+    Nothing is added, cut or padded. A document that says `<|endoftext|>` does not end there, unless the tokenizer's
+    model has the name as an ordinary piece too (Unigram). The tokenizer itself is left as it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._own: Tokenizer | None = None  # stays so for one that is written in Python
+        if backend is not None:
+            self._own = Tokenizer.from_str(backend.to_str())
+            self._own.no_truncation()
+            self._own.no_padding()
+            self._own.encode_special_tokens = True
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """The ids of each text."""
+        if self._own is None:
+            found = self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return [np.array(ids, np.int64) for ids in found["input_ids"]]
+        encoded = self._own.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int64) for each in encoded]
+
+    def with_starts(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The ids of a text, and the character at which each begins; None if the tokenizer does not tell."""
+        if self._own is None:
+            return self([text])[0], None
+        found = self._own.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int64), np.array([start for start, _ in found.offsets], np.int64)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what the tokenizer does: its vocabulary, its special tokens, and how it cuts text.
+
+    The same for a tokenizer that was saved and loaded again, with whatever files and library version.
+    """
+    parts = [sorted(tokenizer.get_vocab().items()), _special(tokenizer), _probed(tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def disagreement(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """What differs between two tokenizers, in words; None: they agree.
+
+    They agree if they have the same tokens with the same ids, the same begin, end and unknown tokens, and cut
+    text alike: then a Teacher's probabilities are of the Student's tokens.
+
+    Example:
+        >>> disagreement(load_tokenizer("bytes"), load_tokenizer("bytes")) is None
+        True
+    """
+    first, second = one.get_vocab(), other.get_vocab()
+    if len(first) != len(second):
+        return f"{len(first)} tokens and {len(second)}"
+    if first != second:
+        token = min(first.items() - second.items(), key=lambda item: item[1])[0]
+        return f"token {token!r} has id {first[token]}, and {second.get(token, 'none')}"
+    for name, token in _special(one).items():
+        if token != _special(other)[name]:
+            return f"{name} is {token!r}, and {_special(other)[name]!r}"
+    return None if _probed(one) == _probed(other) else "the same tokens, but text is cut into them differently"
+
+
+def require_agreement(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, names: tuple[str, str]) -> None:
+    """Refuse two tokenizers that do not agree; `names` say in the message whose they are.
+
+    Raises:
+        RunError: they differ.
+    """
+    if (found := disagreement(one, other)) is not None:
+        raise RunError(f"the tokenizers of {names[0]} and {names[1]} differ: {found}; expected one and the same")
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    return {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Ids of some text, and of many of the tokens after one another."""
+    some = sorted(tokenizer.get_vocab().values())[:: max(1, len(tokenizer) // _NUM_PROBED)]
+    texts = [_PROBE, tokenizer.decode(some, skip_special_tokens=True)]
+    return [ids.tolist() for ids in TextEncoder(tokenizer)(texts)]
+
+
+BLOCK_CHARS: Final = 1 << 19  # enough for the tokenizer's threads, which take some 200 bytes for each token
+
+
+class Block(NamedTuple):
+    """Tokens of some documents, and whether the last of them has ended."""
+
+    tokens: NDArray[np.integer[Any]]
+    has_ended: bool
+
+
+def token_blocks(
+    documents: Iterable[Document], encode: Encode, end: int, *, has_ended: bool = True, chars: int = BLOCK_CHARS
+) -> Iterator[Block]:
+    """Tokens of documents, with `end` after each; a block is of as many documents as have `chars` characters.
+
+    Where nothing but ends of documents would follow each other, there is one.
+    """
+    texts: list[Document] = []
+    size = 0
+    for document in documents:
+        texts.append(document)
+        size += len(document.text)
+        if size >= chars:
+            yield (block := _block(texts, encode, end, has_ended))
+            texts, size, has_ended = [], 0, block.has_ended
+    if texts:
+        yield _block(texts, encode, end, has_ended)
+
+
+def _block(texts: Sequence[Document], encode: Encode, end: int, has_ended: bool) -> Block:
+    separator = np.array([end], np.int64)
+    parts = []
+    for ids, document in zip(encode([each.text for each in texts]), texts, strict=True):
+        if len(ids):
+            parts.append(ids)
+            has_ended = False
+        if document.ends and not has_ended:
+            parts.append(separator)
+            has_ended = True
+    return Block(np.concatenate(parts) if parts else np.zeros(0, np.int64), has_ended)
+
+
+Tokens = NDArray[np.integer[Any]]
+_FORMAT: Final = "matta.tokens.1"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Tokens, a name for just these tokens, and what was read and skipped for them."""
+
+    tokens: Tokens
+    fingerprint: str
+    counts: Counts
+
+
+def load_corpus(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Corpus:
+    """The tokens of local files.
+
+    With `cache`, they are written there once, and found again while files, settings and tokenizer are the same
+    (files by path, size and time of change). Of several processes one tokenises, and the others wait for it.
+
+    Raises:
+        RunError: no file, no document, or a cache that cannot be written.
+    """
+    documents = read_documents(source)
+    if cache is None:
+        return _in_memory(documents, tokenizer)
+    from filelock import FileLock
+
+    folder = cache / _key(source, tokenizer)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (found := _load(folder)) is None:
+                _write(folder, documents, tokenizer)
+                found = _load(folder)
+    except OSError as error:
+        raise RunError(f"{cache} cannot be written: {error}; expected a folder with room for the tokens") from error
+    assert found is not None, "what has just been written"
+    return found
+
+
+def _key(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    settings = {name: value for name, value in asdict(source).items() if name != "path"}
+    files = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in source.files()]
+    parts = [_FORMAT, settings, files, tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _narrow_blocks(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    kind = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+    end = tokenizer.eos_token_id
+    for block in token_blocks(documents, TextEncoder(tokenizer), end):
+        yield block.tokens.astype(kind)
+
+
+def _in_memory(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    tokens = np.concatenate(list(_narrow_blocks(documents, tokenizer)))
+    return Corpus(tokens=tokens, fingerprint=_named([tokens]), counts=documents.counts)
+
+
+def _named(blocks: Iterable[Tokens]) -> str:
+    made = hashlib.blake2b(digest_size=8)
+    for block in blocks:
+        made.update(block.data)
+    return made.hexdigest()
+
+
+def _write(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: this one has the lock
+    with whole_folder(folder) as made:  # in place of one that is damaged
+        with (made / "tokens.bin").open("wb") as file:
+            kind = ""
+            name = hashlib.blake2b(digest_size=8)
+            for block in _narrow_blocks(documents, tokenizer):
+                kind = block.dtype.str
+                name.update(block.data)
+                file.write(block.data)
+            size = file.tell()
+        about = {"format": _FORMAT, "kind": kind, "size": size, "fingerprint": name.hexdigest()}
+        text = json.dumps({**about, "counts": documents.counts.state_dict()}, indent=1)
+        (made / "corpus.json").write_text(text, encoding="utf-8")
+
+
+def _load(folder: Path) -> Corpus | None:
+    """What is in the cache, if it is whole."""
+    try:
+        verify(folder)
+        about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if (folder / "tokens.bin").stat().st_size != about["size"]:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    if about["size"]:
+        tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
+    else:
+        tokens = np.zeros(0, about["kind"])  # nothing cannot be mapped
+    return Corpus(tokens=tokens, fingerprint=about["fingerprint"], counts=Counts.from_state(about["counts"]))

@@ -1,0 +1,25 @@
+"""Nesting: find where every Student parameter lives in the Teaching Assistant.
+
+A nesting is a map. For each Student parameter it names one TA parameter and the indices of each axis; width,
+depth and d_model M-nesting (section 3.2, Algorithm 2) are the same map with other sizes and names. No layer type
+needs to be known, and no module is edited.
+
+Read in this order:
+
+- `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
+- `slicing`: live modules, whose weights are slices of another module's parameters.
+- `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
+- `channels`, `operators`, `tracing`: the layout of fused axes, found by following channels through both models.
+- `probing`: both models run, and compared, with all but the Student's slices silenced.
+- `nested`, with `acceptance`: `nest` puts these together.
+- `warm_start`: the TA starts from a trained Student. `growing`, with `widening`: the TA is built from the Student.
+- `batches`: how a batch is split and passed to a module.
+"""
+
+from matta.nesting.batches import Batch
+from matta.nesting.growing import grow
+from matta.nesting.layout import Layout
+from matta.nesting.nested import Nested, nest, probe
+from matta.nesting.tracing import trace_layouts
+
+__all__ = ["Batch", "Layout", "Nested", "grow", "nest", "probe", "trace_layouts"]

@@ -1,0 +1,296 @@
+"""Which channels meet: the channels of a module's parameters followed through one forward pass.
+
+Every index of every axis of every parameter gets a number, its *channel*. A run of the module under
+a `TorchDispatchMode` passes the channels along: an operator that moves data moves them, one that
+works element by element *ties* those that meet (a residual add, a product, a bias), and a product of
+matrices ties those that it sums over. Only ATen operators are known, no class of module, so a layer
+that nobody has heard of is followed like any other. An operator that is not known, or that splits a
+row of channels over two axes, leaves a *problem* at them; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from matta.nesting.channels import Call, Known, Rows, move, name_of
+
+
+@final
+class Flow(TorchDispatchMode):
+    """Passes rows of channels along while it is active, from what is known of its arguments to its results.
+
+    Leave out the fused operators that torch takes for speed while this is active:
+    `matta.nesting.tracing.trace` switches them off.
+    """
+
+    def __init__(self, known: Known) -> None:
+        super().__init__()
+        self.known = known
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator, then its rule on the rows of its arguments."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shape = tensors[0].shape if tensors else torch.Size()  # some operators change it in place
+        out = func(*args, **(kwargs or {}))
+        if any(self.known.rows(tensor) for tensor in tensors):
+            _rule(func)(self.known, Call(func, args, kwargs or {}, out, shape))
+        return out
+
+
+_Rule = Callable[[Known, Call], None]
+
+
+def _rule(func: Any) -> _Rule:
+    """The rule of an operator: by its name, else by what torch says of its kind."""
+    name = name_of(func)
+    if name in _RULES:
+        return _RULES[name]
+    arguments = {argument.name for argument in func._schema.arguments}
+    if torch.Tag.pointwise in func.tags:
+        return _pointwise
+    if {"dim", "keepdim"} <= arguments or (name in _SUMS and "dim" not in arguments):
+        return _reduce
+    if "pool" in name or name.startswith("upsample"):
+        return _spatial
+    if name.endswith("_like") or name.startswith("new_"):
+        return _forget
+    return _unknown
+
+
+def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
+    """The rows of an element-by-element result; axes align at the right, those of length 1 stretch."""
+    found = []
+    for tensor in tensors:
+        offset = out.ndim - tensor.ndim
+        rows = known.rows(tensor).items()
+        found += [(axis + offset, row) for axis, row in rows if len(row) == out.shape[axis + offset]]
+    return known.tie_all(found)
+
+
+def _pointwise(known: Known, call: Call) -> None:
+    known.put(call.result, _broadcast(known, call.tensors, call.result))
+
+
+def _keep(known: Known, call: Call) -> None:
+    known.put(call.result, known.rows(call.first))
+
+
+def _forget(known: Known, call: Call) -> None:
+    """Results that depend on sizes alone, or that no channel can be followed into."""
+
+
+def _unknown(known: Known, call: Call) -> None:
+    rows = [row for tensor in call.tensors for row in known.rows(tensor).values()]
+    problem = f"matta cannot follow them through the operator {call.name!r}"
+    known.blame(rows, problem)
+    for out in (leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)):
+        known.put(out, {axis: known.lose(size, problem) for axis, size in enumerate(out.shape)})
+
+
+def _axes(dim: Any, ndim: int) -> set[int]:
+    if dim is None or dim == []:
+        return set(range(ndim))
+    return {axis % ndim for axis in ([dim] if isinstance(dim, int) else dim)}
+
+
+def _reduce(known: Known, call: Call) -> None:
+    """Axes that are summed (or averaged, or searched for a maximum) lose their rows."""
+    ndim = call.first.ndim
+    gone = _axes(call.bound.get("dim"), ndim)
+    kept = [axis for axis in range(ndim) if axis not in gone]
+    rows = known.rows(call.first)
+    for out in (leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)):
+        place = {axis: axis if call.bound.get("keepdim") else i for i, axis in enumerate(kept)}
+        known.put(out, {place[axis]: row for axis, row in rows.items() if axis in place})
+
+
+def _spatial(known: Known, call: Call) -> None:
+    """Pooling and resampling work on the last one, two or three axes."""
+    spatial = next((n for n in (1, 2, 3) if f"{n}d" in call.name), call.first.ndim - 2)
+    rows = known.rows(call.first)
+    known.put(call.result, {axis: row for axis, row in rows.items() if axis < call.first.ndim - spatial})
+
+
+def _order(known: Known, call: Call) -> None:
+    """Sorting keeps the other axes; which channel ends where depends on the data."""
+    dim = call["dim"] % call.first.ndim
+    rows = known.rows(call.first)
+    problem = f"they are reordered by {call.name!r}"
+    known.blame([row for axis, row in rows.items() if axis == dim], problem)
+    for out in call.out:
+        lost = {dim: known.lose(out.shape[dim], problem)} if dim in rows and out.ndim == call.first.ndim else {}
+        known.put(out, {axis: row for axis, row in rows.items() if axis != dim} | lost)
+
+
+def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
+    """Products of two stacks of matrices, or of a matrix and a vector."""
+    left, right = known.rows(first), known.rows(second)
+    last, inner = first.ndim - 1, max(second.ndim - 2, 0)
+    if last in left and inner in right:
+        known.channels.tie(left[last], right[inner])
+    found = [(axis, row) for axis, row in left.items() if axis != last]
+    found += [(axis, row) for axis, row in right.items() if axis != inner]
+    return known.tie_all(found)
+
+
+def _product(known: Known, call: Call) -> None:
+    known.put(call.result, _matmul(known, call, *call.args[:2]))
+
+
+def _add_product(known: Known, call: Call) -> None:
+    rows = _matmul(known, call, *call.args[1:3])
+    added = _broadcast(known, [call.args[0]], call.result)
+    known.put(call.result, known.tie_all([*rows.items(), *added.items()]))
+
+
+def _convolution(known: Known, call: Call) -> None:
+    """Channels in and out; a depthwise one ties them, another grouped one is refused."""
+    data, weight = known.rows(call["input"]), known.rows(call["weight"])
+    groups, transposed = call["groups"], call["transposed"]
+    source, target = (0, 1) if transposed else (1, 0)
+    in_channels = call["input"].shape[1]
+    bias = known.rows(call["bias"]).items()
+    rows: Rows = {0: data[0]} if 0 in data else {}
+    if groups == 1:
+        known.tie_all([(0, side[axis]) for side, axis in ((data, 1), (weight, source)) if axis in side])
+        rows |= known.tie_all([(1, row) for axis, row in weight.items() if axis == target])
+    elif groups == in_channels == call.result.shape[1]:
+        sides = [side[axis] for side, axis in ((data, 1), (weight, 0)) if axis in side]
+        rows |= known.tie_all([(1, row) for row in sides])
+    else:
+        involved = [row for side in (data, weight) for axis, row in side.items() if axis < 2]
+        problem = f"a convolution of {groups} groups mixes them group by group"
+        known.blame(involved, problem)
+        rows[1] = known.lose(call.result.shape[1], problem)
+    known.put(call.result, known.tie_all([*rows.items(), *((1, row) for _, row in bias)]))
+
+
+def _row_norm(known: Known, call: Call) -> None:
+    """Layer norm and RMS norm: the weights belong to the last axes."""
+    size = len(call["normalized_shape"])
+    offset = call["input"].ndim - size
+    found = [*known.rows(call["input"]).items()]
+    for name in ("weight", "bias"):
+        found += [(axis + offset, row) for axis, row in known.rows(call.bound.get(name)).items()]
+    known.put(call.result, known.tie_all(found))
+
+
+def _channel_norm(known: Known, call: Call) -> None:
+    """Batch norm and group norm: weights and statistics belong to axis 1."""
+    found = [*known.rows(call["input"]).items()]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        found += [(1, row) for row in known.rows(call.bound.get(name)).values()]
+    known.put(call.result, known.tie_all(found))
+
+
+def _embedding(known: Known, call: Call) -> None:
+    rows = known.rows(call["weight"])
+    known.put(call.result, {call.result.ndim - 1: rows[1]} if 1 in rows else {})
+
+
+def _glu(known: Known, call: Call) -> None:
+    rows = dict(known.rows(call["self"]))
+    dim = call["dim"] % call["self"].ndim
+    if dim in rows:
+        first, second = rows[dim].chunk(2)
+        rows[dim] = known.channels.tie(first, second)
+    known.put(call.result, rows)
+
+
+def _cat(known: Known, call: Call) -> None:
+    dim = call["dim"] % call.result.ndim
+    parts = [tensor for tensor in call["tensors"] if tensor.ndim == call.result.ndim]
+    found = [(axis, row) for part in parts for axis, row in known.rows(part).items() if axis != dim]
+    blank = [torch.zeros(part.shape[dim], dtype=torch.long) for part in parts]
+    joined = torch.cat([known.rows(part).get(dim, zeros) for part, zeros in zip(parts, blank, strict=True)])
+    known.put(call.result, {**known.tie_all(found), dim: joined})
+
+
+def _stack(known: Known, call: Call) -> None:
+    dim = call["dim"] % call.result.ndim
+    found = [pair for tensor in call["tensors"] for pair in known.rows(tensor).items()]
+    known.put(call.result, {axis + (axis >= dim): row for axis, row in known.tie_all(found).items()})
+
+
+def _copy(known: Known, call: Call) -> None:
+    known.put(call.result, _broadcast(known, [call["self"], call["src"]], call.result))
+
+
+def _index_put(known: Known, call: Call) -> None:
+    """`x[rows] = values`: the axes behind the indexed ones meet."""
+    target, values = call["self"], call["values"]
+    offset = target.ndim - values.ndim
+    behind = range(len(call["indices"]), target.ndim)
+    found = [pair for pair in known.rows(target).items() if pair[0] in behind]
+    rows = ((axis + offset, row) for axis, row in known.rows(values).items())
+    found += [pair for pair in rows if pair[0] in behind and len(pair[1]) == target.shape[pair[0]]]
+    known.put(call.result, known.tie_all(found))
+
+
+def _scatter(known: Known, call: Call) -> None:
+    """What is added or written along `dim` meets what is there on the other axes."""
+    dim = call["dim"] % call["self"].ndim
+    sources = [call.bound.get(name) for name in ("self", "source", "src")]
+    found = [pair for tensor in sources for pair in known.rows(tensor).items() if pair[0] != dim]
+    known.put(call.result, known.tie_all(found))
+
+
+def _gather(known: Known, call: Call) -> None:
+    dim = call["dim"] % call["self"].ndim
+    rows = known.rows(call["self"])
+    problem, shape = "they are picked by data", call.result.shape
+    known.blame([row for axis, row in rows.items() if axis == dim], problem)
+    lost = {dim: known.lose(shape[dim], problem)} if dim in rows else {}
+    known.put(call.result, {axis: row[: shape[axis]] for axis, row in rows.items() if axis != dim} | lost)
+
+
+_SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "var", "std", "argmax", "norm"})
+
+_RULES: Final[dict[str, _Rule]] = {
+    **dict.fromkeys(
+        "view _unsafe_view reshape _reshape_alias permute t transpose movedim expand slice select split "
+        "split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind squeeze unsqueeze "
+        "alias detach index index_select flip roll repeat constant_pad_nd unfold diagonal narrow "
+        "pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d "
+        "replication_pad1d replication_pad2d".split(),
+        move,
+    ),
+    **dict.fromkeys(
+        "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
+        "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "
+        "bernoulli".split(),
+        _keep,
+    ),
+    **dict.fromkeys("_local_scalar_dense nonzero multinomial bincount equal zero fill".split(), _forget),
+    **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
+    **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation"], _add_product),
+    **dict.fromkeys(["convolution", "_convolution"], _convolution),
+    **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], _row_norm),
+    **dict.fromkeys(
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+        "cudnn_batch_norm miopen_batch_norm native_group_norm".split(),
+        _channel_norm,
+    ),
+    **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
+    **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
+    **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    "glu": _glu,
+    "cat": _cat,
+    "stack": _stack,
+    "copy": _copy,
+    "index_put": _index_put,
+    "gather": _gather,
+    **dict.fromkeys("index_add index_copy scatter scatter_add scatter_reduce".split(), _scatter),
+}

@@ -1,0 +1,299 @@
+"""Modules whose weights are slices of another module's parameters, read afresh at every use.
+
+A live module is a copy of the user's module in which a parameter has become a property: reading
+`linear.weight` slices the owner's parameter there and then. So it always shows the present weights,
+gradients flow to the owner, and a block that activation checkpointing computes again slices again
+(parameters swapped in for one call, as `torch.func.functional_call` does, are gone by then and give
+wrong gradients). The optimizer, DDP and FSDP see the owner's parameters alone.
+
+In training the slices are views. Outside training they are contiguous copies, since products with
+strided weights can differ in the last bit from those of an extracted module.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from matta.errors import NestingError
+from matta.nesting.layout import Axis
+
+_SLICES = "_live_slices"
+
+
+@final
+class LiveSlice:
+    """A slice of one parameter of another module.
+
+    `axes` has one entry for each axis of the parameter; `detach` cuts the gradient.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, axes: tuple[Axis, ...], *, detach: bool = False) -> None:
+        self.owner, self.name, self.axes, self.detach = owner, name, axes, detach
+        self._growing = tuple((dim, axis) for dim, axis in enumerate(axes) if axis.grows)
+
+    @property
+    def key(self) -> tuple[int, tuple[Axis, ...]]:
+        """What two slices share when they are the same part of the same parameter, be it a tied one."""
+        return id(getattr(self.owner, self.name)), self.axes
+
+    def read(self, *, contiguous: bool) -> Tensor:
+        """The present weights: a view in training, a contiguous copy otherwise."""
+        tensor: Tensor = getattr(self.owner, self.name)
+        for dim, axis in self._growing:
+            tensor = axis.take(tensor, dim)
+        if self.detach:
+            tensor = tensor.detach()
+        return tensor.contiguous() if contiguous else tensor
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Put weights of the slice's shape into the owner's parameter."""
+        tensor: Tensor = getattr(self.owner, self.name)
+        write_slice(tensor, value, self.axes)
+
+    def own(self) -> nn.Parameter:
+        """A parameter with a copy of the present weights."""
+        value = self.read(contiguous=True).detach().clone(memory_format=torch.contiguous_format)
+        source: nn.Parameter = getattr(self.owner, self.name)
+        return nn.Parameter(value, requires_grad=source.requires_grad and not self.detach)
+
+
+@torch.no_grad()
+def write_slice(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
+    """Write the Student's parameter into its slice of the TA's."""
+    index = []
+    for dim, axis in enumerate(axes):
+        positions = torch.tensor(axis.positions(), dtype=torch.long, device=target.device)
+        index.append(positions.view([-1 if i == dim else 1 for i in range(len(axes))]))
+    target[tuple(index)] = value.to(target.device, target.dtype)
+
+
+def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A copy of `module` with buffers of its own and the given parameters, tied as in `module`.
+
+    Parameters that are not named stay the very same objects; no weight is copied, so a module of
+    any size, also on the meta device, is copied at once.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in named.values()}
+    memo |= {id(named[name]): parameter for name, parameter in parameters.items()}
+    return deep_copy(module, memo)
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """What copy.deepcopy gives, with tensors that a forward left among the attributes cut off from their graph.
+
+    Raises:
+        NestingError: the module holds something that cannot be copied.
+    """
+    cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
+    try:
+        return copy.deepcopy(module, {**cut, **(memo or {})})
+    except (RuntimeError, TypeError, NotImplementedError, pickle.PicklingError) as error:
+        raise NestingError(
+            f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; expected attributes that can be "
+            f"copied: keep locks, generators, files and tensors with a graph out of the module, or give the class that "
+            f"holds them a __deepcopy__"
+        ) from error
+
+
+def graph_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors with a graph among the attributes of modules, also inside containers: path, attribute, tensor."""
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name != "_modules":
+                yield from ((path, name, tensor) for tensor in _tensors_in(value, seen) if tensor.grad_fn is not None)
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors_in(each, seen)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from _tensors_in(each, seen)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from _tensors_in(vars(value), seen)
+
+
+def bind(module: nn.Module, slices: Mapping[str, LiveSlice]) -> None:
+    """Make every module in `module` live: `slices` maps parameter names to what they read."""
+    by_owner: dict[str, dict[str, LiveSlice]] = {}
+    for name, live in slices.items():
+        path, _, leaf = name.rpartition(".")
+        by_owner.setdefault(path, {})[leaf] = live
+    for path, part in list(module.named_modules()):
+        mine = by_owner.get(path, {})
+        for leaf in mine:
+            part._parameters[leaf] = None
+        if isinstance(part, nn.RNNBase):
+            part.__dict__.pop("_flat_weights", None)
+        _refuse_hidden_parameters(path, part)
+        part.__dict__[_SLICES] = mine
+        part.__class__ = _live_class(type(part), tuple(mine))
+
+
+def _refuse_hidden_parameters(path: str, module: nn.Module) -> None:
+    for attribute, value in module.__dict__.items():
+        if attribute in ("_parameters", "_buffers", "_modules"):
+            continue
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if any(isinstance(part, nn.Parameter) for part in (value, *parts)):
+            raise NestingError(
+                f"{path or type(module).__name__} keeps parameters in its attribute {attribute!r}, where they "
+                f"cannot be replaced by slices; keep them in a ParameterList or read them by their names"
+            )
+
+
+def is_live(module: nn.Module) -> bool:
+    """Whether the weights of `module` are slices of another one's."""
+    return _SLICES in module.__dict__
+
+
+def slices_of(module: nn.Module) -> dict[str, LiveSlice]:
+    """What the parameters of a live module read, by name; private ones are left out."""
+    return {
+        f"{path}.{name}" if path else name: live
+        for path, part in module.named_modules()
+        for name, live in part.__dict__.get(_SLICES, {}).items()
+    }
+
+
+def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
+    """A plain copy of a live module's structure: its classes and buffers, nothing where slices were.
+
+    Parameters of its own are copied as well, unless `keep_own` keeps the very same ones.
+    """
+    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
+    if keep_own:
+        memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
+    made = deep_copy(module, memo)
+    for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
+        plain.__class__ = type(part).__mro__[1]
+        del plain.__dict__[_SLICES]
+    return made
+
+
+def materialize(module: nn.Module) -> nn.Module:
+    """A plain copy of a live module: of its classes, with weights of its own, tied as they were."""
+    made = skeleton(module)
+    tied: dict[Any, nn.Parameter] = {}
+    for name, live in slices_of(module).items():
+        if live.key not in tied:
+            tied[live.key] = live.own()
+        path, _, leaf = name.rpartition(".")
+        made.get_submodule(path)._parameters[leaf] = tied[live.key]
+    for part in made.modules():
+        if isinstance(part, nn.RNNBase):
+            part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
+    return made
+
+
+def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The present weights of a live module by name: own parameters and slices, tied ones once."""
+    seen: set[Any] = set()
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        slices: dict[str, LiveSlice] = part.__dict__.get(_SLICES, {})
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not (once and id(parameter) in seen):
+                seen.add(id(parameter))
+                yield prefix + name, parameter
+        for name, live in slices.items():
+            if not (once and live.key in seen):
+                seen.add(live.key)
+                yield prefix + name, getattr(part, name)
+
+
+def _read(name: str) -> Callable[[nn.Module], Tensor]:
+    def read(self: nn.Module) -> Tensor:
+        live: LiveSlice | None = self.__dict__[_SLICES].get(name)
+        if live is None:  # while it is being copied
+            raise AttributeError(name)
+        return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+
+    return read
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of `base` under the same name, with a property for each sliced parameter."""
+    if (base, names) not in _LIVE_CLASSES:
+        body: dict[str, Any] = {name: property(_read(name)) for name in names}
+        body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
+        body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
+        if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
+            body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+        _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
+    return _LIVE_CLASSES[base, names]
+
+
+_LIVE_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _named_parameters(
+    self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """What a live module answers when it is asked for all of its weights.
+
+    Its parents see no parameter of it but private ones, and so do DDP and FSDP, which ask module by module.
+    """
+    own = ((name, each) for name, each in self._parameters.items() if each is not None)
+    for name, tensor in live_parameters(self, once=remove_duplicate) if recurse else own:
+        yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle the user's class and the names, from which the live class is made again."""
+    return _new_live, (type(self).__mro__[1], tuple(self.__dict__[_SLICES])), self.__dict__
+
+
+def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    live = _live_class(base, names)
+    return live.__new__(live)
+
+
+def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+    for name in self.__dict__[_SLICES]:
+        tensor = getattr(self, name)
+        destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+@torch.no_grad()
+def _load_from_state_dict(
+    self: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+) -> None:
+    """Weights that are loaded into a live module are written into the owner's."""
+    unexpected, errors = rest
+    taken: set[str] = set()
+    for name, live in self.__dict__[_SLICES].items():
+        value = state.get(prefix + name)
+        if value is None:
+            missing.extend([prefix + name] if strict else [])
+        elif value.shape != getattr(self, name).shape:
+            errors.append(
+                f"size mismatch for {prefix + name}: {tuple(value.shape)}, {tuple(getattr(self, name).shape)}"
+            )
+        else:
+            live.write(value)
+        taken.add(prefix + name)
+    others = {key: value for key, value in state.items() if key not in taken}
+    base: Any = super(type(self), self)
+    base._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)

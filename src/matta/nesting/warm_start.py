@@ -1,0 +1,179 @@
+"""Put a trained Student's weights into the Teaching Assistant, so that both start as good as it.
+
+The Student's weights go into their slices; what the TA has beyond them is silenced where it would
+reach the Student's channels: the weights from extra inputs to the Student's outputs, and the output
+projections of extra blocks, so that those are identities of a residual stream. Everything else of
+the TA keeps its fresh weights, through which it learns.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matta.errors import NestingError
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.nesting.declarations import LayerMap
+from matta.nesting.known_modules import axis_role
+from matta.nesting.plan import Placement, Plan
+from matta.nesting.slicing import write_slice
+
+_OUTPUT_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "down_proj", "wo", "w2", "fc2", "linear2", "fc_out", "proj")
+_TOLERANCE = 1e-4
+
+
+def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch | None) -> None:
+    """Write the Student's weights into the TA and silence the TA's extra parts.
+
+    With an example it is checked that the TA now computes what the Student computes; where it
+    cannot (norms over a wider hidden state, blocks that are not residual), a warning gives the
+    difference. Without one, a warning names a parameter of which it is not known what its inputs are.
+
+    Raises:
+        NestingError: an extra block has no output projection that is known, and no example is
+            given to find it with.
+    """
+    named = dict(student.named_parameters(remove_duplicate=False))
+    for name, placement in plan.placements.items():
+        target = ta.get_parameter(placement.ta)
+        path, _, leaf = name.rpartition(".")
+        _silence_extra_inputs(target, placement, student.get_submodule(path), leaf)
+        write_slice(target, named[name], placement.axes)
+    used = {id(ta.get_parameter(placement.ta)) for placement in plan.placements.values()}
+    for layer_map in plan.layers:
+        _silence_extra_blocks(ta, layer_map, example, used)
+    if example is not None:
+        _warn_if_different(student, ta, example)
+    else:
+        _warn_of_unknown_inputs(student, plan)
+
+
+@torch.no_grad()
+def _silence_extra_inputs(target: Tensor, placement: Placement, owner: nn.Module, leaf: str) -> None:
+    """Zero the weights that lead from the TA's extra inputs to the Student's outputs."""
+    inputs = _input_axes(owner, leaf, len(placement.axes))
+    if not inputs or not placement.axes[inputs[0]].grows:
+        return
+    mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
+    for dim, axis in enumerate(placement.axes):
+        inside = torch.zeros(target.shape[dim], dtype=torch.bool, device=target.device)
+        inside[axis.positions()] = True
+        shape = [-1 if i == dim else 1 for i in range(target.ndim)]
+        mask &= (~inside if dim == inputs[0] else inside).reshape(shape)
+    target[mask] = 0
+
+
+def _input_axes(owner: nn.Module, leaf: str, num_axes: int) -> list[int]:
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):  # weight_ih, weight_hh, weight_hr
+        return [1] if num_axes > 1 else []
+    return [axis for axis in range(num_axes) if axis_role(owner, leaf, axis) == "in"]
+
+
+def _silence_extra_blocks(ta: nn.Module, layer_map: LayerMap, example: Batch | None, used: set[int]) -> None:
+    blocks = ta.get_submodule(layer_map.ta)
+    for index in range(layer_map.num_ta):
+        if index in layer_map.indices:
+            continue
+        block = blocks[index]  # type: ignore[index]
+        path = f"{layer_map.ta}.{index}" if layer_map.ta else str(index)
+        if all(id(parameter) in used for parameter in block.parameters()):  # none, or a block that is repeated
+            continue
+        found = list(_known_projections(block)) if example is None else _search_projections(ta, block, example)
+        if not found and example is None:
+            raise NestingError(
+                f"warm_start cannot make the extra block {path} ({type(block).__name__}) an identity: none of its "
+                f"modules is a known output projection ({', '.join(_OUTPUT_PROJECTIONS)}); pass example=batch to "
+                f"find them"
+            )
+        for parameter in found:
+            torch.nn.init.zeros_(parameter)
+
+
+def _known_projections(block: nn.Module) -> Iterator[nn.Parameter]:
+    for name, module in block.named_modules():
+        if name.rpartition(".")[2] in _OUTPUT_PROJECTIONS:
+            yield from module.parameters(recurse=False)
+
+
+def _search_projections(ta: nn.Module, block: nn.Module, example: Batch) -> list[nn.Parameter]:
+    """The fewest modules of a block whose weights, set to zero, make it an identity; none if it cannot be."""
+    captured = _capture(ta, block, example)
+    leaves = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+    saved = {parameter: parameter.detach().clone() for parameter in block.parameters()}
+    zeroed = [leaf for leaf in leaves if any(p.ndim > 1 for p in leaf.parameters(recurse=False))]
+    try:
+        _set_zero(zeroed, saved)
+        if captured is None or not _is_identity(block, *captured):
+            return []
+        for leaf in list(zeroed):
+            rest = [other for other in zeroed if other is not leaf]
+            _set_zero(rest, saved)
+            if _is_identity(block, *captured):
+                zeroed = rest
+        return [parameter for leaf in zeroed for parameter in leaf.parameters(recurse=False)]
+    finally:
+        _set_zero([], saved)
+
+
+@torch.no_grad()
+def _set_zero(modules: list[nn.Module], saved: dict[nn.Parameter, Tensor]) -> None:
+    zero = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    for parameter, value in saved.items():
+        parameter.copy_(torch.zeros_like(value) if id(parameter) in zero else value)
+
+
+def _capture(ta: nn.Module, block: nn.Module, example: Batch) -> tuple[Any, Any] | None:
+    """What the block is called with when the TA runs on the example."""
+    seen: list[tuple[Any, Any]] = []
+    handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        with eval_mode(ta), torch.no_grad():
+            call(ta, split_labels(example)[0])
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
+@torch.no_grad()
+def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
+    with eval_mode(block):
+        found = block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    found = found[0] if isinstance(found, tuple) else found
+    given = args[0] if args else next(iter(kwargs.values()))
+    return isinstance(found, Tensor) and found.shape == given.shape and torch.allclose(found, given, atol=1e-5)
+
+
+def _warn_of_unknown_inputs(student: nn.Module, plan: Plan) -> None:
+    for name, placement in plan.placements.items():
+        path, _, leaf = name.rpartition(".")
+        owner, grows = student.get_submodule(path), [axis for axis, each in enumerate(placement.axes) if each.grows]
+        is_vector = sum(axis.ta_size > 1 for axis in placement.axes) < 2
+        if is_vector or _input_axes(owner, leaf, len(placement.axes)):
+            continue
+        if any(axis_role(owner, leaf, axis) == "unknown" for axis in grows):
+            warnings.warn(
+                f"the warm start does not know which axis of {name} ({type(owner).__name__}) its inputs are on, and "
+                f"silenced none: the TA may start worse than the Student; pass example=batch to have that checked",
+                stacklevel=4,
+            )
+            return
+
+
+@torch.no_grad()
+def _warn_if_different(student: nn.Module, ta: nn.Module, example: Batch) -> None:
+    inputs = split_labels(example)[0]
+    with eval_mode(student, ta):
+        logits = [logits_of(call(module, inputs)) for module in (student, ta)]
+    error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-12))
+    if not error <= _TOLERANCE:
+        warnings.warn(
+            f"after the warm start the TA's logits differ from the Student's by {error:.2g} (relative): it has parts "
+            f"that cannot be silenced, such as norms over a wider hidden state or blocks that are not residual; the "
+            f"Student itself starts exactly where it was",
+            stacklevel=4,
+        )

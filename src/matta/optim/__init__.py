@@ -1,0 +1,13 @@
+"""Shampoo: the preconditioned optimizer of section 3.3, as a `torch.optim.Optimizer`.
+
+Read in this order:
+
+- `preconditioner`: the Kronecker factors of a stack of equal blocks, their roots, and the direction of a step.
+- `first_order`: AdamW or Adagrad for embeddings, vectors and whatever is too large; also the graft.
+- `stacking`: parameters cut into blocks, and blocks of one shape stacked.
+- `shampoo`: the optimizer, which puts these together.
+"""
+
+from matta.optim.shampoo import Shampoo, shampoo_groups
+
+__all__ = ["Shampoo", "shampoo_groups"]

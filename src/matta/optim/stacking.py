@@ -1,0 +1,205 @@
+"""Matrices cut into equal blocks; blocks of one shape from all parameters stacked, to be worked on at once.
+
+Shape suffixes: B blocks in a stack, M rows and N columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from matta.optim.first_order import Entry, FirstOrder
+from matta.optim.preconditioner import Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How a matrix is cut into equal blocks, padded with zeros where they do not come out even.
+
+    Example:
+        >>> grid = Grid.of(5, 4, block_size=3)
+        >>> grid.num_blocks, grid.block_shape, grid.padded
+        (4, (3, 2), True)
+        >>> matrix = torch.arange(20.0).view(5, 4)
+        >>> bool((grid.join(grid.cut(matrix)) == matrix).all())
+        True
+    """
+
+    shape: tuple[int, int]
+    counts: tuple[int, int]
+    block_shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows: int, columns: int, *, block_size: int) -> Grid:
+        """The fewest equal blocks with no side over `block_size`."""
+        down, across = -(-rows // block_size), -(-columns // block_size)
+        return cls(
+            shape=(rows, columns),
+            counts=(down, across),
+            block_shape=(-(-rows // down), -(-columns // across)),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the matrix is cut into."""
+        return self.counts[0] * self.counts[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether the blocks cover more than the matrix."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        return (down * rows, across * columns) != self.shape
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """The blocks as (down, across, M, N): a view of the matrix unless it needs padding."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        if self.padded:
+            matrix = F.pad(matrix, (0, across * columns - self.shape[1], 0, down * rows - self.shape[0]))
+        return matrix.view(down, rows, across, columns).transpose(1, 2)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """The matrix of blocks (down, across, M, N), without the padding."""
+        (down, across), (rows, columns) = self.counts, self.block_shape
+        matrix = blocks.transpose(1, 2).reshape(down * rows, across * columns)
+        return matrix[: self.shape[0], : self.shape[1]]
+
+
+class Member:
+    """One parameter of a stack, and the views that it has of the stack's tensors."""
+
+    def __init__(self, parameter: Tensor, grid: Grid, blocks: slice) -> None:
+        self.parameter = parameter
+        self.grid = grid
+        self.blocks = blocks
+        self.gradient = torch.empty(0)
+        self.scratch = torch.empty(0)
+        self.state: dict[str, Tensor] = {}
+        self.shared = torch.empty(0)
+
+    def cut_gradient(self) -> Tensor:
+        """The gradient's blocks, to be copied into the stack."""
+        gradient = self.parameter.grad
+        assert gradient is not None
+        return self.grid.cut(gradient if gradient.shape == self.grid.shape else gradient.reshape(self.grid.shape))
+
+    def move(self) -> None:
+        """Adds what the stack holds in the gradient's place to the parameter."""
+        parameter = self.parameter
+        if self.grid.padded or not parameter.is_contiguous():
+            parameter.add_(self.grid.join(self.shared).reshape(parameter.shape))
+        else:
+            self.grid.cut(parameter.view(self.grid.shape)).add_(self.shared)
+
+
+class Stack:
+    """Blocks of one shape with their gradients, graft state and factors, each as one tensor.
+
+    The optimizer's `state[parameter]` holds views of these tensors; values found there (a loaded state) are
+    taken over.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[Tensor, Grid]],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        graft: FirstOrder,
+        dtype: torch.dtype,
+    ) -> None:
+        self.graft = graft
+        self.members: list[Member] = []
+        num_blocks = 0
+        for parameter, grid in parameters:
+            self.members.append(Member(parameter, grid, slice(num_blocks, num_blocks + grid.num_blocks)))
+            num_blocks += grid.num_blocks
+        self.gradient = torch.zeros(
+            num_blocks, *parameters[0][1].block_shape, dtype=dtype, device=parameters[0][0].device
+        )
+        self.scratch = torch.zeros_like(self.gradient)
+        self.averages = {name: torch.zeros_like(self.gradient) for name in graft.state_names}
+        rows, columns = self.gradient.shape[1:]
+        self.left = self._factors(rows)
+        self.right = self._factors(columns)
+        self.active: list[Member] = []
+        for member in self.members:
+            self._share(member, state[member.parameter])
+
+    @property
+    def factors(self) -> list[Factors]:
+        """Those of sides longer than 1: the root of a 1x1 factor is a number, which grafting takes out."""
+        return [each for each in (self.left, self.right) if each is not None]
+
+    def load_gradients(self) -> None:
+        """Takes the gradients of the members that have one; the others sit out this step."""
+        self.active = [member for member in self.members if member.parameter.grad is not None]
+        if self.active:
+            targets = [member.shared for member in self.active]
+            torch._foreach_copy_(targets, [member.cut_gradient() for member in self.active])
+
+    def graft_entries(self) -> list[Entry]:
+        """What the graft is to move: from zero, so that its steps are left in the scratch tensors."""
+        if self.active:
+            self.scratch.zero_()
+        return [(member.scratch, member.gradient, member.state) for member in self.active]
+
+    def update_factors(self, *, decay: float, weight: float) -> None:
+        """L becomes decay * L + weight * G Gᵀ, and R with Gᵀ G."""
+        spans = [member.blocks for member in self.active]
+        if len(spans) == len(self.members):
+            spans = [slice(0, len(self.gradient))]
+        for blocks in spans:
+            if self.left is not None:
+                self.left.update(self.gradient, blocks, decay=decay, weight=weight)
+            if self.right is not None:
+                self.right.update(self.gradient.mT, blocks, decay=decay, weight=weight)
+
+    def move(self, *, momentum: float, weight_decay: float) -> None:
+        """Moves the active members along the preconditioned direction, as far as the graft has moved."""
+        if not self.active:
+            return
+        lengths = torch.linalg.vector_norm(self.scratch, dim=(1, 2))
+        update = self._direction(momentum)
+        # a block without any gradient yet has the length 0 / 0
+        scales = (lengths / torch.linalg.vector_norm(update, dim=(1, 2))).nan_to_num_(0.0, posinf=0.0).neg_()
+        torch.mul(update, scales[:, None, None], out=self.gradient)
+        if weight_decay:
+            torch._foreach_mul_([member.parameter for member in self.active], 1.0 - weight_decay)
+        for member in self.active:
+            member.move()
+
+    def _direction(self, momentum: float) -> Tensor:
+        update = self.gradient
+        if self.graft.direction == "momentum":
+            update = self.averages["exp_avg"]
+        elif self.graft.direction == "nesterov":
+            update.lerp_(self.averages["exp_avg"], momentum)
+        if self.left is not None:
+            update = torch.bmm(self.left.roots, update, out=self.scratch)
+        if self.right is not None:
+            spare = self.gradient if update is self.scratch else self.scratch
+            update = torch.bmm(update, self.right.roots, out=spare)
+        return update
+
+    def _factors(self, side: int) -> Factors | None:
+        if side == 1:
+            return None
+        return Factors.zeros(len(self.gradient), side, self.gradient, exponent=self.graft.exponent)
+
+    def _share(self, member: Member, state: dict[str, Tensor]) -> None:
+        """Points a parameter's state at its part of the stack, after copying what it holds."""
+        tensors = dict(self.averages)
+        for side, factors in (("left", self.left), ("right", self.right)):
+            if factors is not None:
+                tensors |= {side: factors.statistics, f"{side}_root": factors.roots}
+        for name, tensor in tensors.items():
+            part = tensor[member.blocks]
+            if name in state:
+                part.copy_(state[name])
+            state[name] = part
+        state.setdefault("step", torch.zeros((), device=self.gradient.device))
+        member.state = state
+        member.gradient, member.scratch = self.gradient[member.blocks], self.scratch[member.blocks]
+        member.shared = member.gradient.view(*member.grid.counts, *member.grid.block_shape)

@@ -1,0 +1,35 @@
+"""Training: Student and Teaching Assistant together, in a loop that survives being killed.
+
+Read in this order:
+
+- `cotraining`: the forward of a step, with the weights of the losses and their ramp (section 3.1).
+- `fitting`: `fit` and its arguments. `loop`: what happens in each step.
+- `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
+- `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
+- `processes`: what a run on several processes shares.
+- `run_folder`: checkpoints, and Ctrl-C that lets the step end.
+- `reporting`: progress bar, trackers, tables. `factors`: Shampoo's factors beside a run.
+- `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
+- `snapshots`: extracted models, published while training continues.
+"""
+
+from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Weights
+from matta.training.evaluation import Evaluation
+from matta.training.fitting import fit
+from matta.training.loop import FitResult, Observer
+from matta.training.progressive_validation import ProgressiveValidation
+from matta.training.snapshots import Snapshots, read_snapshot
+
+__all__ = [
+    "CoTraining",
+    "CoTrainingOutput",
+    "Evaluation",
+    "FitResult",
+    "Observer",
+    "ProgressiveValidation",
+    "Ramp",
+    "Snapshots",
+    "Weights",
+    "fit",
+    "read_snapshot",
+]

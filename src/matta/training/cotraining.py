@@ -1,0 +1,313 @@
+"""Train Students and Teaching Assistant together: three losses, their weights, and the ramp of the third (3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from random import Random
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from matta.errors import LabelError, MattaError
+from matta.family.submodels import SubModel, live
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.nesting.nested import Nested
+from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
+from matta.objectives.labels import Labels, TopK
+from matta.objectives.losses import LossWeights
+from matta.objectives.objective import Objective
+from matta.training.processes import num_processes, summed
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """ω of L = ω₁·L_S + ω₂·L_TA + ω₃·ramp(t)·L_D.
+
+    Raises:
+        MattaError: a weight is negative or not finite.
+
+    Example:
+        >>> Weights(distill=0.5)
+        Weights(student=1.0, ta=1.0, distill=0.5)
+    """
+
+    student: float = 1.0
+    ta: float = 1.0
+    distill: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("student", "ta", "distill"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise MattaError(f"received Weights({name}={value}); expected a finite number, zero or more")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """The weight of the distillation loss over training: zero up to step `start`, one `steps` later.
+
+    Steps are optimizer steps: training-mode forwards divided by `accumulate` of `CoTraining`.
+
+    Raises:
+        MattaError: a negative number of steps.
+
+    Example:
+        >>> [Ramp(start=10, steps=20).at(t) for t in (0, 10, 20, 30, 99)]
+        [0.0, 0.0, 0.5, 1.0, 1.0]
+    """
+
+    start: int = 0
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.steps < 0:
+            raise MattaError(f"received {self}; expected start and steps of zero or more")
+
+    def at(self, step: int) -> float:
+        """The weight at a step, between 0 and 1."""
+        if step < self.start:
+            return 0.0
+        return min((step - self.start) / self.steps, 1.0) if self.steps else 1.0
+
+    def at_tensor(self, step: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same for a step counted on a device, without waiting for the device."""
+        if not self.steps:
+            return (step >= self.start).to(dtype)
+        return ((step - self.start).to(dtype) / self.steps).clamp(0.0, 1.0)
+
+
+_MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers there are 2ᴺ
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CoTrainingOutput:
+    """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
+
+    Each loss is the mean over the `num_labels` labels of the batch that count. `loss` is the batch's share of the
+    mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
+    `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
+    were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
+    """
+
+    loss: Tensor
+    ta_loss: Tensor
+    distill_weight: Tensor
+    student_losses: tuple[Tensor, ...]
+    distill_losses: tuple[Tensor, ...]
+    logits: tuple[Tensor | LaterLogits, ...]
+    num_labels: Tensor
+
+    @property
+    def student_loss(self) -> Tensor:
+        """L_S (Eq. 1)."""
+        return self.student_losses[0]
+
+    @property
+    def distill_loss(self) -> Tensor:
+        """L_D (Eq. 3), not weighted."""
+        return self.distill_losses[0]
+
+    @property
+    def student_logits(self) -> Tensor:
+        """The Student's logits."""
+        return _read(self.logits[1])
+
+    @property
+    def all_student_logits(self) -> tuple[Tensor, ...]:
+        """The logits of each Student."""
+        return tuple(_read(each) for each in self.logits[1:])
+
+    @property
+    def ta_logits(self) -> Tensor:
+        """The TA's logits."""
+        return _read(self.logits[0])
+
+
+def _kept(logits: Tensor) -> Tensor | LaterLogits:
+    source = deferred(logits)
+    return undeferred(logits).detach() if source is None else source.later()
+
+
+def _read(logits: Tensor | LaterLogits) -> Tensor:
+    return logits if isinstance(logits, Tensor) else logits.read()
+
+
+def _are_labels(labels: Any) -> bool:
+    return isinstance(labels, Tensor | TopK)
+
+
+def _share(mean: Tensor, count: Tensor, total: float | Tensor) -> Tensor:
+    """The mean over `count` labels as its part of the mean over `total`; the same bits if they are as many."""
+    return mean / (torch.as_tensor(total, dtype=mean.dtype, device=mean.device) / count.clamp(min=1))
+
+
+@final
+class CoTraining(nn.Module):
+    """The training step's forward: L = ω₁·L_S + ω₂·L_TA + ω₃·ramp(t)·L_D.
+
+    One forward and one backward for the whole pair, so that DDP and FSDP see one module. Each
+    forward in training mode advances `step`, which the ramp reads and which is saved with the
+    state.
+
+    Where labels are ignored, or batches differ in size, the mean of the batches' means is not that of the step.
+    A loop that accumulates batches, or runs in several processes, therefore counts the labels of the whole step
+    with `num_labels` and passes the number with each batch, as `matta.fit` does, in place of dividing the loss:
+
+        num_labels = cotrain.num_labels(batches)
+        for batch in batches:
+            cotrain(batch, num_labels=num_labels).loss.backward()
+
+    Args:
+        nested: The pair; its parameters are what the optimizer gets.
+        objective: How logits and labels become losses.
+        weights: ω₁, ω₂ and ω₃; with several Students they hold for each.
+        ramp: When L_D comes in; None is from the start.
+        teacher: A module that labels each batch, without gradient and in eval mode. It is moved
+            along by `to`, but is no part of the parameters or the state. Labels of the batch are
+            then used only for the positions that they ignore.
+        sample: Draws a sub-model for each step, which is trained as one more Student.
+        accumulate: Forwards to one optimizer step.
+
+    Raises:
+        MattaError: no nesting, no objective (its class, say), or fewer than one forward to a step.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(nn.Linear(4, 1), nn.Linear(4, 1))
+        >>> out = CoTraining(nested, matta.objectives.Binary())((torch.zeros(2, 4), torch.ones(2)))
+        >>> out.loss.backward(); out.student_loss == out.ta_loss
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        nested: Nested,
+        objective: Objective,
+        *,
+        weights: Weights | None = None,
+        ramp: Ramp | None = None,
+        teacher: nn.Module | None = None,
+        sample: Callable[[Random], SubModel] | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        for argument, value, kind in (("nested", nested, Nested), ("objective", objective, Objective)):
+            if not isinstance(value, kind):
+                what = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+                remedy = "what matta.nest gives" if kind is Nested else "such as matta.objectives.Binary()"
+                raise MattaError(f"received {what} as {argument}; expected {remedy}")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
+        self.nested = nested
+        self.objective = objective
+        self.weights = weights or Weights()
+        self.ramp = ramp
+        self.sample = sample
+        self.accumulate = accumulate
+        self._teacher = (teacher,)  # in a tuple: not a submodule
+        self._live: dict[SubModel, nn.Module] = {}
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a Teacher labels the batches."""
+        return self._teacher[0] is not None
+
+    def num_labels(self, batches: Iterable[Batch]) -> Tensor:
+        """The labels that count in the batches of an optimizer step, for `forward`.
+
+        In several processes, which must all call this, it is the mean of their numbers: DDP and FSDP then average
+        the gradients. A batch without labels is given to the Teacher to be counted, and once more in `forward`.
+
+        Raises:
+            LabelError: labels are missing.
+        """
+        total = torch.zeros_like(self.step)
+        for batch in batches:
+            inputs, labels = split_labels(batch)
+            total += self._num_counted(labels, None if _are_labels(labels) else self._labels(inputs, labels))
+        total = summed(total).clamp(min=1)
+        return total if num_processes() == 1 else total.double() / num_processes()
+
+    def forward(self, batch: Batch, *, num_labels: float | Tensor | None = None) -> CoTrainingOutput:
+        """The losses of a batch; with `num_labels`, those of the whole step, `loss` is divided by them.
+
+        Raises:
+            LabelError: labels are missing, or do not fit the logits.
+        """
+        inputs, given = split_labels(batch)
+        labels = self._labels(inputs, given)
+        ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs, labels)
+        weight = self._distill_weight(ta)
+        weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
+        joint = self.objective.joint(students, ta, labels, weights)
+        if self.training:
+            self.step += 1
+        count = len(self.nested.students)
+        num_counted = torch.as_tensor(self._num_counted(given, labels), device=joint.loss.device)
+        return CoTrainingOutput(
+            loss=joint.loss if num_labels is None else _share(joint.loss, num_counted, num_labels),
+            ta_loss=joint.losses.ta.detach(),
+            distill_weight=weight,
+            student_losses=tuple(each.detach() for each in joint.losses.students[:count]),
+            distill_losses=tuple(each.detach() for each in joint.losses.distill[:count]),
+            logits=tuple(_kept(each) for each in (ta, *students[:count])),
+            num_labels=num_counted,
+        )
+
+    def _num_counted(self, given: Any, labels: Labels | None) -> int | Tensor:
+        """The labels of a batch that count: by its own where it has some, which a Teacher's follow."""
+        return self.objective.num_counted(given if _are_labels(given) else labels)  # type: ignore[arg-type]
+
+    def _logits(self, models: Sequence[nn.Module], inputs: Any, labels: Labels) -> list[Tensor]:
+        """The logits of each model; those of large heads are put off, for the objective to fuse with its losses."""
+        least = None if torch.compiler.is_compiling() else self.objective.least_deferred(labels)
+        with nullcontext() if least is None else deferring(models, least):
+            return [logits_of(call(model, inputs)) for model in models]
+
+    def _labels(self, inputs: Any, labels: Any) -> Labels:
+        teacher = self._teacher[0]
+        if teacher is None:
+            if not _are_labels(labels):
+                raise LabelError(
+                    f"the labels of the batch are {type(labels).__name__}; expected a tensor or a TopK: 'labels' of a "
+                    f"mapping, the second of a pair, or CoTraining(teacher=...) to make them"
+                )
+            return labels
+        with eval_mode(teacher), torch.no_grad():
+            logits = logits_of(call(teacher, inputs))
+        return self.objective.teach(logits, labels)
+
+    def _distill_weight(self, logits: Tensor) -> Tensor:
+        """ω₃·ramp(t), in the type of the losses, where they are."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        if self.ramp is None:
+            return torch.full((), self.weights.distill, dtype=dtype, device=logits.device)
+        return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, dtype)
+
+    def _sampled(self) -> list[nn.Module]:
+        """The sub-model of this step; the same on every process, and again after a resume."""
+        if self.sample is None or not self.training:
+            return []
+        spec = self.sample(Random(int(self.step)))
+        made = self._live.pop(spec, None)
+        if made is None:
+            made = live(self.nested, spec)
+        if len(self._live) >= _MOST_LIVE:
+            del self._live[next(iter(self._live))]
+        self._live[spec] = made
+        return [made.train()]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CoTraining:
+        super()._apply(fn, recurse)
+        for extra in (self._teacher[0], *self._live.values()):
+            if extra is not None:
+                extra._apply(fn)
+        return self

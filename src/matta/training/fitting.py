@@ -1,0 +1,177 @@
+"""The training loop: `fit`, on Hugging Face Accelerate.
+
+A thin loop around `CoTraining`: what it adds to ten lines of your own is in `fit`'s arguments. The ramp of
+the distillation loss counts optimizer steps, as everything here does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from matta.errors import RunError
+from matta.nesting.batches import Batch
+from matta.training.cotraining import CoTraining
+from matta.training.feeding import Feed
+from matta.training.loop import Evaluate, FitResult, Observer, Settings, Training
+from matta.training.processes import make_accelerator, require_all
+from matta.training.reporting import require_installed
+from matta.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+def fit(
+    cotrain: CoTraining,
+    data: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    scheduler: LRScheduler | None = None,
+    clip_norm: float | None = None,
+    accumulate: int | None = None,
+    precision: Literal["no", "bf16"] | None = None,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int | None = None,
+    best: tuple[str, Literal["min", "max"]] | None = None,
+    observers: Sequence[Observer] = (),
+    run: str | os.PathLike[str] | None = None,
+    resume: bool | Literal["prolong"] = False,
+    checkpoint_every: int = 1000,
+    log_every: int = 50,
+    max_nonfinite: int | None = 10,
+    tensorboard: bool = True,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> FitResult:
+    """Co-train a nesting on `data`.
+
+    It trains where Accelerate says: on the accelerator of the machine if it has one, and under `accelerate
+    launch` on several processes, each of which takes its own batches.
+
+    With `run` the run survives: killed at whatever moment, the same call with `resume=True` goes on from the
+    newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (where the device
+    computes the same again, and the data is the same; random numbers that a dataset draws in DataLoader workers
+    are not replayed). That call may also be the first one. On Ctrl-C the present step is
+    ended and a checkpoint written before KeyboardInterrupt is raised (one process; a second Ctrl-C does not
+    wait). The folder ends with the nesting in `nested` and the best one in `best`, for `matta.load`.
+
+    Args:
+        cotrain: The pair with its objective. It is in training mode meanwhile.
+        data: A DataLoader, or any iterable of batches, also one without end. A `matta.streams.Stream` goes on
+            after the last event trained on, also when the run had ended and files have come since.
+        optimizer: Holds `nested.parameters()`.
+        steps: Optimizer steps in all; the data is passed over as often as they need. An iterator that ends
+            earlier ends the run.
+        epochs: Passes over the data, in place of `steps`; by default one.
+        scheduler: Of the optimizer; stepped after every optimizer step.
+        clip_norm: Largest norm of all gradients together.
+        accumulate: Batches to an optimizer step; by default what `CoTraining` was given. Batches left over at
+            the end of a pass count for the next one.
+        precision: "bf16" runs the forward under autocast; by default what Accelerate is configured for.
+        evaluate: Gives named values for the nesting, in eval mode and without gradient: an `Evaluation`, or a
+            function. The main process calls it, after every `evaluate_every` steps and at the end. Random
+            numbers that it draws do not change the run.
+        evaluate_every: Steps between evaluations; by default there is only the one at the end.
+        best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.
+        observers: What looks on at each batch (on every process); their state is saved with the run's.
+        run: A new folder for checkpoints and TensorBoard.
+        resume: Go on with a run that is there. Arguments that change its weights must be those that it was begun
+            with; `steps` or `epochs` may have grown. With "prolong" they may differ: the run goes on from its
+            weights and the optimizer's state, with the hyperparameters of `optimizer` as given and a new
+            `scheduler`, made for the whole run, at the rate that it has after the steps made.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps over which the losses are averaged for trackers and the result.
+        max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
+            weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
+            The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
+            waits for the device.
+        tensorboard: Write the values for TensorBoard into the run folder.
+        progress: Show a progress bar with the losses of the present batch.
+        accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed. Its trackers (W&B,
+            MLflow and others: `Accelerator(log_with=...)`, then `init_trackers`) get the losses and evaluations.
+
+    Raises:
+        RunError: settings that cannot work, a run folder that exists or was begun with other arguments, data
+            without batches, losses that stay non-finite, or a package of the `fit` extra that is missing.
+        CheckpointError: the checkpoint to resume from is damaged, or is that of other models.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(torch.nn.Linear(2, 1), torch.nn.Linear(2, 1))
+        >>> cotrain = matta.CoTraining(nested, matta.objectives.Binary())
+        >>> data = [(torch.eye(2), torch.tensor([0.0, 1.0]))]
+        >>> optimizer = torch.optim.SGD(nested.parameters(), lr=0.1)
+        >>> matta.fit(cotrain, data, optimizer, steps=5, progress=False).steps
+        5
+    """
+    require_installed("accelerate")
+    accelerator = make_accelerator() if accelerator is None else accelerator
+    require_all(accelerator)
+    settings = Settings(
+        steps=steps,
+        epochs=epochs,
+        clip_norm=clip_norm,
+        accumulate=_accumulate(cotrain, accumulate),
+        precision=_precision(accelerator, precision),
+        evaluate_every=evaluate_every,
+        best=best,
+        checkpoint_every=checkpoint_every,
+        max_nonfinite=max_nonfinite,
+        log_every=log_every,
+        resume=resume,
+    )
+    _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run)
+    folder = None if run is None else RunFolder(run, resume=bool(resume))
+    accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
+    cotrain.to(accelerator.device)
+    feed = Feed(data, accelerator, settings.num_passes)
+    training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
+    return training.run(progress=progress, has_tensorboard=tensorboard)
+
+
+def _accumulate(cotrain: CoTraining, accumulate: int | None) -> int:
+    if accumulate is not None and accumulate != cotrain.accumulate and cotrain.accumulate != 1:
+        raise RunError(
+            f"received accumulate={accumulate} for a CoTraining(accumulate={cotrain.accumulate}); expected the same, "
+            f"since the ramp counts optimizer steps: leave it out of one of them"
+        )
+    return cotrain.accumulate if accumulate is None else accumulate
+
+
+def _precision(accelerator: Accelerator, precision: str | None) -> str:
+    configured = str(accelerator.mixed_precision)
+    kind = str(accelerator.distributed_type.value)
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise RunError(f"Accelerate is configured for {kind}; expected one process or DistributedDataParallel")
+    if precision is None or configured in ("no", precision):
+        return precision or configured
+    raise RunError(
+        f"received precision={precision!r}, and Accelerate is configured for {configured!r}; leave precision out, or "
+        f"launch with --mixed_precision {precision}"
+    )
+
+
+def _check_arguments(
+    cotrain: CoTraining,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    evaluate: Evaluate | None,
+    settings: Settings,
+    run: object,
+) -> None:
+    own = {id(parameter) for parameter in cotrain.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise RunError("the optimizer holds no parameter of the nesting; expected nested.parameters() in it")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")
+    if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):
+        raise RunError("received evaluate_every or best without evaluate; expected evaluate= too, what to call")
+    if settings.resume and run is None:
+        raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to go on with")

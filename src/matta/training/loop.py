@@ -1,0 +1,463 @@
+"""The loop of a run: what happens in each step, and what is saved of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+
+import torch
+from torch import Tensor
+
+from matta.errors import RunError
+from matta.family.saving import save
+from matta.nesting.batches import Batch
+from matta.nesting.nested import Nested
+from matta.optim.shampoo import Shampoo
+from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.evaluation import evaluating
+from matta.training.factors import save_factors
+from matta.training.feeding import Feed, full_groups
+from matta.training.randomness import random_state_kept
+from matta.training.reporting import Bar, Losses, tensorboard
+from matta.training.resuming import arguments_of, fast_forward, keep_hyperparameters, require_same
+from matta.training.run_folder import Interrupt, RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+    from torch.optim.lr_scheduler import LRScheduler
+
+Evaluate = Callable[[Nested], Mapping[str, float]]
+
+
+class Observer(Protocol):
+    """What looks on at each batch, such as `ProgressiveValidation` and `Snapshots`."""
+
+    def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
+        """What was predicted, by weights that have not yet learned from the batch."""
+
+    def after_step(self, cotrain: CoTraining) -> None:
+        """The optimizer has moved the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, of tensors and plain types."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from a state."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` gave after a step."""
+
+    step: int
+    values: dict[str, float]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What came of a run.
+
+    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
+    count in all processes; `num_skipped` counts the steps whose loss was not finite.
+    """
+
+    steps: int
+    losses: dict[str, float]
+    evaluations: tuple[Evaluated, ...]
+    best: Evaluated | None
+    num_skipped: int
+
+
+_COUNTS = ("steps", "epochs", "accumulate", "evaluate_every", "checkpoint_every", "max_nonfinite", "log_every")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The plain values among the arguments of `fit`.
+
+    Raises:
+        RunError: a value is out of range, or two exclude each other.
+    """
+
+    steps: int | None
+    epochs: int | None
+    clip_norm: float | None
+    accumulate: int
+    precision: str
+    evaluate_every: int | None
+    best: tuple[str, Literal["min", "max"]] | None
+    checkpoint_every: int
+    max_nonfinite: int | None
+    log_every: int
+    resume: bool | Literal["prolong"]
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise RunError(f"received steps={self.steps} and epochs={self.epochs}; expected one of them")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise RunError(f"received {name}={value!r}; expected a whole number from 1 up")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise RunError(f"received clip_norm={self.clip_norm!r}; expected a number over 0, or None for no clipping")
+        if self.precision not in ("no", "bf16"):
+            raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
+        if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
+            raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.resume not in (True, False, "prolong"):
+            raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
+
+    @property
+    def num_passes(self) -> int | None:
+        """Passes over the data; None: as many as the steps need."""
+        return None if self.steps is not None else self.epochs or 1
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context of a forward."""
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@final
+class Training:
+    """A run: its state, and what happens in each step."""
+
+    def __init__(
+        self,
+        cotrain: CoTraining,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None,
+        feed: Feed,
+        settings: Settings,
+        evaluate: Evaluate | None,
+        observers: Sequence[Observer],
+        folder: RunFolder | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
+        self.settings, self.evaluate, self.observers = settings, evaluate, observers
+        self.folder, self.accelerator = folder, accelerator
+        self.arguments = arguments_of(
+            cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
+        )
+        self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
+        self.losses = Losses()
+        self.evaluations: list[Evaluated] = []
+        self.best: Evaluated | None = None
+        self.saved_step: int | None = None
+        self.bar: Bar | None = None
+        self.trackers: list[GeneralTracker] = []
+        self.own_tracker: GeneralTracker | None = None
+
+    def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
+        """Train to the end."""
+        self._resume()
+        accumulate_before = self.cotrain.accumulate
+        modes = [(part, part.training) for part in self.cotrain.modules()]
+        try:
+            self.cotrain.accumulate = self.settings.accumulate
+            self._open(progress=progress, has_tensorboard=has_tensorboard)
+            with Interrupt(enabled=self.folder is not None and self.accelerator.num_processes == 1) as interrupt:
+                self.cotrain.train()
+                self._train(interrupt)
+            self._finish()
+        finally:
+            self.cotrain.accumulate = accumulate_before
+            for part, mode in modes:
+                part.training = mode
+            if self.bar is not None:
+                self.bar.close()
+            if self.own_tracker is not None:
+                self.own_tracker.finish()
+        return FitResult(
+            steps=self.step,
+            losses=self.losses.read(),
+            evaluations=tuple(self.evaluations),
+            best=self.best,
+            num_skipped=self.num_skipped,
+        )
+
+    def _train(self, interrupt: Interrupt) -> None:
+        if self._is_complete():
+            return
+        model = self._distributed()
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            for batches in full_groups(iter(self.feed), self.settings.accumulate):
+                outputs = self._forward_backward(model, batches)
+                self._move(outputs)
+                self._after_step(outputs[-1], interrupt)
+                if self._is_complete():
+                    break
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            if model is not self.cotrain:
+                self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
+
+    def _distributed(self) -> torch.nn.Module:
+        return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
+
+    def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
+        """The gradient of the mean over all labels of the step, of every batch and process."""
+        is_shared = len(batches) > 1 or self.accelerator.num_processes > 1
+        of_step = {"num_labels": self.cotrain.num_labels(batches)} if is_shared else {}
+        outputs: list[CoTrainingOutput] = []
+        for batch in batches:
+            is_last = len(outputs) + 1 == len(batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.settings.autocast(self.feed.device):
+                    out: CoTrainingOutput = model(batch, **of_step)
+                out.loss.backward()
+            outputs.append(out)
+            for observer in self.observers:
+                observer.before_step(self.cotrain, batch, out)
+        return outputs
+
+    def _move(self, outputs: Sequence[CoTrainingOutput]) -> None:
+        """The optimizer step, unless something is not finite."""
+        norm = None
+        if self.settings.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        self.step += 1
+        if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
+            self.optimizer.step()
+            self.nonfinite_in_row = 0
+            self.losses.add(outputs)
+        else:
+            self._skip(self.settings.max_nonfinite)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _is_finite(self, outputs: Sequence[CoTrainingOutput], norm: Tensor | None) -> bool:
+        """Whether the step can be taken; the same on every process."""
+        total = outputs[0].loss.detach()
+        for out in outputs[1:]:
+            total = total + out.loss.detach()
+        if norm is not None:
+            total = total + norm.to(total.device)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, "sum")
+        return math.isfinite(total.item())
+
+    def _skip(self, most: int) -> None:
+        self.num_skipped += 1
+        self.nonfinite_in_row += 1
+        if self.nonfinite_in_row >= most:
+            raise RunError(
+                f"the loss was not finite in {most} steps in a row, {self.step - most + 1} to {self.step} (last: epoch "
+                f"{self.feed.epoch}, batch {self.feed.batch - 1}, counted from 0); the weights are those before them. "
+                f"Lower the learning rate, clip the gradients (clip_norm=1.0), or look for such values in the data"
+            )
+
+    def _after_step(self, out: CoTrainingOutput, interrupt: Interrupt) -> None:
+        settings = self.settings
+        for observer in self.observers:
+            observer.after_step(self.cotrain)
+        if self.step % settings.log_every == 0:
+            self._log(out.distill_weight)
+        if self.bar is not None and self.bar.is_due():
+            self.bar.show(self.step, self.losses.latest)
+        if settings.evaluate_every is not None and self.step % settings.evaluate_every == 0:
+            self._evaluate()
+        if interrupt.came:
+            self._save()
+            raise KeyboardInterrupt(f"stopped after step {self.step}; go on with resume=True")
+        if self.folder is not None and self.step % settings.checkpoint_every == 0 and not self._is_complete():
+            self._save()
+
+    def _is_complete(self) -> bool:
+        if self.settings.steps is not None:
+            return self.step >= self.settings.steps
+        return self.feed.epoch >= (self.feed.num_passes or 0)
+
+    def _finish(self) -> None:
+        if not self.evaluations or self.evaluations[-1].step != self.step:
+            self._evaluate_at_end()
+        if self.bar is not None:
+            self.bar.show(self.step, self.losses.latest)
+        self.losses.read()
+        self._save()
+        if self.folder is not None and self.accelerator.is_main_process:
+            save(self.cotrain.nested, self.folder.path / "nested")
+            if isinstance(self.optimizer, Shampoo):
+                save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate_at_end(self) -> None:
+        """All steps are made: whoever goes on after a fault of the evaluation only evaluates."""
+        try:
+            self._evaluate()
+        except BaseException:
+            if self.accelerator.num_processes == 1:  # of several, one alone evaluates
+                self._save()
+            raise
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        values: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            with random_state_kept(), evaluating(self.cotrain):
+                values[0] = {name: float(value) for name, value in self.evaluate(self.cotrain.nested).items()}
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(values)
+        self.evaluations.append(Evaluated(step=self.step, values=values[0]))
+        self._track({f"evaluation/{name}": value for name, value in values[0].items()})
+        self._judge(self.evaluations[-1])
+
+    def _judge(self, latest: Evaluated) -> None:
+        """Keep the nesting if it is the best so far."""
+        if self.settings.best is None:
+            return
+        name, way = self.settings.best
+        if name not in latest.values:
+            raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
+        sign = 1 if way == "min" else -1
+        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
+            return
+        self.best = latest
+        if self.folder is not None and self.accelerator.is_main_process:
+            save(self.cotrain.nested, self.folder.path / "best")
+
+    def _log(self, distill_weight: Tensor) -> None:
+        losses = self.losses.read()
+        if not self.trackers:  # reading the weight would wait for the device
+            return
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
+        self._track(
+            {
+                **{f"loss/{name}": value for name, value in losses.items()},
+                **dict(zip(names, rates, strict=True)),
+                "distill_weight": float(distill_weight),
+                "skipped_steps": self.num_skipped,
+            }
+        )
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=self.step)
+
+    def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
+        """Begin to write and to show, on the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        self.trackers += self.accelerator.trackers
+        if self.folder is not None:
+            self.folder.begin()
+            if has_tensorboard:
+                self.own_tracker = tensorboard(self.folder.path, self.step)
+                self.trackers.append(self.own_tracker)
+        if progress:
+            self.bar = Bar(self._num_steps(), self.step)
+
+    def _num_steps(self) -> int | None:
+        if self.settings.steps is not None or self.feed.num_passes is None:
+            return self.settings.steps
+        num_batches = self.feed.num_batches()
+        if num_batches is None:
+            return None
+        return num_batches * self.feed.num_passes // self.settings.accumulate
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        if self.folder is None or self.saved_step == self.step:
+            return
+        feeds = [self.feed.state()]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            feeds = gather_object(feeds)
+        if self.accelerator.is_main_process:
+            self.folder.save(self.step, self.cotrain, self._state(feeds))
+        self.saved_step = self.step
+
+    def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "accumulate": self.settings.accumulate,
+            "num_processes": self.accelerator.num_processes,
+            "arguments": self.arguments,
+            "feeds": feeds,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "num_skipped": self.num_skipped,
+            "nonfinite_in_row": self.nonfinite_in_row,
+            "losses": self.losses.means,
+            "evaluations": [asdict(each) for each in self.evaluations],
+            "best": None if self.best is None else asdict(self.best),
+            "observers": [each.state_dict() for each in self.observers],
+        }
+
+    def _resume(self) -> None:
+        state = None if self.folder is None else self.folder.load(self.cotrain)
+        if state is None:
+            return
+        self._check_resumed(state)
+        try:
+            self._resume_optimizer(state)
+        except (ValueError, KeyError) as error:
+            raise RunError(
+                f"the run's optimizer state does not fit the optimizer given: {error}; expected the optimizer and "
+                f"scheduler that the run was begun with"
+            ) from None
+        self.feed.resume(state["feeds"][self.accelerator.process_index])
+        self.step = self.saved_step = state["step"]
+        self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
+        self.losses.means = state["losses"]
+        self.evaluations = [Evaluated(**each) for each in state["evaluations"]]
+        self.best = None if state["best"] is None else Evaluated(**state["best"])
+        for observer, seen in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(seen)
+
+    def _resume_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over the optimizer's state with the run's hyperparameters and schedule, or, prolonged, the new ones."""
+        if self.settings.resume == "prolong":
+            self.optimizer.load_state_dict(keep_hyperparameters(self.optimizer, state["optimizer"]))
+            if self.scheduler is not None:
+                fast_forward(self.scheduler, state["step"])
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        has_more = self.settings.steps is not None and self.settings.steps > state["step"]
+        if has_more and all(group["lr"] == 0 for group in self.optimizer.param_groups):
+            warnings.warn(
+                f"the run resumes at step {state['step']} of {self.settings.steps} with a learning rate of 0, to which "
+                f"its schedule has come; a longer schedule is taken with resume='prolong'",
+                stacklevel=2,
+            )
+
+    def _check_resumed(self, state: dict[str, Any]) -> None:
+        present = {
+            "accumulate": self.settings.accumulate,
+            "num_processes": self.accelerator.num_processes,
+            "number of observers": len(self.observers),
+        }
+        saved = {**state, "number of observers": len(state.setdefault("observers", []))}
+        for name, value in present.items():
+            if saved[name] != value:
+                raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+        if self.settings.resume == "prolong":
+            return
+        if (self.scheduler is not None) != (state["scheduler"] is not None):
+            was, now = (each is not None for each in (state["scheduler"], self.scheduler))
+            raise RunError(
+                f"the run was begun with scheduler={was}, and now it is {now}; expected the same, or resume='prolong'"
+            )
+        if "arguments" in state:  # older checkpoints have none
+            require_same(state["arguments"], self.arguments, state["optimizer"])

@@ -1,0 +1,162 @@
+"""What a run shows: a progress bar, values for trackers such as TensorBoard, and tables.
+
+Losses stay on the device until something is shown; only then does the host wait for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+from torch import Tensor
+
+from matta.errors import RunError
+from matta.training.cotraining import CoTrainingOutput
+from matta.training.processes import num_processes, summed
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from rich.table import Table
+
+REFRESH_SECONDS: Final = 0.5
+LOSSES: Final = ("student", "ta", "distill")
+
+
+def require_installed(package: str) -> None:
+    """Refuse to go on without a package of the `fit` extra.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        __import__(package)
+    except ModuleNotFoundError:
+        raise RunError(f"matta.fit needs {package}, which is not installed; pip install 'matta[fit]'") from None
+
+
+@final
+class Losses:
+    """The losses of the steps since they were last read, over all processes, still on the device."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, float] = {}
+        self.latest: tuple[Tensor, ...] = ()
+        self._unread: list[tuple[Tensor, ...]] = []
+
+    def add(self, outputs: Sequence[CoTrainingOutput]) -> None:
+        """Take in the batches of a step; in one process nothing is computed, of several the means are taken."""
+        rows = [(out.student_loss, out.ta_loss, out.distill_loss, out.num_labels) for out in outputs]
+        if num_processes() > 1:
+            rows = [tuple(_means(summed(_sums(rows))))]
+        self.latest = (*rows[-1][:3], outputs[-1].distill_weight)
+        self._unread += rows
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading (the last ones again if there was nothing new)."""
+        if self._unread:
+            self.means = dict(zip(LOSSES, _means(_sums(self._unread)).tolist(), strict=False))
+            self._unread = []
+        return self.means
+
+
+def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """The sum of each loss over the labels of some batches, and the number of these."""
+    losses = torch.stack([torch.stack(each[:-1]) for each in rows]).double()
+    counts = torch.stack([each[-1] for each in rows]).double()
+    return torch.cat([counts @ losses, counts.sum(0, keepdim=True)])
+
+
+def _means(sums: Tensor) -> Tensor:
+    """What `_sums` gave, as means and the number of labels."""
+    return torch.cat([sums[:-1] / sums[-1:].clamp(min=1), sums[-1:]])
+
+
+@final
+class Bar:
+    """The progress bar, on standard error."""
+
+    def __init__(self, total: int | None, step: int) -> None:
+        require_installed("rich")
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        # A thread of its own would take the interpreter from the loop.
+        self._progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        self._task = self._progress.add_task("", total=total, completed=step, shown="")
+        self._next = 0.0
+        self._progress.start()
+
+    def is_due(self) -> bool:
+        """Whether the bar has stood still for long enough."""
+        return time.monotonic() >= self._next
+
+    def show(self, step: int, latest: Sequence[Tensor]) -> None:
+        """Draw the bar, with the losses of a batch and the distillation weight (see `Losses.latest`)."""
+        shown = "  ".join(f"{name} {float(loss):.4f}" for name, loss in zip(LOSSES, latest, strict=False))
+        weight = f"  ω {float(latest[-1]):.2f}" if latest else ""
+        self._progress.update(self._task, completed=step, shown=shown + weight)
+        self._progress.refresh()
+        self._next = time.monotonic() + REFRESH_SECONDS
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
+def tensorboard(run: Path, step: int) -> GeneralTracker:
+    """Accelerate's TensorBoard tracker of a run; what an interrupted run wrote beyond `step` is purged."""
+    require_installed("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker("tensorboard", run, purge_step=step + 1 if step else None)
+    tracker.start()
+    return tracker
+
+
+def rich_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] | None = None
+) -> Table:
+    """A table for the terminal; the columns that `left` does not name (none: but the first) are set to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same in markdown.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Numbers with neighbours drawn together.
+
+    Example:
+        >>> ranges([0, 1, 2, 5, 8, 9])
+        '0-2, 5, 8-9'
+    """
+    starts = [i for i in indices if i - 1 not in indices]
+    ends = [i for i in indices if i + 1 not in indices]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

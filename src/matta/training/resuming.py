@@ -1,0 +1,178 @@
+"""What a run was begun with, compared with the arguments of the call that resumes it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from matta.errors import RunError
+from matta.training.cotraining import CoTraining
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+PROLONG: Final = "prolong"
+_PLAIN = (bool, int, float, str, type(None))
+_HOW = ("foreach", "fused", "capturable", "differentiable", "chunk")  # how something is computed, not what
+_SHAPING = "block_size"  # of Shampoo's factors
+_CYCLED = ("momentum", "betas")  # moved by the schedules that leave a max_momentum in the group
+_COUNTERS = ("last_epoch", "num_bad_epochs", "cooldown_counter", "best", "T_cur", "T_i")
+
+
+def arguments_of(
+    cotrain: CoTraining, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, **settings: object
+) -> dict[str, Any]:
+    """Each argument that changes the weights of a run, by name, as plain types; to be taken before its first step.
+
+    What has no plain value (a Teacher's weights, a function's code) is left out, and what a scheduler moves.
+    """
+    found = {f"cotrain.{name}": value for name, value in _of_cotraining(cotrain).items()}
+    found["optimizer"] = _name(optimizer)
+    for index, group in enumerate(optimizer.param_groups):
+        for name, value in _plain(_constants(group, has_scheduler=scheduler is not None)).items():
+            found[f"optimizer.param_groups[{index}].{name}"] = value
+    if scheduler is not None:
+        found["scheduler"] = _name(scheduler)
+        found |= {f"scheduler.{name}": value for name, value in _of_scheduler(scheduler).items()}
+    return found | _plain(settings)
+
+
+def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not those that a run was begun with, and that the saved ones would override.
+
+    An optimizer's value that is the saved `state`'s is that of the same optimizer, trained on.
+
+    Raises:
+        RunError: an argument differs.
+    """
+    saved = {
+        f"optimizer.param_groups[{index}].{name}": value
+        for index, group in enumerate(state["param_groups"])
+        for name, value in _plain(group).items()
+    }
+    missing = object()
+    differences = [
+        f"{name}={_shown(begun, name)}, and now it is {_shown(now, name)}"
+        for name in sorted(begun.keys() | now.keys())
+        if now.get(name, missing) not in (begun.get(name, missing), saved.get(name, missing))
+    ]
+    if differences:
+        raise RunError(
+            f"the run was begun with {'; '.join(differences)}. Expected the same, or resume={PROLONG!r}, which goes on "
+            f"with the new values from the weights and the optimizer state of the run"
+        )
+
+
+def keep_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state of an optimizer with the hyperparameters of the optimizer given.
+
+    Raises:
+        RunError: it has other groups of parameters, or factors of another shape.
+    """
+    groups = state["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise RunError(
+            f"the run was begun with {len(groups)} group(s) of parameters, and now there are "
+            f"{len(optimizer.param_groups)}; expected as many"
+        )
+    for new, saved in zip(optimizer.param_groups, groups, strict=True):
+        was, now = (each.get(_SHAPING) for each in (saved, new))
+        if was != now:
+            raise RunError(
+                f"the run was begun with {_SHAPING}={was}, which its state has the shape of, and now it is {now}; "
+                f"expected the same"
+            )
+    kept = [{**new, "params": saved["params"]} for new, saved in zip(optimizer.param_groups, groups, strict=True)]
+    return {**state, "param_groups": kept}
+
+
+def fast_forward(scheduler: LRScheduler, step: int) -> None:
+    """Bring a new schedule to a step of the run, with the rates that it would have there had it begun with the run.
+
+    Raises:
+        RunError: it is past that step.
+    """
+    done = getattr(scheduler, "last_epoch", 0)
+    if done > step:
+        raise RunError(
+            f"the scheduler has made {done} steps, and the run resumes after step {step}; expected a new scheduler, "
+            f"made for the whole run"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*optimizer\.step\(\)")
+        for _ in range(step - done):
+            scheduler.step()
+
+
+def _of_cotraining(cotrain: CoTraining) -> dict[str, Any]:
+    parts = {"weights": cotrain.weights, "ramp": cotrain.ramp, "objective": cotrain.objective}
+    found: dict[str, Any] = {"teacher": cotrain.has_teacher, "sample": cotrain.sample is not None}
+    for name, part in parts.items():
+        found[name] = None if part is None else _name(part)
+        found |= {f"{name}.{inner}": value for inner, value in _plain(getattr(part, "__dict__", {})).items()}
+    return found
+
+
+def _of_scheduler(scheduler: LRScheduler) -> dict[str, Any]:
+    found = {name: value for name, value in vars(scheduler).items() if name not in ("optimizer", *_COUNTERS)}
+    for index, function in enumerate(found.pop("lr_lambdas", ())):
+        found |= {f"lr_lambdas[{index}].{name}": value for name, value in _of_function(function).items()}
+    found["milestones"] = found.pop("_milestones", found.get("milestones"))
+    for index, inner in enumerate(found.pop("_schedulers", ())):
+        found[f"schedulers[{index}]"] = _name(inner)
+        found |= {f"schedulers[{index}].{name}": value for name, value in _of_scheduler(inner).items()}
+    return _plain(found)
+
+
+def _of_function(function: Any) -> dict[str, Any]:
+    """What can be compared of a schedule's function: its name, and the plain values that it was given."""
+    if isinstance(function, functools.partial):
+        values = {f"arguments[{index}]": value for index, value in enumerate(function.args)}
+        return {**_of_function(function.func), **values, **function.keywords}
+    if not hasattr(function, "__code__"):
+        return {"": _name(function), **getattr(function, "__dict__", {})}
+    closed = inspect.getclosurevars(function).nonlocals
+    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    return {"": function.__qualname__, **{f"default {k}": v for k, v in defaults.items()}, **closed}
+
+
+def _constants(group: Mapping[str, Any], *, has_scheduler: bool) -> dict[str, Any]:
+    moved = {"params"}
+    if has_scheduler:
+        moved |= {"lr", *(_CYCLED if "max_momentum" in group else ())}
+    return {name: value for name, value in group.items() if name not in moved}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under public names that are plain, lists or mappings of those, or tensors of one number."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        elif isinstance(value, Mapping):
+            value = sorted(f"{key}: {inner}" for key, inner in value.items())
+        if name.startswith("_") or name in _HOW:
+            continue
+        if isinstance(value, list | tuple) and all(isinstance(each, _PLAIN) for each in value):
+            found[name] = [_builtin(each) for each in value]
+        elif isinstance(value, _PLAIN):
+            found[name] = _builtin(value)
+    return found
+
+
+def _builtin(value: Any) -> Any:
+    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them."""
+    return float(value) if isinstance(value, float) else value
+
+
+def _name(value: object) -> str:
+    return type(value).__qualname__
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "not given"
