@@ -686,12 +686,13 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     path = written(tmp_path / "text", WORDS)
     rows, _ = dealt(pack(path))
     calls = []
+    blocks = tokens.token_blocks
 
-    def counted(tokenizer: PreTrainedTokenizerBase) -> Any:
+    def counted(*arguments: Any) -> Any:
         calls.append(1)
-        return TextEncoder(tokenizer)
+        return blocks(*arguments)
 
-    monkeypatch.setattr(tokens, "TextEncoder", counted)
+    monkeypatch.setattr(tokens, "token_blocks", counted)
     first = pack(path, cache=tmp_path / "cache")
     again = pack(path, cache=tmp_path / "cache", context=8, seed=4)
     assert len(calls) == 1 and again.report()["documents"] == 40
