@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # One thread in each process: on small models more threads cost more than they bring.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup test stress demo lint typecheck docs bench clean
+.PHONY: help setup test stress demo lint typecheck docs wheel bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,13 @@ typecheck: $(READY) ## mypy
 
 docs: $(READY) ## the documentation site, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(READY) ## build the wheel into dist/, and run an example with it alone in a fresh venv
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(BIN)/python -m venv $$fresh && \
+	$$fresh/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl && \
+	cp examples/plain_loop.py $$fresh && cd $$fresh && bin/python -I plain_loop.py && bin/matta study relevance --help >/dev/null
 
 bench: $(READY) ## every benchmark, one after the other
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import matta
+import matta_studies
 
 PACKAGES = (
     *("errors", "optim", "nesting", "family", "objectives", "training"),
@@ -32,7 +33,7 @@ WITHOUT_TORCH = (
     *("lm.__init__", "lm.recipe", "lm.command_settings", "lm.typed_tables"),
 )
 
-ROOT = Path(matta.__file__).parent
+ROOT, STUDIES = (Path(package.__file__).parent for package in (matta, matta_studies))
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(ROOT.rglob("*.py"))}
 INSIDE = {package: [name for name in FILES if name.startswith(f"{package}.")] for package in MOST_FLOORS}
 
@@ -122,8 +123,20 @@ def test_what_help_needs_loads_only_the_standard_library(name: str) -> None:
     assert imports_at_load(name) <= {"matta", *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "cli"])
+def test_only_the_command_line_names_the_studies(name: str) -> None:
+    assert "matta_studies" not in FILES[name].read_text(encoding="utf-8")
+
+
+def test_help_on_the_studies_loads_only_the_standard_library() -> None:
+    for file in (STUDIES / "__init__.py", STUDIES / "study_settings.py"):
+        found = {each.split(".")[0] for each in imports(ast.parse(file.read_text(encoding="utf-8")), "matta_studies")}
+        assert found <= {"matta", *sys.stdlib_module_names}
+
+
 def test_no_two_modules_share_a_name() -> None:
-    names = Counter(name.split(".")[-1] for name in FILES if not name.endswith("__init__"))
+    stems = [*(name.split(".")[-1] for name in FILES), *(file.stem for file in STUDIES.rglob("*.py"))]
+    names = Counter(stem for stem in stems if stem != "__init__")
     assert [name for name, count in names.items() if count > 1] == []
 
 
