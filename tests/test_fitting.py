@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import signal
@@ -247,7 +248,7 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     whole, stopped, resumed = Setup(), Setup(), Setup()
     whole.fit(shuffled(), steps=9)
     stop_at(5, lambda: os.kill(os.getpid(), signal.SIGINT))(stopped)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 5; go on with resume=True"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 5; continue with resume=True"):
         stopped.fit(shuffled(), steps=9, run=tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert (tmp_path / "run" / "checkpoint-00000005").is_dir()
@@ -454,7 +455,8 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_loop_does_not_wait_for_the_device() -> None:
+def test_the_loop_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matta.training.reporting.REFRESH_SECONDS", math.inf)  # on a slow machine the bar reads often
     ours, plain = Setup(), Setup()
     plain.optimizer, ours.optimizer = (torch.optim.SGD(each.nested.parameters(), lr=0.1) for each in (plain, ours))
     data = [batches()[0]] * 60

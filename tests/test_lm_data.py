@@ -117,7 +117,7 @@ def test_tokenizers_that_differ_say_how(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("./nowhere", "there is no folder './nowhere'; expected 'bytes', a tokenizer's folder"),
-        ("nobody/nothing", "cannot be had from the hub: .*; check the name and the network"),
+        ("nobody/nothing", "cannot be loaded from the hub: .*; check the name and the network"),
     ],
 )
 def test_a_tokenizer_that_is_missing(name: str, message: str) -> None:
@@ -342,7 +342,7 @@ def test_files_are_read_in_their_order(tmp_path: Path) -> None:
         ({"path": "a", "piece_bytes": 3}, "received piece_bytes=3 .* expected at least 16"),
         ({"path": "nowhere.txt"}, "nowhere.txt leads to no text .no such file or folder.; expected files that end in"),
         ({"path": __file__}, "test_lm_data.py; expected one that ends in .txt"),
-        ({"hub": "nobody/nothing"}, "the data set 'nobody/nothing' .* cannot be had: .* give local files"),
+        ({"hub": "nobody/nothing"}, "the data set 'nobody/nothing' .* cannot be loaded: .* give local files"),
     ],
 )
 def test_sources_that_cannot_work(settings: dict[str, Any], message: str) -> None:

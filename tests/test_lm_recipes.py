@@ -425,7 +425,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         with pytest.raises(ZeroDivisionError):
             run(TrainSettings(recipe=path, out=out))
     assert sorted(each.name for each in out.glob("checkpoint-*")) == ["checkpoint-00000002", "checkpoint-00000004"]
-    with pytest.raises(RunError, match=r"has not ended; go on with it: matta train RECIPE --resume --out"):
+    with pytest.raises(RunError, match=r"has not ended; resume it: matta train RECIPE --resume --out"):
         load_run(out)
     assert main(["train", str(path), "--resume", "--out", str(out), "--json"]) == 0
     resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -446,11 +446,11 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(
         stop_at(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
         assert main(["train", str(path), "--out", str(out)]) == 130
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message == f"matta train: stopped after step 3; go on with the same command and --resume --out {out}"
+    assert message == f"matta train: stopped after step 3; resume with the same command and --resume --out {out}"
     assert main(["train", str(path), "train.batch=8", "--resume", "--out", str(out)]) == 2
     assert "was begun with train.batch = 4, and now it is 8; expected the same" in capsys.readouterr().err
     assert main(["train", str(path), "--out", str(out)]) == 2
-    assert f"{out} exists and holds a run; go on with it by --resume" in capsys.readouterr().err
+    assert f"{out} exists and holds a run; resume it with --resume" in capsys.readouterr().err
     assert main(["train", str(path), "--resume", "--out", str(out), "family.k=[1]"]) == 0
     assert read_run_recipe(out).family.k == (1,)
     run(TrainSettings(recipe=path, out=tmp_path / "whole"))
@@ -472,7 +472,7 @@ def test_a_run_killed_while_it_ends_can_end(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", remove_half)
-        with pytest.raises(KeyboardInterrupt, match=rf"by the same command and --resume --out {settings.out}$"):
+        with pytest.raises(KeyboardInterrupt, match=rf"by the same command with --resume --out {settings.out}$"):
             run(settings)
     (tmp_path / "out" / "models" / ".ta-half_written").mkdir()
     run(settings)

@@ -84,7 +84,7 @@ class Arm:
     name: str
     title: str
     trials: tuple[Any, ...]
-    stored: Any = None  # what a full study has chosen, if it is to be had without tuning
+    stored: Any = None  # what a full study has chosen, to be used without tuning
 
 
 Further = Mapping[str, tuple[Training, int]]

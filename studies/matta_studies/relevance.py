@@ -304,7 +304,7 @@ def run(settings: RelevanceSettings) -> dict[str, Any]:
     student = results["family"][0]["file"]
     console.print(
         f"Next: look at {out / 'family.png'}; serve a size with safetensors.torch.load_file('{out / student}');\n"
-        f"go on training from matta.load('{out / 'nested'}', student, ta); for a model of your own: matta.nest."
+        f"continue training from matta.load('{out / 'nested'}', student, ta); for a model of your own: matta.nest."
     )
     return results
 

@@ -176,7 +176,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     """Judge the models that the settings name; what results.json holds.
 
     Raises:
-        RunError: a model, a benchmark, its data or the text cannot be had, or --out is taken.
+        RunError: a model, a benchmark, its data or the text is not available, or --out is taken.
         ModuleNotFoundError: lm-eval is not installed.
     """
     benchmarks = choose(settings.tasks)

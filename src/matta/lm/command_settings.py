@@ -29,12 +29,12 @@ class TrainSettings:
     out: Path | None = field(
         default=None, metadata={"help": "new folder of the run (default: runs/<recipe>-<date>)", "metavar": "DIR"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on with the run in --out"})
+    resume: bool = field(default=False, metadata={"help": "resume the run in --out"})
 
     def __post_init__(self) -> None:
         """Refuse a resume of nothing."""
         if self.resume and self.out is None:
-            raise RunError("--resume without --out; expected the folder of the run to go on with")
+            raise RunError("--resume without --out; expected the folder of the run to resume")
 
 
 @final

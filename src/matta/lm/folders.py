@@ -166,7 +166,7 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
 
 
 def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
-    """What was written, as whoever loads the folder gets it, on the device of `model`."""
+    """What was written, as loaded by a user of the folder, on the device of `model`."""
     with _without_progress_bars():
         loaded = kind.from_pretrained(
             folder, dtype=model.dtype, attn_implementation=getattr(model.config, "_attn_implementation", None)

@@ -69,7 +69,7 @@ class PackedTokens:
     batch, the next one fills it. Several processes (`shard`; `matta.fit` calls it) have equally many batches and
     share each out between them. Place and order take no memory, and going on costs nothing.
 
-    With `stream`, and from the hub, documents are tokenised while training goes on, on a thread of their own. The
+    With `stream`, and from the hub, documents are tokenised while training continues, on a thread of their own. The
     order of the files is shuffled, and so are samples, in a buffer. Each process has files of its own, or, of fewer
     files than processes, documents of its own. A state has what is in the buffer (4 bytes a token), and
     going on reads the file in use up to where it was.
@@ -87,7 +87,7 @@ class PackedTokens:
             several processes must be.
         cache: A folder for the tokens of local files, so that they are tokenised once for all runs and processes;
             None: they are kept in memory, 2 bytes each (4 from 65,537 tokens on).
-        stream: Whether to tokenise while training goes on; by default what is on the hub, and not local files.
+        stream: Whether to tokenise while training continues; by default what is on the hub, and not local files.
         buffer: Samples in the buffer in which streamed text is shuffled.
 
     Raises:

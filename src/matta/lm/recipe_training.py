@@ -51,7 +51,7 @@ MAY_CHANGE: Final = (
     "data.cache",
     "family.k",
 )
-"""What a run that goes on may do otherwise than it began."""
+"""What a resumed run may do differently."""
 
 
 def run(settings: TrainSettings) -> dict[str, Any] | None:
@@ -76,7 +76,7 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         return finish(session.outcome(result, path))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"stopped after training; go on with its models by the same command and --resume --out {path}"
+            f"stopped after training; extract its models by the same command with --resume --out {path}"
         ) from None
 
 
@@ -102,12 +102,12 @@ def _require_free(path: Path, *, resume: bool) -> None:
     if is_used and not (path / MARKER).is_file():
         raise RunError(f"{path} exists and holds no run; expected a new folder: name another with --out")
     if is_used and not resume:
-        raise RunError(f"{path} exists and holds a run; go on with it by --resume, or name a new folder with --out")
+        raise RunError(f"{path} exists and holds a run; resume it with --resume, or name a new folder with --out")
     RunFolder(path, resume=resume)
 
 
 def _require_same(recipe: Recipe, begun: Recipe, path: Path) -> None:
-    """Refuse to go on with a run by another recipe.
+    """Refuse to resume a run with another recipe.
 
     Raises:
         RunError: a value differs that makes another run.
@@ -317,7 +317,7 @@ def _train(session: _Session, path: Path) -> FitResult:
             )
     except KeyboardInterrupt as interrupt:
         step = str(interrupt).partition(";")[0] or "stopped"
-        raise KeyboardInterrupt(f"{step}; go on with the same command and --resume --out {path}") from None
+        raise KeyboardInterrupt(f"{step}; resume with the same command and --resume --out {path}") from None
     finally:
         session.seconds = time.perf_counter() - start
 

@@ -166,7 +166,7 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
             save_file(arrays, made)
     except SafetensorError as error:  # also of a disk that is full
         raise RunError(
-            f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which goes on "
+            f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which continues "
             f"with the files that are missing"
         ) from None
 
@@ -222,7 +222,7 @@ class StoredTeacher:
         if not file.is_file():
             raise RunError(
                 f"{file} is missing, of {self.about.num_shards} files; expected all: run the same matta teach again, "
-                f"which goes on with those that are missing"
+                f"which writes those that are missing"
             )
         rows, positions = self.about.rows_of(shard), self.about.context - 1
         shape = [rows, positions, self.about.top]

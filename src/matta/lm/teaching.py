@@ -149,7 +149,7 @@ def _write(settings: TeachSettings, about: About, packed: PackedTokens, teacher:
     num_written = 0
     for shard in range(about.num_shards):
         rows = about.rows_of(shard)
-        batches = islice(packed, -(-rows // packed.batch))  # streamed text goes on after the last of them
+        batches = islice(packed, -(-rows // packed.batch))  # streamed text continues after the last of them
         if shard_file(settings.out, shard).is_file():
             for _ in batches:  # read past
                 pass

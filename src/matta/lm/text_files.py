@@ -287,7 +287,7 @@ class HubShards:
                 if not waits:
                     raise RunError(
                         f"{self.names[index]} cannot be read on from row {done}: {short(error)}; "
-                        f"look to the network, and go on with the run from its last checkpoint"
+                        f"look to the network, and resume the run from its last checkpoint"
                     ) from error
                 time.sleep(waits.pop(0))
 
@@ -313,8 +313,8 @@ def _opened_data_set(name: str, config: str | None, split: str, revision: str | 
         return load_dataset(name, config, split=split, revision=revision, streaming=True)
     except Exception as error:  # see above
         raise RunError(
-            f"the data set {name!r} (config {config!r}, split {split!r}) cannot be had: {short(error)}; check the name "
-            f"and the network, or give local files with path in place of hub"
+            f"the data set {name!r} (config {config!r}, split {split!r}) cannot be loaded: {short(error)}; check the "
+            f"name and the network, or give local files with path in place of hub"
         ) from error
 
 

@@ -32,7 +32,7 @@ class Shuffled:
 
     A Feistel network over the least even power of two that holds `length`; what falls outside is permuted again
     until it falls inside (Black and Rogaway, 2002), four times at worst in the mean. The same on every machine and
-    with every version of NumPy, so that a run goes on in its order also after an upgrade.
+    with every version of NumPy, so that a resumed run keeps its order even after an upgrade.
 
     Example:
         >>> order = Shuffled(5, 0, 1)
@@ -89,7 +89,7 @@ _Sample = tuple[NDArray[np.int32], int]
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where reading goes on: the number of the pass, the file in its order, the item in the file.
+    """Where reading continues: the number of the pass, the file in its order, the item in the file.
 
     `has_ended` tells whether the document before has, and `carry` are tokens too few for a sample. `next_id` is the
     number of this process's next sample, and `next_in_pass` its number in the pass.

@@ -108,8 +108,8 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of the network, of the hub and of Transformers: they have no common base
         raise RunError(
-            f"the tokenizer {name!r} is no folder here, and cannot be had from the hub: {first_line(error)}; check the "
-            f"name and the network (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}), or give the "
+            f"the tokenizer {name!r} is no folder here, and cannot be loaded from the hub: {first_line(error)}; check "
+            f"the name and the network (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}), or give the "
             f"folder of a tokenizer, or 'bytes'"
         ) from error
 

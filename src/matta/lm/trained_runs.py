@@ -56,7 +56,7 @@ def load_run(path: Path) -> LanguageRun:
     """
     recipe = read_run_recipe(path)
     if not (path / NESTED).is_dir():
-        raise RunError(f"the run in {path} has not ended; go on with it: matta train RECIPE --resume --out {path}")
+        raise RunError(f"the run in {path} has not ended; resume it: matta train RECIPE --resume --out {path}")
     for folder in (*CONFIGS.values(), TOKENIZER):
         verify(path / folder)
     with torch.random.fork_rng(devices=[]):

@@ -31,7 +31,7 @@ class Nested(nn.Module):
 
     `ta` is the module that the user gave. `students` are live copies: they run as modules of the
     user's own classes and always show the TA's present weights. `parameters()` are the TA's and
-    the private ones of the Students, each once: they are what an optimizer gets.
+    the private ones of the Students, each once: pass these to the optimizer.
 
     Example:
         >>> import matta

@@ -3,7 +3,7 @@
 Over a vocabulary of tens of thousands the logits are most of what a small language model costs. While
 `deferring` is on, the linear layers that may be a module's head return `DeferredLogits`: tensors with
 shape, type and gradient, and no values yet. If a module returns one of them untouched, its logits are that
-layer's output and nothing else, and `fused_losses` never makes them whole. If the module goes on computing
+layer's output and nothing else, and `fused_losses` never makes them whole. If the module computes further
 with them (scales them, caps them, adds a LoRA), their values are made there and then, and all is as if
 they had never been put off.
 """

@@ -165,7 +165,7 @@ class Shampoo(torch.optim.Optimizer):
         return {**super().state_dict(), "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a state, on the parameters' devices and at full precision; training goes on bit for bit.
+        """Takes over a state, on the parameters' devices and at full precision; training continues bit for bit.
 
         Raises:
             OptimizerError: the state is another optimizer's.

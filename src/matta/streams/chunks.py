@@ -18,7 +18,7 @@ from matta.errors import RunError
 from matta.streams.schema import Schema
 
 Place = tuple[int, int, int]
-"""Where reading goes on in a file: an offset, the number of the row there, and the first row not yet trained on.
+"""Where reading continues in a file: an offset, the number of the row there, and the first row not yet trained on.
 
 For formats without offsets the first is 0, and 1 when the file is done. A file that was set aside has `REFUSED`
 or `RETRIED` as its offset, and its size then.
@@ -119,7 +119,7 @@ def _text(cell: Any) -> bytes:
 class Quarantine:
     """The file of rows and files set aside, one JSON object a line, each once, also when a run is killed and resumed.
 
-    A run that goes on cuts off what was written after its checkpoint: the stream will come to it again. One
+    A resumed run cuts off what was written after its checkpoint: the stream will come to it again. One
     that begins afresh moves an earlier file out of the way.
     """
 

@@ -22,7 +22,7 @@ class Rows:
 
     Args:
         events: An iterable of mappings, or of column batches (mappings of sequences, or Arrow tables and record
-            batches). A run that goes on skips what was read before, so it must begin where it once began. Or a
+            batches). A resumed run skips what was read before, so it must begin where it once began. Or a
             function that gives such an iterable from the row whose number it is called with, as a log with
             offsets can.
         columns: Whether mappings are of columns.

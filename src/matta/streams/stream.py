@@ -1,4 +1,4 @@
-"""Checked batches of events, and the place at which a run goes on."""
+"""Checked batches of events, and the place at which a run resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stream:
     Batches are full but for the last one, whatever the files' boundaries. Numbers are normalised by the statistics
     of the events before the batch. What does not fit the schema goes to the quarantine file, once the stream
     has passed it. Place, vocabularies and statistics are the stream's state, which is part of `fit`'s
-    checkpoints: a run that is killed and goes on (`resume=True`, with a new Stream made alike) trains on every
+    checkpoints: a run that is killed and resumed (`resume=True`, with a new Stream made alike) trains on every
     event once.
 
     Args:

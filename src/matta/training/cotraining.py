@@ -164,7 +164,7 @@ class CoTraining(nn.Module):
             cotrain(batch, num_labels=num_labels).loss.backward()
 
     Args:
-        nested: The pair; its parameters are what the optimizer gets.
+        nested: The pair; pass its parameters to the optimizer.
         objective: How logits and labels become losses.
         weights: ω₁, ω₂ and ω₃; with several Students they hold for each.
         ramp: When L_D comes in; None is from the start.

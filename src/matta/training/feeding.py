@@ -1,4 +1,4 @@
-"""Batches for a run: pass after pass over the data, and the exact batch at which a run goes on."""
+"""Batches for a run: pass after pass over the data, and the exact batch at which a run resumes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from matta.training.randomness import (
 class StatefulIterator(Protocol):
     """An iterator of batches that keeps its own place, such as `matta.streams.Stream`.
 
-    A run that goes on gives it back its state, and nothing is replayed. States are of tensors and plain types.
+    A resumed run gives it back its state, and nothing is replayed. States are of tensors and plain types.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -70,7 +70,7 @@ class Feed:
     Of map-style data those are not even loaded, but for the last (with persistent workers all are). The random
     generators are the global ones, and those that the DataLoader, its dataset and its samplers keep as attributes;
     whichever of them has `set_epoch` is told the epoch before each pass. A `StatefulLoader` replays nothing, and an
-    iterator that keeps its own place (`StatefulIterator`) goes on there instead, also when it had come to an end and
+    iterator that keeps its own place (`StatefulIterator`) resumes there instead, also when it had come to an end and
     now has more.
 
     Several processes share the batches: DataLoaders as Accelerate shards them; a `ShardedIterator` shares its
@@ -170,7 +170,7 @@ class Feed:
             self._require_place(state)
             self.loader.load_state_dict(state["data"])
         elif self.has_persistent_workers and (self.epoch or self._start.get("had_workers")):
-            iter(self.data)  # workers that go on draw no seed of their own: bring them to life before the pass
+            iter(self.data)  # workers that continue draw no seed of their own: bring them to life before the pass
 
     def _require_place(self, state: dict[str, Any]) -> None:
         if "data" not in state:

@@ -55,7 +55,7 @@ def fit(
     It trains where Accelerate says: on the accelerator of the machine if it has one, and under `accelerate
     launch` on several processes, each of which takes its own batches.
 
-    With `run` the run survives: killed at whatever moment, the same call with `resume=True` goes on from the
+    With `run` the run survives: killed at any moment, the same call with `resume=True` continues from the
     newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (where the device
     computes the same again, and the data is the same; random numbers that a dataset draws in DataLoader workers
     are not replayed). That call may also be the first one. On Ctrl-C the present step is
@@ -64,7 +64,7 @@ def fit(
 
     Args:
         cotrain: The pair with its objective. It is in training mode meanwhile.
-        data: A DataLoader, or any iterable of batches, also one without end. A `matta.streams.Stream` goes on
+        data: A DataLoader, or any iterable of batches, also one without end. A `matta.streams.Stream` continues
             after the last event trained on, also when the run had ended and files have come since.
         optimizer: Holds `nested.parameters()`.
         steps: Optimizer steps in all; the data is passed over as often as they need. An iterator that ends
@@ -83,7 +83,7 @@ def fit(
         observers: What looks on at each batch (on every process); their state is saved with the run's.
         run: A new folder for checkpoints and TensorBoard.
         resume: Go on with a run that is there. Arguments that change its weights must be those that it was begun
-            with; `steps` or `epochs` may have grown. With "prolong" they may differ: the run goes on from its
+            with; `steps` or `epochs` may have grown. With "prolong" they may differ: the run continues from its
             weights and the optimizer's state, with the hyperparameters of `optimizer` as given and a new
             `scheduler`, made for the whole run, at the rate that it has after the steps made.
         checkpoint_every: Steps between checkpoints.
@@ -174,4 +174,4 @@ def _check_arguments(
     if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):
         raise RunError("received evaluate_every or best without evaluate; expected evaluate= too, what to call")
     if settings.resume and run is None:
-        raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to go on with")
+        raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to resume")

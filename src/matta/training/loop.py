@@ -273,7 +273,7 @@ class Training:
             self._evaluate()
         if interrupt.came:
             self._save()
-            raise KeyboardInterrupt(f"stopped after step {self.step}; go on with resume=True")
+            raise KeyboardInterrupt(f"stopped after step {self.step}; continue with resume=True")
         if self.folder is not None and self.step % settings.checkpoint_every == 0 and not self._is_complete():
             self._save()
 
@@ -296,7 +296,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _evaluate_at_end(self) -> None:
-        """All steps are made: whoever goes on after a fault of the evaluation only evaluates."""
+        """All steps are made, so a run resumed after a fault of the evaluation only evaluates."""
         try:
             self._evaluate()
         except BaseException:

@@ -26,7 +26,7 @@ LOSSES: Final = ("student", "ta", "distill")
 
 
 def require_installed(package: str) -> None:
-    """Refuse to go on without a package of the `fit` extra.
+    """Refuse to continue without a package of the `fit` extra.
 
     Raises:
         RunError: it is not installed.

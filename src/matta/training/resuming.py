@@ -63,8 +63,8 @@ def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], state: Mappin
     ]
     if differences:
         raise RunError(
-            f"the run was begun with {'; '.join(differences)}. Expected the same, or resume={PROLONG!r}, which goes on "
-            f"with the new values from the weights and the optimizer state of the run"
+            f"the run was begun with {'; '.join(differences)}. Expected the same, or resume={PROLONG!r}, which "
+            f"continues with the new values from the weights and the optimizer state of the run"
         )
 
 

@@ -59,7 +59,7 @@ class RunFolder:
             raise RunError(f"{self.path} exists and holds no run; expected a new folder: choose another name for run=")
         if not resume:
             raise RunError(
-                f"{self.path} exists and holds a run; expected a new folder: go on with resume=True, or choose "
+                f"{self.path} exists and holds a run; expected a new folder: continue it with resume=True, or choose "
                 f"another name for run="
             )
         try:

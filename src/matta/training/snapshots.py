@@ -1,4 +1,4 @@
-"""Publish the Student, or any sub-models, while training goes on, for a server to swap in.
+"""Publish the Student, or any sub-models, while training continues, for a server to swap in.
 
     00000012/          a version: <model>.safetensors for each model, encoder.json, snapshot.json, and checksums
     latest             the name of the newest version
