@@ -177,6 +177,7 @@ def test_six_benchmarks_and_the_text_are_judged_offline(judged: dict[str, Any], 
     assert (workshop / "out" / "results.md").read_text(encoding="utf-8") == markdown(judged)
 
 
+@pytest.mark.stress  # half a minute; the test below compares with the function behind that command
 def test_figures_equal_those_of_lm_evals_command_line(judged: dict[str, Any], tmp_path: Path) -> None:
     row = judged["models"][1]
     program, *arguments = shlex.split(row["lm_eval"])

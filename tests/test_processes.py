@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import matta
 from matta.cli import main
 from matta.errors import RunError
+from matta.training.feeding import Feed
 from matta.training.processes import make_accelerator, num_launched, require_all
 
 Pair = tuple[Tensor, Tensor]
@@ -124,10 +126,64 @@ def test_logged_losses_are_means_over_labels() -> None:
     assert parts == pytest.approx(together)
 
 
-def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
-    from matta.training.feeding import Feed
+def one_of_three(rank: int = 0) -> SimpleNamespace:
+    """What `Feed` sees of Accelerate in one of three processes."""
+    return SimpleNamespace(
+        device=torch.device("cpu"), process_index=rank, num_processes=3, split_batches=False, even_batches=True
+    )
 
-    three = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=3, split_batches=False)
+
+def test_lists_are_shared_out_batch_by_batch() -> None:
+    data = [(torch.full((1,), float(index)), torch.zeros(1)) for index in range(8)]
+    for rank in range(3):
+        feed = Feed(data, one_of_three(rank), None)
+        assert feed.num_batches() == 2
+        assert [int(x) for x, _ in islice(feed, 4)] == [rank, 3 + rank, rank, 3 + rank], "what is left over is left out"
+        resumed = Feed(data, one_of_three(rank), None)
+        resumed.resume({"epoch": 0, "batch": 1, "start": feed.state()["start"], "now": feed.state()["now"]})
+        assert int(next(iter(resumed))[0]) == 3 + rank
+
+
+def test_a_loader_is_prepared_without_samples_dealt_twice() -> None:
+    seen = []
+
+    def prepare(loader: Any) -> Any:
+        seen.append(accelerator.even_batches)
+        return loader
+
+    accelerator = one_of_three()
+    accelerator.prepare_data_loader = prepare
+    data = TensorDataset(torch.zeros(36, 2), torch.zeros(36))
+    loader = DataLoader(data, batch_size=4)
+    assert Feed(loader, accelerator, 1).num_batches() == 9
+    assert seen == [False] and accelerator.even_batches
+    uneven = Feed(DataLoader(data, batch_size=9), accelerator, None)
+    assert len(list(islice(uneven, 4))) == 4
+    with pytest.raises(RunError, match="KeepsItsPlace, which keeps its own place, in 3 processes; .* shard"):
+        Feed(KeepsItsPlace([1]), accelerator, None)
+
+
+class KeepsItsPlace:
+    """An iterator with a state, which cannot be shared out."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = iter(values)
+
+    def __iter__(self) -> KeepsItsPlace:
+        return self
+
+    def __next__(self) -> int:
+        return next(self.values)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
+    three = one_of_three()
     data = TensorDataset(torch.zeros(32, 2), torch.zeros(32))
     for uneven in (DataLoader(data, batch_size=4), [(torch.zeros(1, 2), torch.zeros(1))] * 8):
         with pytest.raises(RunError, match="8 batches for 3 processes, which leave 2 over; .* drop_last=True"):

@@ -519,14 +519,15 @@ def test_a_run_that_has_ended_goes_on_with_files_that_have_come_since(events: Pa
     assert [train()[1], train()[1]] == [6, 6]
 
 
-def test_killed_at_25_moments_a_run_ends_as_if_it_had_not_been() -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(25, marks=pytest.mark.stress)])
+def test_killed_at_many_moments_a_run_ends_as_if_it_had_not_been(kills: int) -> None:
     script = Path(__file__).with_name("stream_crashes.py")
     memory = Path("/dev/shm")  # where fsync costs nothing: kills, unlike power cuts, do not need the disk
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        done = subprocess.run([sys.executable, str(script), folder, "25", "0"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(script), folder, str(kills), "0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kills"] == 25 and found["ended"] >= 1
+    assert found["kills"] == kills and found["ended"] >= 1
     assert found["differing"] == [], "weights, quarantine, statistics and metrics are those of the run without kills"
     assert found["trained"] == [1], "every event once"
     assert found["counts"] == [400, found["num_bad"], 1]

@@ -247,7 +247,7 @@ def _imported(code: str, kind: str) -> Any:
     if name not in sys.modules:
         module = ModuleType(name)
         module.__file__ = str(Path(__file__).with_name(CODE))
-        exec(compile(code, CODE, "exec"), module.__dict__)
+        exec(compile(code, module.__file__, "exec"), module.__dict__)
         sys.modules[name] = module
     return sys.modules[name]
 
