@@ -523,9 +523,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "there is no arc_esy; expected some of lambada, arc_easy,.*did you mean arc_easy",
         ),
         (["student", "--tasks", "none"], "--tasks none without --text leaves nothing to judge by"),
-        (["student", "--data", "nowhere"], "--data nowhere is no folder; expected one with <task>.jsonl"),
+        (["student", "--data", "nowhere"], "--data nowhere is not a folder; expected one with <task>.jsonl"),
         (["student", "--data", "student"], "--data student has no lambada.jsonl \\(there: none\\); add it"),
-        (["no/such/model", "--data", "data"], "no/such/model is no folder; expected a Transformers folder"),
+        (["no/such/model", "--data", "data"], "no/such/model is not a folder; expected a Transformers folder"),
         (["data", "--data", "data"], "data holds no model: there is no config.json"),
         (["student", "--data", "data", "--out", "data"], "--out data exists; expected a new folder"),
         (["student", "--tasks", "none", "--text", "nowhere.txt"], "nowhere.txt"),
@@ -550,10 +550,10 @@ def test_errors_are_one_line(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "line 2 is no JSON"),
-        (b"\xff\xfe", "line 2 is no JSON"),
-        (b"[1]", "line 2 has not the fields of the hub's format; expected label passage question"),
-        (b'{"question": "is it"}', "line 2 has not the fields of the hub's format; expected label passage question"),
+        (b"{", "line 2 is not JSON"),
+        (b"\xff\xfe", "line 2 is not JSON"),
+        (b"[1]", "line 2 lacks the fields of the hub's format; expected label passage question"),
+        (b'{"question": "is it"}', "line 2 lacks the fields of the hub's format; expected label passage question"),
     ],
 )
 def test_broken_lines_are_told(tmp_path: Path, line: bytes, message: str) -> None:

@@ -784,7 +784,7 @@ def test_a_lost_connection_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert [each.text for each in read_documents(TextSource(hub=str(path)))] == WORDS
     assert waits == [1.0, 1.0, 4.0, 15.0], "waits grow until a row is read"
     lost = itertools.repeat(0)
-    with pytest.raises(RunError, match="cannot be read on from row 0: ConnectionError: reset by peer; look to the net"):
+    with pytest.raises(RunError, match="cannot be read from row 0 on: ConnectionError: reset by peer; check the net"):
         next(pack(path, source=TextSource(hub=str(path))))
 
 

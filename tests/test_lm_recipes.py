@@ -192,7 +192,7 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
         ("data=3", "data = 3: expected a table"),
         ("data.train={hub = 'a', path = 'b'}", "data.train: received path='b' and hub='a'; expected one of them"),
         ("train.steps", "received 'train.steps'; expected KEY=VALUE"),
-        ("train.steps.x=1", "train.steps.x=1: steps is no table, but 7"),
+        ("train.steps.x=1", "train.steps.x=1: steps is not a table, but 7"),
         ("model.student.n_layers=1", "there is no model.student.n_layers in gpt2; did you mean n_layer"),
         ("model.architecture=gpt3", "model.architecture = 'gpt3': Transformers has no such kind of model; did you"),
         ("model.ta.n_layer=1", "the Student has 2 blocks and the TA only 1"),

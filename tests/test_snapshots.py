@@ -224,6 +224,6 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
         def set_extra_state(self, state: object) -> None: ...
 
     nested = matta.nest(Counting(3, 1), Counting(3, 1))
-    with pytest.raises(RunError, match="student keeps _extra_state in its state, which is no tensor.*with matta.save"):
+    with pytest.raises(RunError, match="keeps _extra_state in its state, which is not a tensor.*with matta.save"):
         matta.Snapshots(tmp_path, every_events=1).publish(nested)
     assert not any(tmp_path.iterdir())

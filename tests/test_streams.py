@@ -448,7 +448,7 @@ def test_the_encoder_of_a_state_predicts_as_the_stream_does(events: Path) -> Non
 
 
 BAD_SETTINGS = {
-    "no folder": (lambda: Folder("nowhere"), "nowhere is no folder"),
+    "no folder": (lambda: Folder("nowhere"), "nowhere is not a folder"),
     "no column": (lambda: Schema(columns={}, label="y"), "expected at least one feature"),
     "two roles": (lambda: Schema(columns={"y": Numeric()}, label="y"), "columns of no other role"),
     "range": (lambda: Numeric(low=2, high=1), "expected low to be at most high"),

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None, commands: Sequence[Command] = C
     except (MattaError, OSError) as error:
         return _complain(command, str(error), USER_ERROR)
     except ImportError as error:
-        if (error.name or "").split(".")[0] == "matta":
+        if (error.name or "").split(".")[0] in ("matta", "matta_studies"):
             raise  # a fault of ours, not a missing extra
         return _complain(command, _missing_extra(command, error), USER_ERROR)
     return 0

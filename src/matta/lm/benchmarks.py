@@ -92,7 +92,7 @@ def _of(given: str, trust: bool) -> list[Contestant]:
     if path.is_dir():
         return [_of_folder(given, path.resolve(), trust)]
     if path.exists() or not _HUB_NAME.fullmatch(given):
-        raise RunError(f"{given} is no folder; expected a Transformers folder, a run of matta train or a hub name")
+        raise RunError(f"{given} is not a folder; expected a Transformers folder, a run of matta train or a hub name")
     return [Contestant(name=given, given=given, source=given, trust=trust)]
 
 

@@ -159,7 +159,7 @@ def _local_data(benchmark: Benchmark, data: Path) -> dict[str, Any]:
     """What replaces the data in a task's configuration."""
     file = data / f"{benchmark.name}.jsonl"
     if not data.is_dir():
-        raise RunError(f"--data {data} is no folder; expected one with <task>.jsonl, such as {file.name}")
+        raise RunError(f"--data {data} is not a folder; expected one with <task>.jsonl, such as {file.name}")
     if not file.is_file():
         there = ", ".join(sorted(each.name for each in data.glob("*.jsonl"))) or "none"
         raise RunError(f"--data {data} has no {file.name} (there: {there}); add it, or leave it out of --tasks")
@@ -182,10 +182,10 @@ def _check(file: Path, forms: Sequence[frozenset[str]]) -> None:
             try:
                 item = json.loads(line)
             except ValueError as error:
-                raise RunError(f"{file}, line {number} is no JSON: {error}") from None
+                raise RunError(f"{file}, line {number} is not JSON: {error}") from None
             if not isinstance(item, dict) or not any(form <= item.keys() for form in forms):
                 wanted = ", or ".join(" ".join(sorted(form)) for form in forms)
-                raise RunError(f"{file}, line {number} has not the fields of the hub's format; expected {wanted}")
+                raise RunError(f"{file}, line {number} lacks the fields of the hub's format; expected {wanted}")
     if not number:
         raise RunError(f"{file} is empty; expected an item on each line, in the hub's format")
 

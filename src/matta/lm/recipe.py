@@ -369,7 +369,7 @@ def _replace(values: dict[str, Value], override: str) -> None:
             node[name] = {"path": node[name]}  # a source, written short
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise RunError(f"{override}: {name} is no table, but {node!r}; replace it as a whole")
+            raise RunError(f"{override}: {name} is not a table, but {node!r}; replace it as a whole")
     for other in next((group for group in EXCLUSIVE if key in group), ()):
         node.pop(other.rpartition(".")[2], None)
     node[last] = _read_value(text)

@@ -286,8 +286,8 @@ class HubShards:
                     return
                 if not waits:
                     raise RunError(
-                        f"{self.names[index]} cannot be read on from row {done}: {short(error)}; "
-                        f"look to the network, and resume the run from its last checkpoint"
+                        f"{self.names[index]} cannot be read from row {done} on: {short(error)}; "
+                        f"check the network, and resume the run from its last checkpoint"
                     ) from error
                 time.sleep(waits.pop(0))
 

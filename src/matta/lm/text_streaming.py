@@ -270,7 +270,7 @@ class StreamedSamples:
         if self._passes is not None and num_ranks > 1:
             raise RunError(
                 f"received passes={self._passes} over streamed text in {num_ranks} processes, which would come to its "
-                f"end at different batches; expected passes=None, and as many steps as are wanted"
+                f"end at different batches; expected passes=None, and a number of steps"
             )
         self._producer.rank, self._producer.num_ranks = rank, num_ranks
 

@@ -108,9 +108,9 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of the network, of the hub and of Transformers: they have no common base
         raise RunError(
-            f"the tokenizer {name!r} is no folder here, and cannot be loaded from the hub: {first_line(error)}; check "
-            f"the name and the network (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}), or give the "
-            f"folder of a tokenizer, or 'bytes'"
+            f"the tokenizer {name!r} is not a folder here, and cannot be loaded from the hub: {first_line(error)}; "
+            f"check the name and the network (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}), or "
+            f"give the folder of a tokenizer, or 'bytes'"
         ) from error
 
 

@@ -214,7 +214,7 @@ class Encoder:
         for index, found in checked.reasons.items():
             reasons.setdefault(index, []).extend(each for each in found if not each.startswith(_NO_LABEL))
         for index in sorted(index for index, each in reasons.items() if each):
-            raise RunError(f"row {index} does not fit the schema: {'; '.join(reasons[index])}; mend it or leave it out")
+            raise RunError(f"row {index} does not fit the schema: {'; '.join(reasons[index])}; fix it or leave it out")
         ids = self.ids(checked.categories, grow=False).reshape(table.num_rows, -1)
         return self.batch(ids, checked.numbers, None, None, learn=False)
 

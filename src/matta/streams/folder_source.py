@@ -70,7 +70,7 @@ class Folder:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise RunError(f"{self.path} is no folder; expected the folder that the event files are written to")
+            raise RunError(f"{self.path} is not a folder; expected the folder that the event files are written to")
         self._idle_s, self._sentinel, self._settle_s, self._poll_s = idle_s, sentinel, settle_s, poll_s
         self._block_bytes, self._num_rows = block_bytes, num_rows
         self._names: tuple[str, ...] = ()

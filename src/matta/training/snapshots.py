@@ -143,7 +143,7 @@ class Snapshots:
             module = extract(nested, spec)
             if others := [key for key, value in module.state_dict().items() if not isinstance(value, Tensor)]:
                 raise RunError(
-                    f"{name} keeps {others[0]} in its state, which is no tensor, and a snapshot holds tensors alone; "
+                    f"{name} keeps {others[0]} in its state, which is not a tensor, and a snapshot holds only tensors; "
                     f"expected none (get_extra_state): publish with matta.save instead"
                 )
             save_model(module, str(made / f"{name}.safetensors"))
