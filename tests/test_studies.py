@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import matta
+from made_films import made_data
 from matta.cli import main
 from matta.errors import RunError
 from matta_studies import relevance
@@ -50,16 +51,9 @@ TINY = Setting(size=RankerSize(embedding=2, hidden=(4, 3)), batch=64)
 FAST = dataclasses.replace(TINY, passes=2)
 
 
-def made_tuples(count: int, seed: int) -> Tuples:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(6, (count, 3), generator=generator)
-    return Tuples(ids=ids, label=torch.sigmoid(ids.sum(1) - 7.5 + 0.5 * torch.randn(count, generator=generator)))
-
-
 @pytest.fixture(scope="module")
 def data() -> RelevanceData:
-    parts = {name: made_tuples(300, seed) for seed, name in enumerate(("train", "validation", "test", "real"))}
-    return RelevanceData(num_rows=(6, 6, 6), **parts)
+    return made_data()
 
 
 def made_ratings(count: int = 400) -> Ratings:

@@ -150,6 +150,21 @@ class LanguageSettings(StudySettings):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class ComputeSettings(StudySettings):
+    """Settings of `matta study compute`.
+
+    Raises:
+        RunError: Fewer than two seeds (a confidence interval needs two).
+    """
+
+    SEEDS = 8
+
+    quick: bool = field(default=False, metadata=_quick("a small version, under four minutes"))
+    seeds: int | None = field(default=None, metadata=_seeds("8; --quick: 2"))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class PreconditionerSettings:
     """Settings of `matta figure preconditioner`.
 

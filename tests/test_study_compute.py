@@ -1,0 +1,147 @@
+"""The study of the family at equal compute: equal shares of time, every way to train, and the whole on made tuples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from rich.console import Console
+
+from made_films import made_data
+from matta.errors import RunError
+from matta_studies.compute import (
+    ALONE,
+    FAMILY,
+    RANDOM,
+    RATES,
+    SIZES,
+    TURNS,
+    WANTED,
+    WAYS,
+    Attempt,
+    ComputePlan,
+    Timing,
+    alone,
+    cost_key,
+    dominated,
+    measure_costs,
+    plan_of,
+    run_job,
+    run_study,
+    shuffled,
+    size_of,
+    spec_of,
+    timed,
+)
+from matta_studies.experiment import Job, Measured, Training
+from matta_studies.labelled_films import RelevanceData
+from matta_studies.rankers import Ranker, RankerSize, nest_rankers
+from matta_studies.study_settings import ComputeSettings
+from matta_studies.trials import count_parameters
+from matta_studies.tuning import Search
+
+TINY = RankerSize(embedding=2, hidden=(4, 3))
+
+
+@pytest.fixture(scope="module")
+def data() -> RelevanceData:
+    return made_data()
+
+
+def job_of(trial: Attempt, seed: int = 0) -> Job:
+    return Job(training=Training(trial=trial, setting=TINY), seed=seed, whole=True)
+
+
+def test_a_size_is_that_of_the_sub_model() -> None:
+    nested = nest_rankers([Ranker((6, 6), TINY)], Ranker((6, 6), TINY.grown()))
+    import matta
+
+    for size in SIZES:
+        sub_model = matta.extract(nested, spec_of(nested, size))
+        assert count_parameters(sub_model) == count_parameters(Ranker((6, 6), size_of(size, TINY)))
+
+
+def test_every_arm_gets_the_same_time_and_as_many_trials() -> None:
+    costs = {cost_key(*each): 1.0 + 0.37 * index for index, each in enumerate(timed())}
+    plan = ComputePlan(num_seeds=2).with_costs(costs)
+    budget = plan.family_passes * costs[cost_key(FAMILY, RATES[0][0])]
+    assert len(plan.arms) == len(WAYS) + sum(WANTED)
+    for arm in plan.arms:
+        shares = int(arm.name.split()[1]) if arm.name.startswith(ALONE) else 1
+        assert [(each.batch, each.lr) for each in arm.trials] == list(RATES)
+        for each in arm.trials:
+            spent = shares * each.passes * costs[cost_key(each.way, each.batch, each.size)]
+            assert spent == pytest.approx(budget, rel=0.06), "passes have two digits"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_learns_and_repeats(way: str, data: RelevanceData) -> None:
+    trial = Attempt(way=way, batch=64, lr=0.05, passes=12)
+    models = run_job(job_of(trial), data)["models"]
+    assert [*models] == [*SIZES, "run"] and models["run"]["passes"] == 12 and models["run"]["seconds"] > 0
+    assert all(models[size]["test"] < 0.4 for size in SIZES), "chance is 0.5"
+    again, other = (run_job(job_of(trial, seed), data)["models"] for seed in (0, 1))
+    assert all(again[size] == models[size] for size in SIZES)
+    assert any(other[size] != models[size] for size in SIZES)
+
+
+def test_a_size_alone_is_trained_and_nothing_else(data: RelevanceData) -> None:
+    measured = run_job(job_of(Attempt(way=ALONE, size="nwn", batch=64, lr=0.05, passes=12)), data)
+    assert [*measured["models"]] == ["nwn", "run"]
+    assert measured["tuning"] == measured["models"]["nwn"]["validation"] < 0.4
+    assert measured["models"]["nwn"]["parameters"] == count_parameters(Ranker((6, 6, 6), size_of("nwn", TINY)))
+
+
+def test_each_pass_has_every_tuple_once(data: RelevanceData) -> None:
+    batches = shuffled(data, 64, torch.Generator().manual_seed(0))
+    passes = [torch.cat([next(batches)[1] for _ in range(len(data.train) // 64)]) for _ in range(2)]
+    for labels in passes:
+        assert len(labels) == 256 and torch.isin(labels, data.train.label).all()
+        assert len(labels.unique()) == len(labels)
+    assert not torch.equal(*passes)
+
+
+def test_all_ways_are_timed(data: RelevanceData) -> None:
+    costs = measure_costs(data, TINY, num_steps=2)
+    assert costs.keys() == {cost_key(*each) for each in timed()} and min(costs.values()) > 0
+
+
+def test_a_larger_model_of_no_use_adds_nothing() -> None:
+    assert dominated([0.0, 1.0, 2.0], [0.5, 0.5, 0.9], 1.0) == dominated([0.0, 1.0, 2.0], [0.5, 0.5, 0.5], 1.0)
+
+
+def test_the_whole_study_on_made_tuples(
+    data: RelevanceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("matta_studies.compute.RATES", ((64, 0.05),))
+    ran: list[Job] = []
+
+    def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
+        for job in jobs:
+            ran.append(job)
+            yield job, run_job(job, data)
+
+    search = Search(seeds=(100,), num_finalists=1)
+    plan = ComputePlan(num_seeds=2, setting=TINY, search=search, family_passes=4.0, timing=Timing(num_steps=1))
+    results = run_study(plan, run_jobs, tmp_path, Console())
+    assert len(ran) == plan.num_runs and ran[0].training.trial == plan.timing
+    assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    losses = results["aucloss"]
+    for size, change in results["family_vs_alone_percent"]["8"].items():
+        pairs = zip(losses[FAMILY][size]["seeds"], losses[alone(8, size)][size]["seeds"], strict=True)
+        assert change["percent"] == pytest.approx(fmean(100 * (ours / theirs - 1) for ours, theirs in pairs))
+    assert results["best_peer"] != FAMILY and {FAMILY, TURNS, RANDOM, ALONE} <= results["hypervolume"].keys()
+    told = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert told.count("| 2, 4-3 |") + told.count("| 8, 32-16 |") == 2 and "8 sizes wanted" in told
+    assert "at equal compute" in capsys.readouterr().out
+
+
+def test_settings_become_a_plan() -> None:
+    assert plan_of(ComputeSettings()).num_seeds == 8
+    assert plan_of(ComputeSettings(quick=True)).num_runs < plan_of(ComputeSettings()).num_runs
+    with pytest.raises(RunError, match="seeds=1: expected at least 2"):
+        ComputeSettings(seeds=1)
