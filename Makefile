@@ -33,7 +33,7 @@ stress: $(READY) ## the tests left out of `make test`, and generated cases by th
 	$(TESTS) -m "stress or not stress" --hypothesis-profile=stress
 
 demo: $(READY) ## the relevance study on real data with few seeds
-	$(BIN)/matta study relevance --demo --seeds 4 --out $(DEMO_OUT)
+	$(BIN)/matta study relevance --demo --seeds 3 --out $(DEMO_OUT)
 
 lint: $(READY) ## ruff: rules, import order and format
 	$(BIN)/ruff check .
