@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import matta
 from made_films import made_data
 from matta.errors import RunError
 from matta_studies.compute import (
@@ -58,8 +59,6 @@ def job_of(trial: Attempt, seed: int = 0) -> Job:
 
 def test_a_size_is_that_of_the_sub_model() -> None:
     nested = nest_rankers([Ranker((6, 6), TINY)], Ranker((6, 6), TINY.grown()))
-    import matta
-
     for size in SIZES:
         sub_model = matta.extract(nested, spec_of(nested, size))
         assert count_parameters(sub_model) == count_parameters(Ranker((6, 6), size_of(size, TINY)))
@@ -82,16 +81,16 @@ def test_every_arm_gets_the_same_time_and_as_many_trials() -> None:
 def test_every_way_learns_and_repeats(way: str, data: RelevanceData) -> None:
     trial = Attempt(way=way, batch=64, lr=0.05, passes=12)
     models = run_job(job_of(trial), data)["models"]
-    assert [*models] == [*SIZES, "run"] and models["run"]["passes"] == 12 and models["run"]["seconds"] > 0
+    assert [*models] == [*SIZES] and all(models[size].pop("seconds") > 0 for size in SIZES)
     assert all(models[size]["test"] < 0.4 for size in SIZES), "chance is 0.5"
     again, other = (run_job(job_of(trial, seed), data)["models"] for seed in (0, 1))
-    assert all(again[size] == models[size] for size in SIZES)
-    assert any(other[size] != models[size] for size in SIZES)
+    assert all(again[size].items() > models[size].items() for size in SIZES)
+    assert all(other[size]["test"] != models[size]["test"] for size in SIZES)
 
 
 def test_a_size_alone_is_trained_and_nothing_else(data: RelevanceData) -> None:
     measured = run_job(job_of(Attempt(way=ALONE, size="nwn", batch=64, lr=0.05, passes=12)), data)
-    assert [*measured["models"]] == ["nwn", "run"]
+    assert [*measured["models"]] == ["nwn"]
     assert measured["tuning"] == measured["models"]["nwn"]["validation"] < 0.4
     assert measured["models"]["nwn"]["parameters"] == count_parameters(Ranker((6, 6, 6), size_of("nwn", TINY)))
 
@@ -136,7 +135,7 @@ def test_the_whole_study_on_made_tuples(
         assert change["percent"] == pytest.approx(fmean(100 * (ours / theirs - 1) for ours, theirs in pairs))
     assert results["best_peer"] != FAMILY and {FAMILY, TURNS, RANDOM, ALONE} <= results["hypervolume"].keys()
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert told.count("| 2, 4-3 |") + told.count("| 8, 32-16 |") == 2 and "8 sizes wanted" in told
+    assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
     assert "at equal compute" in capsys.readouterr().out
 
 

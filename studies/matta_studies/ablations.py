@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -62,9 +63,9 @@ def run(settings: AblationsSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, studies = Console(), plan_of(settings)
+    studies = plan_of(settings)
 
-    def prepare(folder: Path) -> str:
+    def prepare(folder: Path, console: Console) -> str:
         for study in studies:
             if study.name == "quality":
                 save_stream(load_flights(study.setting.batch), folder / quality.STREAM_FILE)
@@ -72,13 +73,8 @@ def run(settings: AblationsSettings) -> dict[str, Any]:
                 relevance.copy_data(TupleSettings(), folder, console)
         return "tuples and flights"
 
-    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
-        return run_ablations(studies, run_jobs, folder, console, quick=settings.quick)
-
-    _, results = conduct(
-        "ablations", settings.out, prepare=prepare, load=load_bench, run_job=run_job, study=study, console=console
-    )
-    return results
+    study = partial(run_ablations, studies, quick=settings.quick)
+    return conduct("ablations", settings.out, prepare=prepare, load=load_bench, run_job=run_job, study=study)[1]
 
 
 def run_ablations(

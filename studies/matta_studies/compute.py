@@ -9,12 +9,12 @@ validation part, and runs with fresh seeds.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise, product
+from functools import partial
+from itertools import count, islice, pairwise, product
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
@@ -26,10 +26,13 @@ from torch import Tensor, nn
 
 from matta.family.extraction import extract
 from matta.family.submodels import SubModel, layer_names, live, random_sub_model
+from matta.nesting.batches import Batch, call, split_labels
 from matta.nesting.nested import Nested
+from matta.objectives.losses import LossWeights
 from matta.objectives.objective import Binary
 from matta.optim.shampoo import Shampoo
-from matta_studies.experiment import Arm, Found, Job, Measured, Plan, RunJobs, Training, conduct, machine, plain
+from matta.training.cotraining import Ramp
+from matta_studies.experiment import Arm, Found, Job, Measured, Plan, RunJobs, Training, conduct, plain
 from matta_studies.intervals import Change, relative_change
 from matta_studies.labelled_films import RelevanceData, TupleSettings
 from matta_studies.presentation import Notes, Part, Table, report, told_machine
@@ -43,7 +46,7 @@ from matta_studies.worker_pool import counted
 SIZES: Final = tuple("".join(each) for each in product("nw", repeat=3))  # embeddings and two hidden layers
 WANTED: Final[Mapping[int, tuple[str, ...]]] = {8: SIZES, 4: ("nnn", "nww", "wnn", "www"), 2: ("nnn", "www")}
 FAMILY, TURNS, RANDOM, SANDWICH, ALONE = "family", "turns", "random", "sandwich", "alone"
-PEERS: Final = (RANDOM, SANDWICH, ALONE)
+OURS, PEERS = (FAMILY, TURNS), (RANDOM, SANDWICH, ALONE)
 WAYS: Final[Mapping[str, str]] = {
     FAMILY: "MatTA, a random sub-model along",
     TURNS: "MatTA in turns: the TA, and the Student or a random sub-model",
@@ -55,7 +58,7 @@ FAMILY_PASSES: Final = 9.0  # of the family at the first batch: the compute that
 FIRST_FRESH_SEED: Final = 12_000
 SEARCH: Final = Search(seeds=(100,), num_finalists=1)
 DISTILL_WEIGHT, RAMP, STUDENT_CHANCE = 0.5, 0.1, 0.3  # ω₃, its ramp as a share of the steps; of the Student in turns
-RUN: Final = "run"  # beside the sizes in what is measured: seconds and passes
+COSTS: Final = "costs"  # what the timing measures, in place of models
 TIMED_STEPS: Final = 40
 
 
@@ -183,7 +186,7 @@ def run_job(job: Job, data: RelevanceData) -> Measured:
     trial = job.training.trial
     student = job.training.setting
     if isinstance(trial, Timing):
-        return {"tuning": 0.0, "models": {RUN: measure_costs(data, student, trial.num_steps)}}
+        return {"tuning": 0.0, "models": {COSTS: measure_costs(data, student, trial.num_steps)}}
     start = time.process_time()
     model = train(trial, data, student, job.seed)
     seconds = time.process_time() - start
@@ -193,11 +196,10 @@ def run_job(job: Job, data: RelevanceData) -> Measured:
         modules = {trial.size: model}
     models: dict[str, dict[str, Any]] = {
         size: {part: tuples_loss(module.eval(), getattr(data, part)) for part in ("validation", "test")}
-        | {"parameters": count_parameters(module)}
+        | {"parameters": count_parameters(module), "seconds": seconds}
         for size, module in modules.items()
     }
-    tuning = fmean(each["validation"] for each in models.values())
-    return {"tuning": tuning, "models": models | {RUN: {"seconds": seconds, "passes": trial.passes}}}
+    return {"tuning": fmean(each["validation"] for each in models.values()), "models": models}
 
 
 def train(trial: Attempt, data: RelevanceData, student: RankerSize, seed: int) -> nn.Module:
@@ -234,37 +236,36 @@ def shuffled(data: RelevanceData, batch: int, generator: torch.Generator) -> Ite
 
 def loss_of(trial: Attempt, model: nn.Module, seed: int, steps: int) -> Step:
     """What a way to train minimises."""
+    objective, random = Binary(), Random(seed)
     if not isinstance(model, Nested) or trial.way == FAMILY:
         pair = Trial(method="matta", optimizer="shampoo", lr=trial.lr, distill_weight=DISTILL_WEIGHT)
         sample = random_sub_model(model) if isinstance(model, Nested) else None
-        return step_of(model, Binary(), pair, int(RAMP * steps), sample)
+        return step_of(model, objective, pair, int(RAMP * steps), sample)
     modules = {size: live(model, spec_of(model, size)).train() for size in SIZES}
-    random, cross_entropy = Random(seed), Binary().cross_entropy
     narrowest, *between, widest = SIZES
-    count = itertools.count()
 
-    def one_random(batch: Any) -> tuple[Tensor, Any]:
-        ids, labels = batch
-        logits = modules[random.choice(SIZES)](ids)
-        return cross_entropy(logits, labels), lambda: [logits.detach()]
+    def one_random(batch: Batch) -> tuple[Tensor, Callable[[], list[Tensor]]]:
+        inputs, labels = split_labels(batch)
+        logits = call(modules[random.choice(SIZES)], inputs)
+        return objective.cross_entropy(logits, labels), lambda: [logits.detach()]
 
-    def turns(batch: Any) -> tuple[Tensor, Any]:
-        ids, labels = batch
-        logits = modules[widest](ids)
-        taught, weight = logits.detach().sigmoid(), DISTILL_WEIGHT * min(1.0, next(count) / (RAMP * steps))
-        other = modules[narrowest if random.random() < STUDENT_CHANCE else random.choice(SIZES[:-1])](ids)
-        loss = cross_entropy(logits, labels) + cross_entropy(other, labels) + weight * cross_entropy(other, taught)
-        return loss, lambda: [other.detach(), logits.detach()]
+    if trial.way == RANDOM:
+        return one_random
+    ramp, steps_made = Ramp(start=0, steps=int(RAMP * steps)), count()
 
-    def sandwich(batch: Any) -> tuple[Tensor, Any]:
-        ids, labels = batch
-        logits = modules[widest](ids)
-        taught = logits.detach().sigmoid()
-        others = [modules[size](ids) for size in (narrowest, random.choice(between))]
-        loss = cross_entropy(logits, labels) + sum(cross_entropy(each, taught) for each in others)
-        return loss, lambda: [others[0].detach(), logits.detach()]
+    def with_ta(batch: Batch) -> tuple[Tensor, Callable[[], list[Tensor]]]:
+        """The three losses of the TA and others: in turns of one, on labels and TA; by the sandwich rule, on the TA."""
+        if trial.way == TURNS:
+            others = [narrowest if random.random() < STUDENT_CHANCE else random.choice(SIZES[:-1])]
+            weights = (1.0, DISTILL_WEIGHT * ramp.at(next(steps_made)))
+        else:
+            others, weights = [narrowest, random.choice(between)], (0.0, 1.0)
+        inputs, labels = split_labels(batch)
+        ta, *logits = (call(modules[size], inputs) for size in (widest, *others))
+        of_step = LossWeights(student=weights[0], ta=1.0, distill=torch.tensor(weights[1]))
+        return objective.joint(logits, ta, labels, of_step).loss, lambda: [logits[0].detach(), ta.detach()]
 
-    return {TURNS: turns, RANDOM: one_random, SANDWICH: sandwich}[trial.way]
+    return with_ta
 
 
 def measure_costs(data: RelevanceData, student: RankerSize, num_steps: int) -> dict[str, float]:
@@ -294,18 +295,9 @@ def run(settings: ComputeSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan = Console(), plan_of(settings)
-
-    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
-        return run_study(plan, run_jobs, folder, console)
-
-    def prepare(folder: Path) -> str:
-        return copy_data(plan.tuples, folder, console)
-
-    _, results = conduct(
-        "compute", settings.out, prepare=prepare, load=read_data, run_job=run_job, study=study, console=console
-    )
-    return results
+    plan = plan_of(settings)
+    prepare, study = partial(copy_data, plan.tuples), partial(run_study, plan)
+    return conduct("compute", settings.out, prepare=prepare, load=read_data, run_job=run_job, study=study)[1]
 
 
 def run_study(plan: ComputePlan, run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
@@ -313,53 +305,49 @@ def run_study(plan: ComputePlan, run_jobs: RunJobs, folder: Path, console: Conso
     with counted(run_jobs, plan.num_runs, console) as run_counted:
         timing = Job(training=Training(trial=plan.timing, setting=plan.setting), seed=0, whole=False)
         ((_, measured),) = run_counted([timing])
-        costs: Costs = measured["models"][RUN]
+        costs: Costs = measured["models"][COSTS]
         found = plan.with_costs(costs).run(run_counted, "test")
-    results = results_of(found, costs)
+    results = results_of(plan, found, costs)
     report(results, told(results), folder, console)
     return results
 
 
-def results_of(found: Found, costs: Costs) -> dict[str, Any]:
+def results_of(plan: ComputePlan, found: Found, costs: Costs) -> dict[str, Any]:
     """Everything that the study found, in types that JSON gives back as they are."""
     changes = {
-        count: {size: found_change(found, FAMILY, count, [size]) for size in sizes} for count, sizes in WANTED.items()
+        str(count): _told({size: found_change(found, FAMILY, count, [size]) for size in sizes})
+        for count, sizes in WANTED.items()
     }
-    means = {count: found_change(found, FAMILY, count, sizes) for count, sizes in WANTED.items()}
+    means = {
+        f"{way}_vs_alone_mean_percent": _told(
+            {count: found_change(found, way, count, sizes) for count, sizes in WANTED.items()}
+        )
+        for way in OURS
+    }
     volumes = {name: hypervolumes(found, name) for name in (*WAYS, ALONE)}
     best = max(PEERS, key=lambda name: fmean(volumes[name]))
-    ratios = {name: relative_change(volumes[name], volumes[best]) for name in (FAMILY, TURNS)}
-    return plain(
-        {
-            "num_seeds": len(found.measured[FAMILY]),
-            "family_vs_alone_percent": {str(count): _told(each) for count, each in changes.items()},
-            "family_vs_alone_mean_percent": _told(means),
-            "turns_vs_alone_mean_percent": _told(
-                {count: found_change(found, TURNS, count, sizes) for count, sizes in WANTED.items()}
-            ),
-            "hypervolume_ratio": 1.0 + ratios[FAMILY].mean / 100.0,
-            "hypervolume_change": _told(ratios),
-            "best_peer": best,
-            "hypervolume": {name: fmean(each) for name, each in volumes.items()},
-            "parameters": {size: found.losses(FAMILY, size, "parameters")[0] for size in SIZES},
-            "aucloss": {arm: losses_of(found, arm) for arm in found.titles},
-            "seconds": {arm: fmean(found.losses(arm, RUN, "seconds")) for arm in found.titles},
-            "seconds_of_a_pass": dict(costs),
-            "chosen": {arm: found.chosen(arm) for arm in found.titles},
-            "tried": found.tried("validation"),
-            "machine": machine(),
-        }
-    )
+    ratios = {name: relative_change(volumes[name], volumes[best]) for name in OURS}
+    results = {
+        "family_vs_alone_percent": changes,
+        **means,
+        "hypervolume_ratio": 1.0 + ratios[FAMILY].mean / 100.0,
+        "hypervolume_change": _told(ratios),
+        "best_peer": best,
+        "hypervolume": {name: fmean(each) for name, each in volumes.items()},
+        "sizes": {size: _widths(size_of(size, plan.setting)) for size in SIZES},
+        "parameters": {size: found.losses(FAMILY, size, "parameters")[0] for size in SIZES},
+        "seconds": {arm: fmean(found.losses(arm, found.models(arm)[0], "seconds")) for arm in found.titles},
+        "seconds_of_a_pass": dict(costs),
+    }
+    return plain(found.summary({}, "validation") | results)
 
 
 def _told(changes: Mapping[Any, Change]) -> dict[str, Any]:
     return {str(name): change.to_json() for name, change in changes.items()}
 
 
-def losses_of(found: Found, arm: str) -> dict[str, Any]:
-    """The test loss of each size that comes of an arm, by seed."""
-    losses = {size: found.losses(arm, size) for size in found.models(arm) if size in SIZES}
-    return {size: {"mean": fmean(each), "seeds": each} for size, each in losses.items()}
+def _widths(size: RankerSize) -> str:
+    return f"{size.embedding}, {'-'.join(map(str, size.hidden))}"
 
 
 def found_change(found: Found, way: str, count: int, sizes: Sequence[str]) -> Change:
@@ -379,14 +367,10 @@ def hypervolumes(found: Found, name: str) -> list[float]:
     sizes = sorted(SIZES, key=lambda size: found.losses(FAMILY, size, "parameters")[0])
     logs = [math.log(found.losses(FAMILY, size, "parameters")[0]) for size in sizes]
     arm_of = {size: alone(8, size) if name == ALONE else name for size in SIZES}
-    tops = [max(each) for each in zip(*(found.losses(arm, size) for arm, size in _every(found)), strict=True)]
+    every = [found.losses(arm, size) for arm in found.titles for size in found.models(arm)]
+    tops = [max(each) for each in zip(*every, strict=True)]
     rows = zip(*(found.losses(arm_of[size], size) for size in sizes), strict=True)
     return [dominated(logs, losses, top) for losses, top in zip(rows, tops, strict=True)]
-
-
-def _every(found: Found) -> Iterator[tuple[str, str]]:
-    for arm in found.titles:
-        yield from ((arm, size) for size in found.models(arm) if size in SIZES)
 
 
 def dominated(sizes: Sequence[float], losses: Sequence[float], top: float) -> float:
@@ -421,40 +405,37 @@ def told(results: Mapping[str, Any]) -> list[Part]:
         Table(
             columns=("arm", "chosen on the validation part", "processor seconds"),
             rows=[
-                (WAYS.get(arm, arm), each["told"], f"{results['seconds'][arm]:.1f}")
+                (results["titles"][arm], each["told"], f"{results['seconds'][arm]:.1f}")
                 for arm, each in results["chosen"].items()
             ],
         ),
     ]
 
 
-def _told_size(size: str) -> str:
-    widths = size_of(size)
-    return f"{widths.embedding}, {'-'.join(map(str, widths.hidden))}"
-
-
 def _row(results: Mapping[str, Any], size: str) -> tuple[str, ...]:
     arms = [*WAYS, *(alone(count, size) for count in WANTED)]
     losses = [results["aucloss"].get(arm, {}).get(size) for arm in arms]
     cells = ["–" if each is None else f"{1000 * each['mean']:.2f}" for each in losses]
-    return (_told_size(size), f"{results['parameters'][size]:,}", *cells)
+    return (results["sizes"][size], f"{results['parameters'][size]:,}", *cells)
 
 
 def _change_row(results: Mapping[str, Any], size: str) -> tuple[str, ...]:
     changes = [each.get(size) for each in results["family_vs_alone_percent"].values()]
-    return (_told_size(size), *("–" if each is None else str(Change.told(each)) for each in changes))
+    return (results["sizes"][size], *("–" if each is None else str(Change.told(each)) for each in changes))
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What the tables say in words."""
     found = []
-    for count in map(str, WANTED):
-        family, turns = (Change.told(results[f"{way}_vs_alone_mean_percent"][count]) for way in (FAMILY, TURNS))
-        found.append(f"{count} sizes wanted, mean against each alone: family {family}, turns {turns}.")
-    family, turns = (Change.told(results["hypervolume_change"][way]) for way in (FAMILY, TURNS))
+    for wanted in map(str, WANTED):
+        family, turns = (Change.told(results[f"{way}_vs_alone_mean_percent"][wanted]) for way in OURS)
+        found.append(f"{wanted} sizes wanted, mean against each alone: family {family}, turns {turns}.")
+    family, turns = (Change.told(results["hypervolume_change"][way]) for way in OURS)
+    shares = [results["seconds"][way] / results["seconds"][FAMILY] for way in WAYS]
     return [
         *found,
         f"Hypervolume of loss and log size against the best peer's ({results['best_peer']}): family {family}, turns "
         f"{turns} (more is better).",
+        f"Processor seconds of the shared runs: {min(shares):.2f} to {max(shares):.2f} of the family's.",
         f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds.",
     ]

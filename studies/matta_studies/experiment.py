@@ -227,11 +227,10 @@ def conduct(
     name: str,
     out: Path | None,
     *,
-    prepare: Callable[[Path], str],
+    prepare: Callable[[Path, Console], str],
     load: Callable[[Path], Any],
     run_job: Callable[[Job, Any], Measured],
-    study: Callable[[RunJobs, Path], dict[str, Any]],
-    console: Console,
+    study: Callable[[RunJobs, Path, Console], dict[str, Any]],
 ) -> tuple[Path, dict[str, Any]]:
     """The run folder of a study, and its results. If it is stopped, what was done is kept.
 
@@ -242,21 +241,21 @@ def conduct(
         load: Reads the data from that folder, in each worker process.
         run_job: One run with the data.
         study: Has the runs made, writes all files to a folder, and gives the results.
-        console: Told what is kept, and what was written.
 
     Raises:
         RunError: the run folder exists.
     """
+    console = Console()
     out = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     require_new(out)
     with tempfile.TemporaryDirectory() as made:
-        data = prepare(Path(made))
+        data = prepare(Path(made), console)
         with (
             worker_processes(run_job, load, Path(made)) as run_jobs,
             kept(run_jobs, out, data, console) as run_kept,
             new_run_folder(out) as folder,
         ):
-            results = study(run_kept, folder)
+            results = study(run_kept, folder, console)
     console.print(f"\nWritten to {out}: {', '.join(sorted(each.name for each in out.iterdir()))}.", highlight=False)
     return out, results
 

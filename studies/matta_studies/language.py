@@ -14,6 +14,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -381,21 +382,15 @@ def run(settings: LanguageSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan = Console(), plan_of(settings)
     data = read_topics()
     source = cut(data).source
 
-    def prepare(folder: Path) -> str:
+    def prepare(folder: Path, _: Console) -> str:
         (folder / TEXT_FILE).write_bytes(data)
         return source
 
-    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
-        return run_study(plan, source, run_jobs, folder, console)
-
-    _, results = conduct(
-        "language", settings.out, prepare=prepare, load=load_text, run_job=run_job, study=study, console=console
-    )
-    return results
+    study = partial(run_study, plan_of(settings), source)
+    return conduct("language", settings.out, prepare=prepare, load=load_text, run_job=run_job, study=study)[1]
 
 
 def run_study(plan: LanguagePlan, source: str, run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:

@@ -320,22 +320,19 @@ def run(settings: QualitySettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan = Console(), plan_of(settings)
+    plan = plan_of(settings)
     sizes: list[int] = []
 
-    def prepare(folder: Path) -> str:
+    def prepare(folder: Path, _: Console) -> str:
         stream = STREAMS[plan.stream].load(plan.setting.batch)
         sizes.append(len(stream))
         save_stream(stream, folder / STREAM_FILE)
         return plan.stream
 
-    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+    def study(run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
         return run_study(plan, sizes[0], run_jobs, folder, console)
 
-    _, results = conduct(
-        "quality", settings.out, prepare=prepare, load=read_stream, run_job=run_job, study=study, console=console
-    )
-    return results
+    return conduct("quality", settings.out, prepare=prepare, load=read_stream, run_job=run_job, study=study)[1]
 
 
 def read_stream(folder: Path) -> EventStream:

@@ -290,19 +290,15 @@ def run(settings: RelevanceSettings) -> dict[str, Any]:
     Raises:
         RunError: the run folder exists.
     """
-    console, plan = Console(), plan_of(settings)
+    plan = plan_of(settings)
 
-    def study(run_jobs: RunJobs, folder: Path) -> dict[str, Any]:
+    def study(run_jobs: RunJobs, folder: Path, console: Console) -> dict[str, Any]:
         return run_study(plan, load_data(cached_path(plan.tuples)), run_jobs, folder, console)
 
-    def prepare(folder: Path) -> str:
-        return copy_data(plan.tuples, folder, console)
-
-    out, results = conduct(
-        "relevance", settings.out, prepare=prepare, load=read_data, run_job=run_job, study=study, console=console
-    )
+    prepare = partial(copy_data, plan.tuples)
+    out, results = conduct("relevance", settings.out, prepare=prepare, load=read_data, run_job=run_job, study=study)
     student = results["family"][0]["file"]
-    console.print(
+    Console().print(
         f"Next: look at {out / 'family.png'}; serve a size with safetensors.torch.load_file('{out / student}');\n"
         f"continue training from matta.load('{out / 'nested'}', student, ta); for a model of your own: matta.nest."
     )
