@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
-from matta.training.resuming import arguments_of, fast_forward, keep_hyperparameters, require_same
+from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import Interrupt, RunFolder
 
 if TYPE_CHECKING:
@@ -407,14 +406,12 @@ class Training:
         state = None if self.folder is None else self.folder.load(self.cotrain)
         if state is None:
             return
-        self._check_resumed(state)
-        try:
-            self._resume_optimizer(state)
-        except (ValueError, KeyError) as error:
-            raise RunError(
-                f"the run's optimizer state does not fit the optimizer given: {error}; expected the optimizer and "
-                f"scheduler that the run was begun with"
-            ) from None
+        prolong, steps = self.settings.resume == PROLONG, self.settings.steps
+        shape = {"accumulate": self.settings.accumulate, "num_processes": self.accelerator.num_processes}
+        require_same_shape(state, {**shape, "number of observers": len(self.observers)})
+        if not prolong:
+            require_same_arguments(state, self.arguments, self.scheduler)
+        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=steps)
         self.feed.resume(state["feeds"][self.accelerator.process_index])
         self.step = self.saved_step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
@@ -423,41 +420,3 @@ class Training:
         self.best = None if state["best"] is None else Evaluated(**state["best"])
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
-
-    def _resume_optimizer(self, state: dict[str, Any]) -> None:
-        """Take over the optimizer's state with the run's hyperparameters and schedule, or, prolonged, the new ones."""
-        if self.settings.resume == "prolong":
-            self.optimizer.load_state_dict(keep_hyperparameters(self.optimizer, state["optimizer"]))
-            if self.scheduler is not None:
-                fast_forward(self.scheduler, state["step"])
-            return
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        has_more = self.settings.steps is not None and self.settings.steps > state["step"]
-        if has_more and all(group["lr"] == 0 for group in self.optimizer.param_groups):
-            warnings.warn(
-                f"the run resumes at step {state['step']} of {self.settings.steps} with a learning rate of 0, to which "
-                f"its schedule has come; a longer schedule is taken with resume='prolong'",
-                stacklevel=2,
-            )
-
-    def _check_resumed(self, state: dict[str, Any]) -> None:
-        present = {
-            "accumulate": self.settings.accumulate,
-            "num_processes": self.accelerator.num_processes,
-            "number of observers": len(self.observers),
-        }
-        saved = {**state, "number of observers": len(state.setdefault("observers", []))}
-        for name, value in present.items():
-            if saved[name] != value:
-                raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
-        if self.settings.resume == "prolong":
-            return
-        if (self.scheduler is not None) != (state["scheduler"] is not None):
-            was, now = (each is not None for each in (state["scheduler"], self.scheduler))
-            raise RunError(
-                f"the run was begun with scheduler={was}, and now it is {now}; expected the same, or resume='prolong'"
-            )
-        if "arguments" in state:  # older checkpoints have none
-            require_same(state["arguments"], self.arguments, state["optimizer"])

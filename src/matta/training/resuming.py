@@ -42,17 +42,36 @@ def arguments_of(
     return found | _plain(settings)
 
 
-def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def require_same_shape(state: dict[str, Any], present: Mapping[str, int]) -> None:
+    """Refuse a resumption, prolonged or not, with other numbers of batches to a step, processes or observers.
+
+    Raises:
+        RunError: one differs.
+    """
+    saved = {**state, "number of observers": len(state.setdefault("observers", []))}  # old checkpoints have none
+    for name, value in present.items():
+        if saved[name] != value:
+            raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+
+
+def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], scheduler: LRScheduler | None) -> None:
     """Refuse arguments that are not those that a run was begun with, and that the saved ones would override.
 
     An optimizer's value that is the saved `state`'s is that of the same optimizer, trained on.
 
     Raises:
-        RunError: an argument differs.
+        RunError: an argument differs, or there is a scheduler now and was none, or the reverse.
     """
+    was_scheduled, is_scheduled = (each is not None for each in (state["scheduler"], scheduler))
+    if was_scheduled != is_scheduled:
+        raise RunError(
+            f"the run was begun with scheduler={was_scheduled}, and now it is {is_scheduled}; expected the same, or "
+            f"resume={PROLONG!r}"
+        )
+    begun = state.get("arguments", now)  # older checkpoints have none
     saved = {
         f"optimizer.param_groups[{index}].{name}": value
-        for index, group in enumerate(state["param_groups"])
+        for index, group in enumerate(state["optimizer"]["param_groups"])
         for name, value in _plain(group).items()
     }
     missing = object()
@@ -68,7 +87,40 @@ def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], state: Mappin
         )
 
 
-def keep_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    state: Mapping[str, Any],
+    *,
+    prolong: bool,
+    steps: int | None,
+) -> None:
+    """Take over the optimizer's state with the run's hyperparameters and schedule, or, prolonged, the new ones.
+
+    Raises:
+        RunError: it does not fit; or a new scheduler is past the step at which the run resumes.
+    """
+    saved = _with_new_values(optimizer, state["optimizer"]) if prolong else state["optimizer"]
+    try:
+        optimizer.load_state_dict(saved)
+        if scheduler is not None and not prolong:
+            scheduler.load_state_dict(state["scheduler"])
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"the run's optimizer state does not fit the optimizer given: {error}; expected the optimizer and "
+            f"scheduler that the run was begun with"
+        ) from None
+    if prolong:
+        _fast_forward(scheduler, state["step"])
+    elif steps is not None and steps > state["step"] and all(group["lr"] == 0 for group in optimizer.param_groups):
+        warnings.warn(
+            f"the run resumes at step {state['step']} of {steps} with a learning rate of 0, to which its schedule has "
+            f"come; a longer schedule is taken with resume='prolong'",
+            stacklevel=2,
+        )
+
+
+def _with_new_values(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     """The saved state of an optimizer with the hyperparameters of the optimizer given.
 
     Raises:
@@ -91,12 +143,14 @@ def keep_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     return {**state, "param_groups": kept}
 
 
-def fast_forward(scheduler: LRScheduler, step: int) -> None:
+def _fast_forward(scheduler: LRScheduler | None, step: int) -> None:
     """Bring a new schedule to a step of the run, with the rates that it would have there had it begun with the run.
 
     Raises:
         RunError: it is past that step.
     """
+    if scheduler is None:
+        return
     done = getattr(scheduler, "last_epoch", 0)
     if done > step:
         raise RunError(
