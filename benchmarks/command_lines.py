@@ -61,11 +61,9 @@ def measure(*, num_rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in PROGRAMS if find_spec(name)}
     lines: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in {
-            "settings": SETTINGS,
-            **{f"{name}_program": text for name, text in PROGRAMS.items()},
-        }.items():
-            (Path(folder) / f"{name}.py").write_text(text, encoding="utf-8")
+        (Path(folder) / "settings.py").write_text(SETTINGS, encoding="utf-8")
+        for name, text in PROGRAMS.items():
+            (Path(folder) / f"{name}_program.py").write_text(text, encoding="utf-8")
         for _ in range(num_rounds + 1):
             for name in times:
                 start = time.perf_counter()
