@@ -50,10 +50,12 @@ class ReferenceShampoo:
         statistics_every: int,
         refresh_every: int,
         root_eps: float,
+        young_eps: float,
     ) -> None:
         self.matrix = matrix.double().clone()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.graft, self.root_eps = graft, root_eps
+        self.graft, self.root_eps, self.young_eps = graft, root_eps, young_eps
+        self.num_seen = 0
         self.statistics_every, self.refresh_every = statistics_every, refresh_every
         self.step_number = self.statistics_step = 0
         self.parts = [
@@ -70,7 +72,8 @@ class ReferenceShampoo:
         self.update_factors(gradients)
         for block, side in self.refreshed_now():
             exponent = -0.5 if self.graft == "adam" else -0.25
-            block.roots[side] = matrix_power(block.factors[side], exponent, self.root_eps)
+            eps = max(self.root_eps, self.young_eps / self.num_seen)
+            block.roots[side] = matrix_power(block.factors[side], exponent, eps)
         self.matrix *= 1 - self.lr * self.weight_decay
         for part, block, each in zip(self.parts, self.blocks, gradients, strict=True):
             self.matrix[part] -= self.lr * self.update(block, each)
@@ -80,6 +83,7 @@ class ReferenceShampoo:
             return
         decay = self.betas[1] ** (self.step_number - self.statistics_step)
         self.statistics_step = self.step_number
+        self.num_seen += 1
         for block, gradient in zip(self.blocks, gradients, strict=True):
             for side, product in enumerate((gradient @ gradient.T, gradient.T @ gradient)):
                 if self.graft == "adagrad":

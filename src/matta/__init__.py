@@ -20,6 +20,7 @@ _PUBLIC_NAMES = {
         "ProgressiveValidation",
         "Ramp",
         "Snapshots",
+        "Turns",
         "Weights",
         "fit",
         "read_snapshot",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from matta.training import ProgressiveValidation as ProgressiveValidation
     from matta.training import Ramp as Ramp
     from matta.training import Snapshots as Snapshots
+    from matta.training import Turns as Turns
     from matta.training import Weights as Weights
     from matta.training import fit as fit
     from matta.training import read_snapshot as read_snapshot

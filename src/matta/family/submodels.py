@@ -10,7 +10,7 @@ the one layer is then called "hidden", and the blocks follow it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import final
@@ -120,10 +120,17 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
     return SubModel({name: WIDE if name in chosen else NARROW for name in names})
 
 
-def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
-    """A draw for `CoTraining(sample=...)`: each layer wide or narrow with equal chance.
+def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) -> Callable[[Random], SubModel]:
+    """A draw for `CoTraining(sample=...)`: one of the sub-models you want, or each layer wide or narrow at random.
 
     Where one hidden width runs through all layers, they are all wide or all narrow.
+
+    Args:
+        nested: The pair.
+        among: The sub-models to train along, with equal chance; None: any choice of wide and narrow layers.
+
+    Raises:
+        SubModelError: nothing to draw from, or a sub-model that `nested` does not have.
 
     Example:
         >>> import matta, random
@@ -132,6 +139,13 @@ def random_sub_model(nested: Nested) -> Callable[[Random], SubModel]:
         >>> random_sub_model(nested)(random.Random(0)).choices
         {'0': 'wide'}
     """
+    if among is not None:
+        specs = tuple(among)
+        if not specs:
+            raise SubModelError("received among=[]; expected at least one sub-model, or None for any")
+        for spec in specs:
+            _choices(nested, spec)
+        return lambda random: random.choice(specs)
     names = layer_names(nested)
     if HIDDEN in names:
         return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
@@ -155,6 +169,12 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
         >>> half[0].weight.shape, bool((half[0].weight == nested.ta[0].weight).all())
         (torch.Size([8, 3]), True)
     """
+    units, choices = _choices(nested, spec)
+    return assemble(nested.ta, nested.student, nested.plan, units, choices)
+
+
+def _choices(nested: Nested, spec: SubModel) -> tuple[tuple[Unit, ...], dict[str, str]]:
+    """The layers of a nesting, and what a sub-model takes of each."""
     if not isinstance(spec, SubModel):
         raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")
     units = find_units(nested.student, nested.ta, nested.plan)
@@ -164,7 +184,7 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
             raise SubModelError(f"there is no layer {name!r}; the layers are: {', '.join(names) or 'none'}")
     choices = {unit.name: spec.choices.get(unit.name, spec.default) for unit in units}
     _refuse_skipped_dimensions(units, choices)
-    return assemble(nested.ta, nested.student, nested.plan, units, choices)
+    return units, choices
 
 
 def _refuse_skipped_dimensions(units: tuple[Unit, ...], choices: Mapping[str, str]) -> None:

@@ -16,6 +16,17 @@ EARLY_STEPS = (1, 2, 4, 8, 16, 24, 32, 40)
 """Steps at which roots are computed below the regular interval, while the factors still change fast."""
 
 
+def num_statistics(step: int, every: int) -> int:
+    """How many gradients the factors have seen after a step: at the early steps, and every so many.
+
+    Example:
+        >>> [num_statistics(step, 10) for step in (1, 3, 10, 16, 30)]
+        [1, 2, 5, 6, 9]
+    """
+    early = sum(each <= step and each % every != 0 for each in EARLY_STEPS)
+    return early + step // every
+
+
 class Factors:
     """One side's factors (B, D, D) of a stack of blocks, and their roots: powers of a negative exponent.
 

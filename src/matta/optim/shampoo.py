@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matta.errors import OptimizerError
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder
-from matta.optim.preconditioner import EARLY_STEPS, Refresher
+from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
 from matta.optim.stacking import Grid, Stack
 
 Graft = Literal["adam", "adagrad", "sgd"]
@@ -68,6 +68,9 @@ class Shampoo(torch.optim.Optimizer):
         statistics_every: steps between updates of the factors.
         refresh_every: steps between two refreshes of a root; earlier ones are at 1, 2, 4, 8, 16, 24, 32, 40.
         root_eps: added to a factor's eigenvalues, relative to the largest of them.
+        young_eps: the same while a factor is young: `young_eps` over the number of gradients that it has seen, if that
+            is more than `root_eps`. Eigenvalues that few gradients support are rounding errors, which the root would
+            amplify; 0 leaves it out.
         process_group: who shares the refreshes; None: each process does all of its own.
 
     Raises:
@@ -96,6 +99,7 @@ class Shampoo(torch.optim.Optimizer):
         statistics_every: int = 10,
         refresh_every: int = 50,
         root_eps: float = 1e-6,
+        young_eps: float = 1e-3,
         process_group: dist.ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         defaults = {
@@ -109,6 +113,7 @@ class Shampoo(torch.optim.Optimizer):
             "statistics_every": statistics_every,
             "refresh_every": refresh_every,
             "root_eps": root_eps,
+            "young_eps": young_eps,
             "precondition": True,
             "num_steps": 0,
             "statistics_step": 0,
@@ -172,6 +177,8 @@ class Shampoo(torch.optim.Optimizer):
             ValueError: the groups differ from this optimizer's (as in every torch optimizer).
         """
         ours = self.defaults.keys() - {"differentiable"}  # torch's, which it adds whenever a state was loaded
+        # an older state has no damping of young factors, and continues without
+        state_dict = {**state_dict, "param_groups": [{"young_eps": 0.0, **g} for g in state_dict["param_groups"]]}
         missing = sorted(ours - {name for group in state_dict["param_groups"] for name in group})
         if missing:
             raise OptimizerError(
@@ -233,8 +240,9 @@ class _Part:
         for stack in self.stacks:
             stack.load_gradients()
         self._update_factors(group)
-        every, eps = group["refresh_every"], group["root_eps"]
-        self.refresher.refresh(group["num_steps"], every=every, eps=eps, group=process_group)
+        seen = num_statistics(group["num_steps"], group["statistics_every"])
+        eps = max(group["root_eps"], group["young_eps"] / seen)
+        self.refresher.refresh(group["num_steps"], every=group["refresh_every"], eps=eps, group=process_group)
         for place in self.places:
             place.move(group)
 
@@ -379,4 +387,5 @@ _RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
     ("statistics_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
     ("refresh_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
     ("root_eps", "a number over 0", lambda value: value > 0),
+    ("young_eps", "a number from 0 up", lambda value: value >= 0),
 )

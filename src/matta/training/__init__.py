@@ -2,7 +2,8 @@
 
 Read in this order:
 
-- `cotraining`: the forward of a step, with the weights of the losses and their ramp (section 3.1).
+- `cotraining`: the forward of a step, with the weights of the losses and their ramp (section 3.1), and whose
+  turn it is.
 - `fitting`: `fit` and its arguments. `loop`: what happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
@@ -13,7 +14,7 @@ Read in this order:
 - `snapshots`: extracted models, published while training continues.
 """
 
-from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Weights
+from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Turns, Weights
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
 from matta.training.loop import FitResult, Observer
@@ -29,6 +30,7 @@ __all__ = [
     "ProgressiveValidation",
     "Ramp",
     "Snapshots",
+    "Turns",
     "Weights",
     "fit",
     "read_snapshot",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, final
 
@@ -18,7 +18,7 @@ from matta.nesting.nested import Nested
 from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
 from matta.objectives.labels import Labels, TopK
 from matta.objectives.losses import LossWeights
-from matta.objectives.objective import Objective
+from matta.objectives.objective import Joint, Losses, Objective
 from matta.training.processes import num_processes, summed
 
 
@@ -81,6 +81,45 @@ class Ramp:
         return ((step - self.start).to(dtype) / self.steps).clamp(0.0, 1.0)
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Which models a step trains, so that a family costs less: the Students alone at first, later the TA and one other.
+
+    Each of the first `alone_steps` optimizer steps trains the Students alone, at the Students' cost. If the pair was
+    nested with `warm_start=True`, the TA computes what the Student does until then. Each later step trains the TA and,
+    with `student_chance`, the Students; otherwise the sub-model that `CoTraining(sample=...)` draws in their place.
+    Without `sample` it trains the TA and the Students. `matta study compute` measures what this is worth.
+
+    Parameters that a step does not train have a gradient of zero in it, so weight decay still moves them.
+
+    Raises:
+        MattaError: a negative number of steps, or a chance outside of 0 to 1.
+
+    Example:
+        >>> Turns(alone_steps=100)
+        Turns(alone_steps=100, student_chance=0.5)
+    """
+
+    alone_steps: int = 0
+    student_chance: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.alone_steps < 0:
+            raise MattaError(f"received {self}; expected alone_steps of zero or more")
+        if not 0 <= self.student_chance <= 1:
+            raise MattaError(f"received {self}; expected a student_chance from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cast:
+    """What a step trains: the TA, the Students, and a sub-model that stands beside or in for them."""
+
+    ta: bool = True
+    students: bool = True
+    sampled: tuple[nn.Module, ...] = ()
+
+
 _MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers there are 2ᴺ
 
 
@@ -93,6 +132,9 @@ class CoTrainingOutput:
     mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
     `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
     were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
+
+    With `CoTraining(turns=...)` a step may leave out the TA or the Students: `trains_ta` or `trains_students` is then
+    False, the losses of those models are NaN, and reading their logits is refused.
     """
 
     loss: Tensor
@@ -100,8 +142,10 @@ class CoTrainingOutput:
     distill_weight: Tensor
     student_losses: tuple[Tensor, ...]
     distill_losses: tuple[Tensor, ...]
-    logits: tuple[Tensor | LaterLogits, ...]
+    logits: tuple[Tensor | LaterLogits | None, ...]
     num_labels: Tensor
+    trains_ta: bool = True
+    trains_students: bool = True
 
     @property
     def student_loss(self) -> Tensor:
@@ -129,13 +173,24 @@ class CoTrainingOutput:
         return _read(self.logits[0])
 
 
-def _kept(logits: Tensor) -> Tensor | LaterLogits:
+def _kept(logits: Tensor | None) -> Tensor | LaterLogits | None:
+    if logits is None:
+        return None
     source = deferred(logits)
     return undeferred(logits).detach() if source is None else source.later()
 
 
-def _read(logits: Tensor | LaterLogits) -> Tensor:
+def _read(logits: Tensor | LaterLogits | None) -> Tensor:
+    if logits is None:
+        raise MattaError(
+            "this step has not run that model, as CoTraining(turns=...) asks for; expected trains_ta and "
+            "trains_students to be looked at first, or CoTraining without turns (progressive validation needs that)"
+        )
     return logits if isinstance(logits, Tensor) else logits.read()
+
+
+def _detached(losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(each.detach() for each in losses)
 
 
 def _are_labels(labels: Any) -> bool:
@@ -172,6 +227,7 @@ class CoTraining(nn.Module):
             along by `to`, but is no part of the parameters or the state. Labels of the batch are
             then used only for the positions that they ignore.
         sample: Draws a sub-model for each step, which is trained as one more Student.
+        turns: Which of the models a step trains; None: all of them.
         accumulate: Forwards to one optimizer step.
 
     Raises:
@@ -194,6 +250,7 @@ class CoTraining(nn.Module):
         ramp: Ramp | None = None,
         teacher: nn.Module | None = None,
         sample: Callable[[Random], SubModel] | None = None,
+        turns: Turns | None = None,
         accumulate: int = 1,
     ) -> None:
         super().__init__()
@@ -209,6 +266,7 @@ class CoTraining(nn.Module):
         self.weights = weights or Weights()
         self.ramp = ramp
         self.sample = sample
+        self.turns = turns
         self.accumulate = accumulate
         self._teacher = (teacher,)  # in a tuple: not a submodule
         self._live: dict[SubModel, nn.Module] = {}
@@ -244,23 +302,54 @@ class CoTraining(nn.Module):
         """
         inputs, given = split_labels(batch)
         labels = self._labels(inputs, given)
-        ta, *students = self._logits([self.nested.ta, *self.nested.students, *self._sampled()], inputs, labels)
-        weight = self._distill_weight(ta)
-        weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
-        joint = self.objective.joint(students, ta, labels, weights)
+        cast = self._cast()
+        own = list(self.nested.students)
+        models = [*([self.nested.ta] if cast.ta else []), *(own if cast.students else []), *cast.sampled]
+        logits = self._logits(models, inputs, labels)
+        weight = self._distill_weight(logits[0])
+        joint = self._joint(cast, logits, labels, weight)
         if self.training:
             self.step += 1
-        count = len(self.nested.students)
         num_counted = torch.as_tensor(self._num_counted(given, labels), device=joint.loss.device)
+        losses, absent = joint.losses, (torch.full_like(joint.loss.detach(), float("nan")),) * len(own)
+        of_students = logits[int(cast.ta) :][: len(own)] if cast.students else [None] * len(own)
         return CoTrainingOutput(
             loss=joint.loss if num_labels is None else _share(joint.loss, num_counted, num_labels),
-            ta_loss=joint.losses.ta.detach(),
+            ta_loss=losses.ta.detach() if cast.ta else absent[0],
             distill_weight=weight,
-            student_losses=tuple(each.detach() for each in joint.losses.students[:count]),
-            distill_losses=tuple(each.detach() for each in joint.losses.distill[:count]),
-            logits=tuple(_kept(each) for each in (ta, *students[:count])),
+            student_losses=_detached(losses.students[: len(own)]) if cast.students else absent,
+            distill_losses=_detached(losses.distill[: len(own)]) if cast.students and cast.ta else absent,
+            logits=tuple(_kept(each) for each in (logits[0] if cast.ta else None, *of_students)),
             num_labels=num_counted,
+            trains_ta=cast.ta,
+            trains_students=cast.students,
         )
+
+    def _joint(self, cast: _Cast, logits: list[Tensor], labels: Labels, weight: Tensor) -> Joint:
+        """L of the models that take part; of Students alone it is the sum of their cross-entropies, times ω₁."""
+        if cast.ta:
+            weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
+            ta, *students = logits
+            joint = self.objective.joint(students, ta, labels, weights)
+        else:
+            weights = LossWeights(student=0.0, ta=self.weights.student, distill=torch.zeros_like(weight))
+            alone = [self.objective.joint([], each, labels, weights) for each in logits]
+            losses = Losses(students=tuple(each.losses.ta for each in alone), ta=alone[0].losses.ta, distill=())
+            joint = Joint(loss=torch.stack([each.loss for each in alone]).sum(), losses=losses)
+        idle = self._idle_parameters(cast)
+        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in idle)) if idle else joint
+
+    def _idle_parameters(self, cast: _Cast) -> list[nn.Parameter]:
+        """Trainable parameters that no model of the step has: DDP expects a gradient for each."""
+        if cast.ta and cast.students:
+            return []
+        if cast.ta:
+            busy = {id(each) for each in self.nested.ta.parameters()}
+        else:  # of a Student's parameters only the private ones are its own; the others lie in the TA's
+            busy = {id(each) for student in self.nested.students for each in student.parameters()}
+            sources = (self.nested.sources(index) for index in range(len(self.nested.students)))
+            busy |= {each.key[0] for found in sources for each in found.values()}
+        return [each for each in self.nested.parameters() if each.requires_grad and id(each) not in busy]
 
     def _num_counted(self, given: Any, labels: Labels | None) -> int | Tensor:
         """The labels of a batch that count: by its own where it has some, which a Teacher's follow."""
@@ -292,18 +381,30 @@ class CoTraining(nn.Module):
             return torch.full((), self.weights.distill, dtype=dtype, device=logits.device)
         return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, dtype)
 
-    def _sampled(self) -> list[nn.Module]:
-        """The sub-model of this step; the same on every process, and again after a resume."""
-        if self.sample is None or not self.training:
-            return []
-        spec = self.sample(Random(int(self.step)))
+    def _cast(self) -> _Cast:
+        """What this step trains; the same on every process, and again after a resume."""
+        if not self.training or (self.sample is None and self.turns is None):
+            return _Cast()
+        step = int(self.step)
+        if self.turns is not None and step // self.accumulate < self.turns.alone_steps:
+            return _Cast(ta=False)
+        if self.sample is None:
+            return _Cast()
+        random = Random(step)
+        students = self.turns is None or random.random() < self.turns.student_chance
+        if students and self.turns is not None:
+            return _Cast()
+        return _Cast(students=students, sampled=(self._live_of(self.sample(random)),))
+
+    def _live_of(self, spec: SubModel) -> nn.Module:
+        """The sampled sub-model, which is kept to be sampled again."""
         made = self._live.pop(spec, None)
         if made is None:
             made = live(self.nested, spec)
         if len(self._live) >= _MOST_LIVE:
             del self._live[next(iter(self._live))]
         self._live[spec] = made
-        return [made.train()]
+        return made.train()
 
     def _apply(self, fn: Any, recurse: bool = True) -> CoTraining:
         super()._apply(fn, recurse)

@@ -48,10 +48,13 @@ class Losses:
 
     def add(self, outputs: Sequence[CoTrainingOutput]) -> None:
         """Take in the batches of a step; in one process nothing is computed, of several the means are taken."""
-        rows = [(out.student_loss, out.ta_loss, out.distill_loss, out.num_labels) for out in outputs]
+        rows = [_row(out) for out in outputs]
         if num_processes() > 1:
             rows = [tuple(_means(summed(_sums(rows))))]
-        self.latest = (*rows[-1][:3], outputs[-1].distill_weight)
+        losses, counts = rows[-1][:3], rows[-1][3:]
+        earlier = self.latest or losses
+        shown = (torch.where(n > 0, new, old) for new, old, n in zip(losses, earlier, counts, strict=False))
+        self.latest = (*shown, outputs[-1].distill_weight)
         self._unread += rows
 
     def read(self) -> dict[str, float]:
@@ -62,16 +65,22 @@ class Losses:
         return self.means
 
 
+def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
+    """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out."""
+    took_part = (out.trains_students, out.trains_ta, out.trains_students and out.trains_ta)
+    return out.student_loss, out.ta_loss, out.distill_loss, *(out.num_labels * part for part in took_part)
+
+
 def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """The sum of each loss over the labels of some batches, and the number of these."""
-    losses = torch.stack([torch.stack(each[:-1]) for each in rows]).double()
-    counts = torch.stack([each[-1] for each in rows]).double()
-    return torch.cat([counts @ losses, counts.sum(0, keepdim=True)])
+    """The sum of each loss over the labels of some batches, and the numbers of these."""
+    losses, counts = torch.stack([torch.stack([each.double() for each in row]) for row in rows]).tensor_split(2, dim=1)
+    return torch.cat([torch.where(counts > 0, losses * counts, 0.0).sum(0), counts.sum(0)])
 
 
 def _means(sums: Tensor) -> Tensor:
-    """What `_sums` gave, as means and the number of labels."""
-    return torch.cat([sums[:-1] / sums[-1:].clamp(min=1), sums[-1:]])
+    """What `_sums` gave, as means and the numbers of labels."""
+    totals, counts = sums.tensor_split(2)
+    return torch.cat([totals / counts.clamp(min=1), counts])
 
 
 @final

@@ -164,7 +164,12 @@ def _fast_forward(scheduler: LRScheduler | None, step: int) -> None:
 
 
 def _of_cotraining(cotrain: CoTraining) -> dict[str, Any]:
-    parts = {"weights": cotrain.weights, "ramp": cotrain.ramp, "objective": cotrain.objective}
+    parts = {
+        "weights": cotrain.weights,
+        "ramp": cotrain.ramp,
+        "objective": cotrain.objective,
+        **({"turns": cotrain.turns} if cotrain.turns else {}),  # a run of before there were turns can be resumed
+    }
     found: dict[str, Any] = {"teacher": cotrain.has_teacher, "sample": cotrain.sample is not None}
     for name, part in parts.items():
         found[name] = None if part is None else _name(part)

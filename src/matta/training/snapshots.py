@@ -115,7 +115,7 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        count = len(out.student_logits) if labels is None else num_examples(labels)
+        count = len(out.ta_logits if out.trains_ta else out.student_logits) if labels is None else num_examples(labels)
         self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
