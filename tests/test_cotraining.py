@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import matta
-from matta.errors import LabelError
+from matta.errors import LabelError, MattaError
 from matta.objectives import Binary, CausalLM, Classification, Objective, TopK, top_k
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -297,6 +297,102 @@ def test_sub_models_that_were_sampled_do_not_pile_up(monkeypatch: pytest.MonkeyP
     gc.collect()
     assert len(made) > 30
     assert sum(each() is not None for each in made) <= 16
+
+
+# ------------------------------------------------------------------------ turns
+
+
+def _turned(chance: float, alone_steps: int = 0, **arguments: Any) -> matta.CoTraining:
+    nested = matta.nest(_tower(4), _tower(7), warm_start=True)
+    return _cotraining(nested, turns=matta.Turns(alone_steps=alone_steps, student_chance=chance), **arguments)
+
+
+def test_at_first_the_student_is_trained_alone() -> None:
+    cotrain = _turned(0.5, alone_steps=2, accumulate=2, weights=matta.Weights(student=0.7))
+    for _ in range(4):
+        out = cotrain((X, Y))
+        assert (out.trains_ta, out.trains_students) == (False, True)
+        torch.testing.assert_close(out.loss.detach(), 0.7 * functional.cross_entropy(out.student_logits, Y))
+        assert out.ta_loss.isnan() and out.distill_loss.isnan()
+        torch.testing.assert_close(out.student_loss, out.loss.detach() / 0.7)
+        with pytest.raises(MattaError, match=r"has not run that model, as CoTraining\(turns=...\)"):
+            _ = out.ta_logits
+        torch.testing.assert_close(cotrain.nested.ta(X), cotrain.nested.student(X), rtol=1e-12, atol=1e-14)
+    assert cotrain((X, Y)).trains_ta, "from the second optimizer step on"
+
+
+def test_the_ta_that_waits_stays_as_good_as_the_student_that_learns() -> None:
+    cotrain = _turned(0.5, alone_steps=20)
+    optimizer = matta.Shampoo(cotrain.nested, lr=0.05)
+    before = cotrain((X, Y)).student_loss
+    for _ in range(15):
+        optimizer.zero_grad()
+        cotrain((X, Y)).loss.backward()
+        optimizer.step()
+    assert cotrain((X, Y)).student_loss < 0.7 * before
+    torch.testing.assert_close(cotrain.nested.ta(X), cotrain.nested.student(X), rtol=1e-9, atol=1e-9)
+
+
+def test_later_the_student_and_the_sample_take_turns_beside_the_ta() -> None:
+    weights = matta.Weights(student=0.7, ta=1.3, distill=0.3)
+    always, never = (
+        _turned(chance, weights=weights, sample=lambda _: matta.SubModel({}, default="narrow")) for chance in (1, 0)
+    )
+    pair = _cotraining(always.nested, weights=weights)((X, Y))
+    with_student, with_sample = always((X, Y)), never((X, Y))
+    torch.testing.assert_close(with_student.loss, pair.loss)
+    torch.testing.assert_close(with_sample.loss, pair.loss)  # the sample drawn is as wide as the Student
+    assert (with_sample.trains_ta, with_sample.trains_students) == (True, False)
+    assert with_sample.student_loss.isnan() and with_sample.distill_loss.isnan()
+    torch.testing.assert_close(with_sample.ta_loss, pair.ta_loss)
+    with pytest.raises(MattaError, match="has not run that model"):
+        _ = with_sample.student_logits
+    assert never.eval()((X, Y)).trains_students, "outside of training all are run"
+
+
+def test_turns_come_by_chance_and_are_repeated_after_a_resume() -> None:
+    cotrain = _turned(0.3, sample=lambda _: matta.SubModel({}, default="narrow"))
+    turns: list[list[bool]] = []
+    for _ in range(2):
+        cotrain.step.zero_()
+        turns.append([cotrain((X, Y)).trains_students for _ in range(200)])
+    assert turns[0] == turns[1]
+    assert 40 < sum(turns[0]) < 80
+    without_sample = _turned(0.3)
+    assert all(without_sample((X, Y)).trains_students for _ in range(20))
+
+
+@pytest.mark.parametrize("alone_steps", [0, 1])
+def test_every_parameter_has_a_gradient_in_every_turn(alone_steps: int) -> None:
+    """DDP expects one; of what a step does not train it is zero."""
+
+    class Deep(nn.Module):
+        def __init__(self, blocks: int) -> None:
+            super().__init__()
+            torch.manual_seed(blocks)
+            self.h = nn.ModuleList(nn.Linear(3, 3) for _ in range(blocks))
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.h:
+                x = block(x)
+            return self.head(x)
+
+    nested = matta.nest(Deep(1), Deep(2), private=["head.*"], layers={"h": "first"})
+    turns = matta.Turns(alone_steps=alone_steps, student_chance=0.0)
+    sample = matta.random_sub_model(nested, among=[matta.SubModel()])
+    cotrain = matta.CoTraining(nested, Classification(), turns=turns, sample=sample).train()
+    cotrain((X.float(), Y)).loss.backward()
+    idle = ("ta.h.1", "ta.head") if alone_steps else ("students.0.head",)
+    for name, parameter in nested.named_parameters():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.count_nonzero()) != name.startswith(idle), name
+
+
+@pytest.mark.parametrize("wrong", [{"alone_steps": -1}, {"student_chance": 1.1}, {"student_chance": -0.1}])
+def test_turns_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MattaError, match=r"received Turns\(.*expected"):
+        matta.Turns(**wrong)
 
 
 # ------------------------------------------------------------------------ copies

@@ -55,18 +55,20 @@ def tower(width: int) -> nn.Module:
 class Trained:
     """A run by SGD in float32, and what it shows."""
 
-    def __init__(self, data: Any, *, lr: float = 0.5, **settings: Any) -> None:
+    def __init__(self, data: Any, *, lr: float = 0.5, in_turns: bool = False, **settings: Any) -> None:
         torch.manual_seed(0)
-        nested = matta.nest(tower(4), tower(8))
-        cotrain = matta.CoTraining(nested, matta.objectives.Binary(), ramp=matta.Ramp(start=0, steps=3))
+        nested = matta.nest(tower(4), tower(8), warm_start=in_turns, private=["2.bias"])
+        ramp, turns = matta.Ramp(start=0, steps=3), matta.Turns(alone_steps=2) if in_turns else None
+        sample = matta.random_sub_model(nested) if in_turns else None
+        cotrain = matta.CoTraining(nested, matta.objectives.Binary(), ramp=ramp, turns=turns, sample=sample)
         optimizer = torch.optim.SGD(nested.parameters(), lr)
         self.validation = matta.ProgressiveValidation(window=20)
-        observers = [self.validation, *settings.pop("observers", [])]
+        observers = [*([] if in_turns else [self.validation]), *settings.pop("observers", [])]
         self.result = matta.fit(cotrain, data, optimizer, observers=observers, progress=False, **settings)
-        self.weights = {name: weight.detach() for name, weight in nested.ta.named_parameters()}
+        self.weights = {name: weight.detach() for name, weight in nested.named_parameters()}
 
     def shown(self) -> dict[str, Any]:
-        judged = self.validation.values()
+        judged = self.validation.values() if self.validation.names else {}
         return {"weights": self.weights, "losses": self.result.losses, "steps": self.result.steps, "judged": judged}
 
 
@@ -77,6 +79,7 @@ def work(folder: str) -> None:
     once = Trained(batches(), clip_norm=0.1, observers=[snapshots], run=Path(folder, "run"), tensorboard=False)
     loader = DataLoader(TensorDataset(*(torch.cat(each) for each in zip(*batches(), strict=True))), batch_size=4)
     found = {"once": once.shown(), "loader": Trained(loader, clip_norm=0.1).shown()}
+    found["turns"] = Trained(batches(), in_turns=True, log_every=4).shown()
     if world == 2:
         found["twice"] = Trained(batches(), accumulate=2, log_every=3).shown()
     share = make_accelerator().prepare_data_loader(loader)
@@ -108,6 +111,8 @@ def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: P
     alone = Trained(batches(), accumulate=world, clip_norm=0.1).shown()
     for name in ("once", "loader"):
         torch.testing.assert_close(first[name], alone, atol=1e-6, rtol=1e-5)
+    in_turns = Trained(batches(), accumulate=world, in_turns=True, log_every=4).shown()
+    torch.testing.assert_close(first["turns"], in_turns, atol=1e-6, rtol=1e-5)
     if world == 2:
         four = Trained(batches(), accumulate=4, log_every=3).shown()
         torch.testing.assert_close(first["twice"], four, atol=1e-6, rtol=1e-5)

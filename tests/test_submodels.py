@@ -202,3 +202,16 @@ def test_nothing_between_models_that_share_no_layer_is_refused() -> None:
 def test_without_a_shared_layer_the_wide_one_is_still_the_ta() -> None:
     nested = matta.nest(Residual(4, 2), Residual(7, 3), layers={"blocks": "first"}, share="none").eval()
     assert torch.equal(matta.extract(nested, matta.wide(nested)).eval()(X), nested.ta(X))
+
+
+def test_a_draw_is_among_the_sub_models_wanted() -> None:
+    nested = _residual()
+    wanted = [matta.wide_narrow_wide(nested, k) for k in (1, 3)]
+    draw = matta.random_sub_model(nested, among=wanted)
+    assert {draw(Random(seed)) for seed in range(20)} == {*wanted}
+    for among, message in (
+        ([], "expected at least one"),
+        ([matta.SubModel({"none": "wide"})], "there is no layer 'none'"),
+    ):
+        with pytest.raises(SubModelError, match=message):
+            matta.random_sub_model(nested, among=among)

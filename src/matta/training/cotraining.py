@@ -382,11 +382,11 @@ class CoTraining(nn.Module):
         return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, dtype)
 
     def _cast(self) -> _Cast:
-        """What this step trains; the same on every process, and again after a resume."""
+        """What this step trains; the same in all its batches and on every process, and again after a resume."""
         if not self.training or (self.sample is None and self.turns is None):
             return _Cast()
-        step = int(self.step)
-        if self.turns is not None and step // self.accumulate < self.turns.alone_steps:
+        step = int(self.step) // self.accumulate
+        if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)
         if self.sample is None:
             return _Cast()
