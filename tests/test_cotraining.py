@@ -389,6 +389,38 @@ def test_every_parameter_has_a_gradient_in_every_turn(alone_steps: int) -> None:
         assert bool(parameter.grad.count_nonzero()) != name.startswith(idle), name
 
 
+def _deep_tower(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    layers = nn.Linear(3, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)
+    return nn.Sequential(*layers).double()
+
+
+def test_a_family_is_trained_in_turns_with_the_sizes_wanted() -> None:
+    nested = matta.nest(_deep_tower(4), _deep_tower(7), warm_start=True)
+    between = {matta.SubModel({"0": "wide", "2": "narrow"}), matta.SubModel({"0": "narrow", "2": "wide"})}
+    cotrain = matta.CoTraining.for_family(nested, Classification(), num_steps=10, alone=0.3, student_chance=0.2)
+    assert cotrain.turns == matta.Turns(alone_steps=3, student_chance=0.2) and cotrain.sample is not None
+    assert {cotrain.sample(Random(seed)) for seed in range(20)} == between, "neither the Student nor the TA"
+    wanted = [matta.narrow(nested), matta.wide_narrow_wide(nested, 1), matta.wide(nested)]
+    few = matta.CoTraining.for_family(nested, Classification(), num_steps=10, wanted=wanted)
+    assert few.sample is not None and {few.sample(Random(seed)) for seed in range(9)} == {wanted[1]}
+    assert matta.CoTraining.for_family(nested, Classification(), num_steps=9, wanted=wanted[::2]).sample is None
+    assert matta.CoTraining.for_family(matta.nest(_tower(4), _tower(7)), Classification(), num_steps=9).sample is None
+    with pytest.raises(MattaError, match="alone=1.5; expected a share"):
+        matta.CoTraining.for_family(nested, Classification(), num_steps=10, alone=1.5)
+
+
+def test_a_family_of_many_layers_is_drawn_at_random() -> None:
+    def deep(width: int) -> nn.Sequential:
+        hidden = [nn.Linear(width, width) for _ in range(8)]
+        return nn.Sequential(nn.Linear(3, width), *hidden, nn.Linear(width, 2)).double()
+
+    nested = matta.nest(deep(2), deep(3), warm_start=True)
+    cotrain = matta.CoTraining.for_family(nested, Classification(), num_steps=2, alone=0.0, student_chance=0.0)
+    assert cotrain.sample is not None and len({cotrain.sample(Random(seed)) for seed in range(40)}) > 30
+    assert not cotrain.train()((X, Y)).trains_students
+
+
 @pytest.mark.parametrize("wrong", [{"alone_steps": -1}, {"student_chance": 1.1}, {"student_chance": -0.1}])
 def test_turns_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(MattaError, match=r"received Turns\(.*expected"):

@@ -34,7 +34,7 @@ from matta.nesting.nested import Nested, nest
 from matta.objectives.losses import LossWeights
 from matta.objectives.objective import Binary
 from matta.optim.shampoo import Shampoo
-from matta.training.cotraining import Turns
+from matta.training.cotraining import CoTraining
 from matta_studies.experiment import Arm, Found, Job, Measured, Plan, RunJobs, Training, conduct, plain
 from matta_studies.intervals import Change, relative_change
 from matta_studies.labelled_films import RelevanceData, TupleSettings
@@ -42,7 +42,7 @@ from matta_studies.presentation import Notes, Part, Table, report, told_machine
 from matta_studies.rankers import Ranker, RankerSize
 from matta_studies.relevance import STUDENT_SIZE, copy_data, read_data, tuples_loss
 from matta_studies.study_settings import ComputeSettings
-from matta_studies.trials import Step, Trial, count_parameters, descend, step_of
+from matta_studies.trials import Step, Trial, count_parameters, descend, step_of, step_of_pair
 from matta_studies.tuning import Search
 from matta_studies.worker_pool import counted
 
@@ -406,12 +406,21 @@ def loss_of(trial: Attempt, model: nn.Module, seed: int, steps: int) -> Step:
     objective, random = Binary(), Random(seed)
     if not isinstance(model, Nested):
         return step_of(model, objective, Trial(method="baseline", optimizer="shampoo", lr=trial.lr), 0)
-    if trial.way in (FAMILY, TOGETHER):
+    if trial.way == FAMILY:
+        cotrain = CoTraining.for_family(
+            model,
+            objective,
+            num_steps=steps,
+            wanted=[spec_of(model, size) for size in trial.sizes],
+            alone=trial.flat,
+            student_chance=trial.student_chance,
+            distill=DISTILL_WEIGHT,
+        )
+        return step_of_pair(cotrain)
+    if trial.way == TOGETHER:
         pair = Trial(method="matta", optimizer="shampoo", lr=trial.lr, distill_weight=DISTILL_WEIGHT)
-        between = [spec_of(model, size) for size in trial.sizes if size not in (NARROWEST, WIDEST)]
-        sample = random_sub_model(model, between) if between else None
-        turns = Turns(alone_steps=int(trial.flat * steps), student_chance=trial.student_chance)
-        return step_of(model, objective, pair, int(RAMP * steps), sample, turns if trial.way == FAMILY else None)
+        between = random_sub_model(model, [spec_of(model, size) for size in SIZES[1:-1]])
+        return step_of(model, objective, pair, int(RAMP * steps), between)
     modules = {size: live(model, spec_of(model, size)).train() for size in SIZES}
 
     def one_random(batch: Batch) -> tuple[Tensor, Callable[[], list[Tensor]]]:

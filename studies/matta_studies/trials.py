@@ -15,7 +15,7 @@ from matta.family.submodels import SubModel
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.objective import Binary, CausalLM
-from matta.training.cotraining import CoTraining, Ramp, Turns, Weights
+from matta.training.cotraining import CoTraining, Ramp, Weights
 
 Method = Literal["baseline", "matta", "unshared", "separate"]
 SHARES: Final = {"matta": "all", "unshared": "embeddings", "separate": "none"}  # what each way of training nests
@@ -66,7 +66,6 @@ def step_of(
     trial: Trial,
     ramp_steps: int,
     sample: Callable[[Random], SubModel] | None = None,
-    turns: Turns | None = None,
 ) -> Step:
     """What is minimised: a baseline's cross-entropy, or the three losses of a pair (`Nested`)."""
     if not isinstance(model, Nested):
@@ -79,7 +78,11 @@ def step_of(
         return alone
     weights = Weights(student=trial.student_weight, ta=1.0, distill=trial.distill_weight)
     ramp = Ramp(start=0, steps=ramp_steps)
-    cotrain = CoTraining(model, objective, weights=weights, ramp=ramp, sample=sample, turns=turns)
+    return step_of_pair(CoTraining(model, objective, weights=weights, ramp=ramp, sample=sample))
+
+
+def step_of_pair(cotrain: CoTraining) -> Step:
+    """The losses that a co-training minimises."""
 
     def together(batch: Batch) -> tuple[Tensor, Callable[[], list[Tensor]]]:
         out = cotrain(batch)

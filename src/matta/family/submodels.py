@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from random import Random
 from typing import final
 
@@ -23,6 +24,7 @@ from matta.family.units import HIDDEN, Unit, find_units
 from matta.nesting.nested import Nested
 
 NARROW, WIDE, SKIP = "narrow", "wide", "skip"
+_MOST_LISTED = 64
 
 
 @final
@@ -150,6 +152,34 @@ def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) ->
     if HIDDEN in names:
         return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
     return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
+
+
+def sizes_between(nested: Nested) -> list[SubModel] | None:
+    """All mixtures of wide and narrow layers but the two ends; None: too many to list (over 64).
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> sizes_between(matta.nest(tower(4), tower(8)))
+        []
+    """
+    names = layer_names(nested)
+    if HIDDEN in names:
+        return []
+    if 2 ** len(names) > _MOST_LISTED:
+        return None
+    mixtures = product((NARROW, WIDE), repeat=len(names))
+    return without_ends(nested, [SubModel(dict(zip(names, each, strict=True))) for each in mixtures])
+
+
+def without_ends(nested: Nested, specs: Sequence[SubModel]) -> list[SubModel]:
+    """The sub-models that are neither all narrow nor all wide.
+
+    Raises:
+        SubModelError: one of them is not of this nesting.
+    """
+    ends = ({NARROW}, {WIDE})
+    return [spec for spec in specs if set(_choices(nested, spec)[1].values()) not in ends]
 
 
 def live(nested: Nested, spec: SubModel) -> nn.Module:

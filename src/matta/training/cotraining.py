@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import LabelError, MattaError
-from matta.family.submodels import SubModel, live
+from matta.family.submodels import SubModel, live, random_sub_model, sizes_between, without_ends
 from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
@@ -272,6 +272,56 @@ class CoTraining(nn.Module):
         self._live: dict[SubModel, nn.Module] = {}
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_family(
+        cls,
+        nested: Nested,
+        objective: Objective,
+        *,
+        num_steps: int,
+        wanted: Sequence[SubModel] | None = None,
+        alone: float = 0.6,
+        student_chance: float = 0.5,
+        distill: float = 0.5,
+        teacher: nn.Module | None = None,
+    ) -> CoTraining:
+        """The training that gives the best family for its compute (`matta study compute`).
+
+        The Student alone for a share of the steps, then the TA and one other model a step (see `Turns`). Nest with
+        `warm_start=True`; keep the learning rate while the Student is alone and let it fall to zero after that.
+
+        Args:
+            nested: The pair.
+            objective: How logits and labels become losses.
+            num_steps: Optimizer steps of the whole run.
+            wanted: The sizes that you want; None: all mixtures of wide and narrow layers.
+            alone: Share of the steps that train the Student alone.
+            student_chance: Of a later step, to train the Student and not a size between.
+            distill: ω₃.
+            teacher: As in the constructor.
+
+        Raises:
+            MattaError: a share or a chance outside of 0 to 1, or as in the constructor.
+
+        Example:
+            >>> import matta
+            >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+            >>> nested = matta.nest(tower(4), tower(8), warm_start=True)
+            >>> CoTraining.for_family(nested, matta.objectives.Binary(), num_steps=1000).turns
+            Turns(alone_steps=600, student_chance=0.5)
+        """
+        if not 0 <= alone <= 1:
+            raise MattaError(f"received alone={alone}; expected a share of the steps, from 0 to 1")
+        between = sizes_between(nested) if wanted is None else without_ends(nested, wanted)
+        return cls(
+            nested,
+            objective,
+            weights=Weights(distill=distill),
+            teacher=teacher,
+            sample=None if between == [] else random_sub_model(nested, between),
+            turns=Turns(alone_steps=int(alone * num_steps), student_chance=student_chance),
+        )
 
     @property
     def has_teacher(self) -> bool:
