@@ -87,7 +87,7 @@ def seconds_of(trial: Attempt, costs: dict[str, float]) -> float:
     if trial.way == FAMILY:
         first = costs[cost_key(ALONE, trial.batch, (NARROWEST,))]
         later = costs[cost_key(FAMILY, trial.batch, trial.sizes)]
-        return trial.passes * (trial.flat * first + (1 - trial.flat) * later)
+        return trial.passes * (trial.alone * first + (1 - trial.alone) * later)
     if trial.later_passes:
         each = zip(trial.sizes, trial.later_passes, strict=False)
         later = sum(passes * costs[cost_key(STAGES, trial.batch, (size,))] for size, passes in each)
@@ -97,7 +97,7 @@ def seconds_of(trial: Attempt, costs: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("way", [FAMILY, *WAYS])
 def test_every_way_learns_and_repeats(way: str, data: RelevanceData) -> None:
-    trial = Attempt(way=way, batch=64, lr=0.05, passes=12, flat=0.5, student_chance=0.5)
+    trial = Attempt(way=way, batch=64, lr=0.05, passes=12, alone=0.5, student_chance=0.5)
     if way in (PRUNED, STAGES):
         trial = replace(trial, later_passes=(8.0,) * 7)
     models = run_job(job_of(trial), data)["models"]
@@ -112,7 +112,7 @@ def test_every_way_learns_and_repeats(way: str, data: RelevanceData) -> None:
 
 
 def test_a_family_gives_the_sizes_wanted(data: RelevanceData) -> None:
-    trial = Attempt(way=FAMILY, batch=64, lr=0.05, passes=4, flat=0.5, student_chance=0.5, sizes=WANTED[2])
+    trial = Attempt(way=FAMILY, batch=64, lr=0.05, passes=4, alone=0.5, student_chance=0.5, sizes=WANTED[2])
     assert [*run_job(job_of(trial), data)["models"]] == [*WANTED[2]]
 
 
@@ -158,7 +158,7 @@ def test_a_larger_model_of_no_use_adds_nothing() -> None:
 def test_the_whole_study_on_made_tuples(
     data: RelevanceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("matta_studies.compute.TRIALS", ((64, 0.05, 0.0),))
+    monkeypatch.setattr("matta_studies.compute.TRIALS", ((64, 0.05),))
     monkeypatch.setattr("matta_studies.compute.FAMILY_TRIALS", ((0.05, 0.5, 0.5),))
     monkeypatch.setattr("matta_studies.compute.FAMILY_BATCH", 64)
     ran: list[Job] = []

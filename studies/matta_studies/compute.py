@@ -1,12 +1,12 @@
 """The family at equal compute: why not train each size for itself? A film ranker, soft labels, more data than time.
 
-Every arm gets the same processor time, which its own measured cost turns into passes. The family is one co-training
-run: the Student alone at first, then the TA and one other model in each step (`matta.Turns`). "Together" is the family
-with everything in every step. The peers are one random sub-model a step on the labels alone (MatFormer), the sandwich
-rule with in-place distillation (slimmable networks), a TA that is trained first and then pruned to each size by
-importance and distilled (Minitron), or distilled into new models (two stages), and each size alone, which shares the
-time with the other sizes wanted. Every arm is tuned with as many trials, on a validation part, and runs with fresh
-seeds.
+Every arm gets the same processor time, which its own measured cost turns into passes. The family begins with the
+Student, trained alone; then it is nested, and each step trains the TA and one other model (`matta.Turns`). "Together"
+is the family with everything in every step. The peers are one random sub-model a step on the labels alone (MatFormer),
+the sandwich rule with in-place distillation (slimmable networks), a TA that is trained first and then pruned to each
+size by importance and distilled (Minitron), or distilled into new models (two stages), and each size alone, which
+shares the time with the other sizes wanted. Every arm is tuned with as many trials, on a validation part, and runs with
+fresh seeds.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ WAYS: Final[Mapping[str, str]] = {
     STAGES: "TA first, then distilled into new models",
 }
 PEERS: Final = (RANDOM, SANDWICH, PRUNED, STAGES, ALONE)
-TRIALS: Final = ((2048, 0.045, 0.0), (4096, 0.06, 0.0), (4096, 0.06, 0.5), (4096, 0.09, 0.0))  # batch, rate, flat share
+TRIALS: Final = ((2048, 0.03), (2048, 0.045), (4096, 0.045), (4096, 0.06))  # batch, rate
 FAMILY_TRIALS: Final = (  # rate, share of the passes that train the Student alone, chance of the Student in the others
+    (0.03, 0.6, 0.5),
     (0.045, 0.6, 0.5),
     (0.06, 0.6, 0.5),
-    (0.06, 0.5, 0.5),
-    (0.06, 0.6, 0.3),
+    (0.045, 0.5, 0.3),
 )
 FAMILY_BATCH: Final = 4096
 BUDGET_PASSES: Final = 5.0  # of MatTA with everything in every step, at the first batch: the time that every arm gets
@@ -84,27 +84,31 @@ PRUNING_TUPLES: Final = 8192  # whose activations say what matters
 @final
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One way to train: rates stay for the `flat` share of the passes and fall to zero in the rest.
+    """One way to train; rates fall to zero.
 
-    `sizes` are those wanted; where one alone is trained, there is one. A family trains the Student alone for the flat
-    share. Where the TA is trained first, each other size has `later_passes`, in the order of `sizes`.
+    `sizes` are those wanted; where one alone is trained, there is one. Before a family comes the Student alone, for a
+    share of the passes and at a constant rate. Where the TA is trained first, each other size has `later_passes`, in
+    the order of `sizes`.
     """
 
     way: str
     batch: int
     lr: float
-    flat: float = 0.0
+    alone: float = 0.0
     student_chance: float = 1.0
     sizes: tuple[str, ...] = SIZES
     passes: float = 0.0
     later_passes: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        flat = f", rates flat for {self.flat:g} of them" if self.flat else ""
+        told = f"batch {self.batch:,}, rate {self.lr:g}, {self.passes:g} passes"
         if self.way == FAMILY:
-            flat = f", {self.flat:g} of them the Student alone, later {self.student_chance:g} of the steps with it"
-        later = f", then {min(self.later_passes):g} to {max(self.later_passes):g}" if self.later_passes else ""
-        return f"batch {self.batch:,}, rate {self.lr:g}, {self.passes:g} passes{flat}{later}"
+            return (
+                f"{told}, {self.alone:g} of them the Student alone, in {self.student_chance:g} of the later steps too"
+            )
+        if self.later_passes:
+            return f"{told}, then {min(self.later_passes):g} to {max(self.later_passes):g}"
+        return told
 
 
 @final
@@ -146,8 +150,8 @@ class Budget:
             return tuple(self._family(sizes, *trial) for trial in FAMILY_TRIALS)
         return tuple(self._attempt(way, sizes, *trial) for trial in TRIALS)
 
-    def _attempt(self, way: str, sizes: tuple[str, ...], batch: int, lr: float, flat: float) -> Attempt:
-        attempt = Attempt(way=way, batch=batch, lr=lr, flat=flat, sizes=sizes)
+    def _attempt(self, way: str, sizes: tuple[str, ...], batch: int, lr: float) -> Attempt:
+        attempt = Attempt(way=way, batch=batch, lr=lr, sizes=sizes)
         if way not in (PRUNED, STAGES):
             return replace(attempt, passes=self._passes(1.0, way, batch, sizes))
         others = [size for size in sizes if size != WIDEST]
@@ -159,7 +163,7 @@ class Budget:
         first = self.costs[cost_key(ALONE, FAMILY_BATCH, (NARROWEST,))]
         second = self.costs[cost_key(FAMILY, FAMILY_BATCH, sizes)]
         passes = _two_digits(self.seconds / (alone * first + (1.0 - alone) * second))
-        of_family = Attempt(way=FAMILY, batch=FAMILY_BATCH, lr=lr, flat=alone, sizes=sizes, passes=passes)
+        of_family = Attempt(way=FAMILY, batch=FAMILY_BATCH, lr=lr, alone=alone, sizes=sizes, passes=passes)
         return replace(of_family, student_chance=chance)
 
     def _passes(self, share: float, way: str, batch: int, sizes: Sequence[str]) -> float:
@@ -258,8 +262,7 @@ def run_job(job: Job, data: RelevanceData) -> Measured:
     if isinstance(trial, Timing):
         return {"tuning": 0.0, "models": {COSTS: measure_costs(data, student, trial.num_steps)}}
     start = time.process_time()
-    trained = train_stages if trial.later_passes else train
-    modules = trained(trial, data, student, job.seed)
+    modules = (train_stages if trial.later_passes else train)(trial, data, student, job.seed)
     seconds = time.process_time() - start
     models: dict[str, dict[str, Any]] = {
         size: {part: tuples_loss(module.eval(), getattr(data, part)) for part in ("validation", "test")}
@@ -271,13 +274,32 @@ def run_job(job: Job, data: RelevanceData) -> Measured:
 
 def train(trial: Attempt, data: RelevanceData, student: RankerSize, seed: int) -> dict[str, nn.Module]:
     """The sizes wanted, out of one co-training run; or one alone."""
-    steps = num_steps(trial.passes, trial, data)
-    model, descent = descent_of(trial, data, student, seed, steps)
-    for _ in descent:
-        pass
+    start = None
+    if trial.way == FAMILY:
+        first = replace(trial, way=ALONE, sizes=(NARROWEST,))
+        start = trained(first, data, student, seed, num_steps(trial.alone * trial.passes, trial, data), falls=False)
+    steps = num_steps((1.0 - trial.alone) * trial.passes, trial, data)
+    model = trained(trial, data, student, seed, steps, start=start)
     if not isinstance(model, Nested):
         return {trial.sizes[0]: model}
     return {size: extract(model, spec_of(model, size)) for size in trial.sizes}
+
+
+def trained(
+    trial: Attempt,
+    data: RelevanceData,
+    student: RankerSize,
+    seed: int,
+    steps: int,
+    *,
+    start: nn.Module | None = None,
+    falls: bool = True,
+) -> nn.Module:
+    """A model after so many steps; its Student starts as it is given."""
+    model, descent = descent_of(trial, data, student, seed, steps, start=start, falls=falls)
+    for _ in descent:
+        pass
+    return model
 
 
 def num_steps(passes: float, trial: Attempt, data: RelevanceData) -> int:
@@ -303,17 +325,24 @@ def train_stages(trial: Attempt, data: RelevanceData, student: RankerSize, seed:
 
 
 def descent_of(
-    trial: Attempt, data: RelevanceData, student: RankerSize, seed: int, steps: int
+    trial: Attempt,
+    data: RelevanceData,
+    student: RankerSize,
+    seed: int,
+    steps: int,
+    *,
+    start: nn.Module | None = None,
+    falls: bool = True,
 ) -> tuple[nn.Module, Iterator[Any]]:
-    """A fresh model, and the steps that train it."""
+    """A fresh model, or one whose Student starts as it is given, and the steps that train it."""
     torch.manual_seed(seed)
     if trial.way == ALONE:
         model: nn.Module = Ranker(data.num_rows, size_of(trial.sizes[0], student))
     else:
-        pair = Ranker(data.num_rows, student), Ranker(data.num_rows, student.grown())
+        pair = start or Ranker(data.num_rows, student), Ranker(data.num_rows, student.grown())
         layout = Layout.equal(len(data.num_rows), axis=1)
-        model = nest(*pair, layouts={"mlp.0.weight": layout}, warm_start=trial.way == FAMILY)
-    return model, _descent(trial, data, model, loss_of(trial, model, seed, steps), seed, steps)
+        model = nest(*pair, layouts={"mlp.0.weight": layout}, warm_start=start is not None)
+    return model, _descent(trial, data, model, loss_of(trial, model, seed, steps), seed, steps, falls=falls)
 
 
 def later_descent(
@@ -343,14 +372,10 @@ def later_descent(
 
 
 def _descent(
-    trial: Attempt, data: RelevanceData, model: nn.Module, step: Step, seed: int, steps: int
+    trial: Attempt, data: RelevanceData, model: nn.Module, step: Step, seed: int, steps: int, *, falls: bool = True
 ) -> Iterator[Callable[[], list[Tensor]]]:
     batches = islice(shuffled(data, trial.batch, torch.Generator().manual_seed(seed)), steps)
-
-    def rate(step: int) -> float:
-        return min(1.0, (1.0 - step / steps) / (1.0 - trial.flat))
-
-    return descend(step, Shampoo(model, lr=trial.lr), rate, batches)
+    return descend(step, Shampoo(model, lr=trial.lr), lambda done: 1.0 - done / steps if falls else 1.0, batches)
 
 
 @torch.no_grad()
@@ -412,7 +437,7 @@ def loss_of(trial: Attempt, model: nn.Module, seed: int, steps: int) -> Step:
             objective,
             num_steps=steps,
             wanted=[spec_of(model, size) for size in trial.sizes],
-            alone=trial.flat,
+            alone=0.0,
             student_chance=trial.student_chance,
             distill=DISTILL_WEIGHT,
         )
