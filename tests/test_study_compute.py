@@ -7,29 +7,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import matta
+from made_events import made_stream
 from made_films import made_data
 from matta.errors import RunError
+from matta.nesting.batches import call, logits_of, split_labels
 from matta_studies.compute import (
-    ALONE,
-    FAMILY,
-    FAMILY_TRIALS,
-    NARROWEST,
-    PRUNED,
-    SIZES,
-    STAGES,
-    TOGETHER,
-    TRIALS,
+    DATA,
+    GRIDS,
+    PEERS,
     WANTED,
     WAYS,
-    WIDEST,
-    Attempt,
     ComputePlan,
+    Grid,
     Timing,
     alone,
     cost_key,
@@ -37,48 +34,123 @@ from matta_studies.compute import (
     family,
     measure_costs,
     plan_of,
-    pruned,
     run_job,
     run_study,
-    shuffled,
-    size_of,
-    spec_of,
     timed,
 )
+from matta_studies.compute_tasks import (
+    NARROWEST,
+    SIZES,
+    WIDEST,
+    Films,
+    Flights,
+    GptWidths,
+    Task,
+    Topics,
+    shuffled_rows,
+    spec_of,
+)
+from matta_studies.compute_training import ALONE, FAMILY, PRUNED, STAGES, TOGETHER, Attempt
 from matta_studies.experiment import Job, Measured, Training
-from matta_studies.labelled_films import RelevanceData
-from matta_studies.rankers import Ranker, RankerSize, nest_rankers
+from matta_studies.language import GptSize, cut
+from matta_studies.rankers import RankerSize
 from matta_studies.study_settings import ComputeSettings
 from matta_studies.trials import count_parameters
 from matta_studies.tuning import Search
 
 TINY = RankerSize(embedding=2, hidden=(4, 3))
+GPT = GptWidths(narrow=GptSize(layers=3, width=4, ffn=6, heads=1), wide=GptSize(layers=3, width=4, ffn=12, heads=1))
+GRID = Grid(
+    trials=((64, 0.05),),
+    family_trials=((0.05, 0.5, 0.5),),
+    family_batch=64,
+    budget_passes=4.0,
+    short_examples=128,
+    short_batch=32,
+    short_rate=0.05,
+    short_trials=((6.0, 0.1),),
+)
+TASKS = ("films", "flights", "text")
 
 
 @pytest.fixture(scope="module")
-def data() -> RelevanceData:
-    return made_data()
+def tasks() -> dict[str, Task]:
+    text = cut(bytes(range(97, 123)) * 400, block=128)
+    return {"films": Films(made_data(), TINY), "flights": Flights(made_stream(), TINY), "text": Topics(text, GPT)}
 
 
-def job_of(trial: Attempt, seed: int = 0) -> Job:
-    return Job(training=Training(trial=trial, setting=TINY), seed=seed, whole=True)
+@pytest.fixture
+def films(tasks: dict[str, Task]) -> Task:
+    return tasks["films"]
 
 
-def test_a_size_is_that_of_the_sub_model() -> None:
-    nested = nest_rankers([Ranker((6, 6), TINY)], Ranker((6, 6), TINY.grown()))
+def job_of(trial: Attempt, seed: int = 0, examples: int | None = None) -> Job:
+    return Job(training=Training(trial=trial, setting=examples), seed=seed, whole=True)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_size_is_that_of_the_sub_model(name: str, tasks: dict[str, Task]) -> None:
+    task = tasks[name]
+    nested = task.nested(task.build(NARROWEST), warm_start=False)
+    counts = {size: count_parameters(matta.extract(nested, spec_of(nested, size))) for size in SIZES}
+    assert counts == {size: count_parameters(task.build(size)) for size in SIZES}
+    assert counts[NARROWEST] == min(counts.values()) < max(counts.values()) == counts[WIDEST]
+    assert len({task.widths(size) for size in SIZES}) == 8
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_have_batches_and_losses(name: str, tasks: dict[str, Task]) -> None:
+    task = tasks[name]
+    batch = next(task.batches(8, torch.Generator().manual_seed(0)))
+    inputs, labels = split_labels(batch)
     for size in SIZES:
-        sub_model = matta.extract(nested, spec_of(nested, size))
-        assert count_parameters(sub_model) == count_parameters(Ranker((6, 6), size_of(size, TINY)))
+        model = task.build(size)
+        assert task.objective.cross_entropy(logits_of(call(model, inputs)), labels).isfinite()
+        assert task.losses(model).keys() == {"validation", "test"}
+    few = task.limited(32)
+    assert 0 < few.num_examples < task.num_examples and few.losses(model) == task.losses(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TASKS)
+def test_pruning_keeps_what_matters(name: str, tasks: dict[str, Task]) -> None:
+    """Units and embeddings that nothing reads go first; without them the model computes the same."""
+    task = tasks[name]
+    ta = task.build(WIDEST).eval()
+    inputs, _ = split_labels(next(task.batches(16, torch.Generator().manual_seed(0))))
+    expected = logits_of(call(ta, inputs))
+    whole = task.pruned(ta, WIDEST).eval()
+    torch.testing.assert_close(logits_of(call(whole, inputs)), expected)
+    silence(ta, name)
+    small = task.pruned(ta, NARROWEST).eval()
+    assert count_parameters(small) == count_parameters(task.build(NARROWEST))
+    torch.testing.assert_close(logits_of(call(small, inputs)), logits_of(call(ta, inputs)))
+    assert not torch.allclose(logits_of(call(task.build(NARROWEST).eval(), inputs)), logits_of(call(ta, inputs)))
+
+
+def silence(ta: nn.Module, name: str) -> None:
+    """Leave as many units and embeddings as a Student has, here and there."""
+    if name == "text":
+        for block in ta.get_submodule("transformer.h"):
+            block.get_parameter("mlp.c_proj.weight")[[0, 2, 3, 7, 9, 10]] = 0.0
+        return
+    first, kept = ta.get_parameter("mlp.0.weight"), torch.tensor([1, 3])
+    columns = range(0, {"films": 12, "flights": 8}[name], 4)  # four for each index
+    for column in columns:
+        first[:, [column + each for each in range(4) if each not in kept]] = 0.0
+    ta.get_parameter("mlp.2.weight")[:, 4:] = 0.0
+    ta.get_parameter("mlp.4.weight")[:, [0, 1, 2, 3, 5, 6, 7, 8, 10]] = 0.0
 
 
 def test_every_arm_gets_the_same_time_and_as_many_trials() -> None:
-    costs = {cost_key(*each): 1.0 + 0.037 * index for index, each in enumerate(timed())}
+    grid = GRIDS["films"]
+    costs = {cost_key(*each): 1.0 + 0.037 * index for index, each in enumerate(timed(grid))}
     plan = ComputePlan(num_seeds=2).with_costs(costs)
-    budget = plan.budget_passes * costs[cost_key(TOGETHER, TRIALS[0][0])]
+    budget = grid.budget_passes * costs[cost_key(TOGETHER, grid.trials[0][0])]
     assert len(plan.arms) == len(WANTED) + len(WAYS) + sum(WANTED)
     for arm in plan.arms:
         shares = int(arm.name.split()[1]) if arm.name.startswith(ALONE) else 1
-        assert len(arm.trials) == len(TRIALS) == len(FAMILY_TRIALS)
+        assert len(arm.trials) == len(grid.trials) == len(grid.family_trials)
         for each in arm.trials:
             assert shares * seconds_of(each, costs) == pytest.approx(budget, rel=0.06), "passes have two digits"
 
@@ -95,102 +167,122 @@ def seconds_of(trial: Attempt, costs: dict[str, float]) -> float:
     return trial.passes * costs[cost_key(trial.way, trial.batch, trial.sizes)]
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_grids_have_as_many_trials_for_all(name: str) -> None:
+    grid = GRIDS[name]
+    assert len(grid.trials) == len(grid.family_trials) == len(grid.short_trials) == 4
+    assert grid.family_batch in {batch for batch, _ in grid.trials}
+
+
 @pytest.mark.parametrize("way", [FAMILY, *WAYS])
-def test_every_way_learns_and_repeats(way: str, data: RelevanceData) -> None:
+def test_every_way_learns_and_repeats(way: str, films: Task) -> None:
     trial = Attempt(way=way, batch=64, lr=0.05, passes=12, alone=0.5, student_chance=0.5)
     if way in (PRUNED, STAGES):
         trial = replace(trial, later_passes=(8.0,) * 7)
-    models = run_job(job_of(trial), data)["models"]
+    models = run_job(job_of(trial), films)["models"]
     assert [*models] == [*SIZES] and all(models[size].pop("seconds") > 0 for size in SIZES)
-    assert all(models[size]["test"] < 0.4 for size in SIZES), "chance is 0.5"
-    nested = nest_rankers([Ranker((6, 6, 6), TINY)], Ranker((6, 6, 6), TINY.grown()))
     for size in SIZES:
-        assert models[size]["parameters"] == count_parameters(matta.extract(nested, spec_of(nested, size)))
-    again, other = (run_job(job_of(trial, seed), data)["models"] for seed in (0, 1))
+        assert models[size]["test"] < 0.4, "chance is 0.5"
+        assert models[size]["parameters"] == count_parameters(films.build(size))
+    again, other = (run_job(job_of(trial, seed), films)["models"] for seed in (0, 1))
     assert all(again[size].items() > models[size].items() for size in SIZES)
     assert all(other[size]["test"] != models[size]["test"] for size in SIZES)
 
 
-def test_a_family_gives_the_sizes_wanted(data: RelevanceData) -> None:
+@pytest.mark.parametrize("name", ["flights", "text"])
+@pytest.mark.parametrize("way", [FAMILY, *WAYS])
+def test_every_way_runs_on_every_task(way: str, name: str, tasks: dict[str, Task]) -> None:
+    later = (0.1,) * 7 if way in (PRUNED, STAGES) else ()
+    trial = Attempt(way=way, batch=16, lr=0.01, passes=0.2, alone=0.5, student_chance=0.5, later_passes=later)
+    assert [*run_job(job_of(trial), tasks[name])["models"]] == [*SIZES]
+
+
+def test_a_family_gives_the_sizes_wanted(films: Task) -> None:
     trial = Attempt(way=FAMILY, batch=64, lr=0.05, passes=4, alone=0.5, student_chance=0.5, sizes=WANTED[2])
-    assert [*run_job(job_of(trial), data)["models"]] == [*WANTED[2]]
+    assert [*run_job(job_of(trial), films)["models"]] == [*WANTED[2]]
 
 
-def test_a_size_alone_is_trained_and_nothing_else(data: RelevanceData) -> None:
-    measured = run_job(job_of(Attempt(way=ALONE, sizes=("nwn",), batch=64, lr=0.05, passes=12)), data)
+def test_a_size_alone_is_trained_and_nothing_else(films: Task) -> None:
+    measured = run_job(job_of(Attempt(way=ALONE, sizes=("nwn",), batch=64, lr=0.05, passes=12)), films)
     assert [*measured["models"]] == ["nwn"]
     assert measured["tuning"] == measured["models"]["nwn"]["validation"] < 0.4
-    assert measured["models"]["nwn"]["parameters"] == count_parameters(Ranker((6, 6, 6), size_of("nwn", TINY)))
+    assert measured["models"]["nwn"]["parameters"] == count_parameters(films.build("nwn"))
 
 
-@torch.no_grad()
-def test_pruning_keeps_what_matters(data: RelevanceData) -> None:
-    """Units and embeddings that nothing reads go first; without them the model computes the same."""
-    ta = Ranker(data.num_rows, TINY.grown())
-    small = pruned(ta, ta.size, data.train.ids)
-    assert torch.equal(small(data.test.ids), ta(data.test.ids)), "nothing is pruned at full size"
-    unread = {"mlp.0.weight": [1, 2, 4, 6, 8, 11], "mlp.2.weight": range(12), "mlp.4.weight": range(2, 11)}
-    for name, columns in unread.items():
-        ta.get_parameter(name)[:, list(columns)] = 0.0
-    small = pruned(ta, TINY, data.train.ids)
-    assert (small.size, count_parameters(small)) == (TINY, count_parameters(Ranker(data.num_rows, TINY)))
-    torch.testing.assert_close(small(data.test.ids), ta(data.test.ids))
+def test_examples_and_weight_decay_count(films: Task) -> None:
+    trial = Attempt(way=ALONE, sizes=("nnn",), batch=32, lr=0.05, passes=6)
+    runs = [(trial, None), (trial, 64), (replace(trial, weight_decay=0.3), None)]
+    losses = {run_job(job_of(each, examples=count), films)["models"]["nnn"]["test"] for each, count in runs}
+    assert len(losses) == 3
 
 
-def test_each_pass_has_every_tuple_once(data: RelevanceData) -> None:
-    batches = shuffled(data, 64, torch.Generator().manual_seed(0))
-    passes = [torch.cat([next(batches)[1] for _ in range(len(data.train) // 64)]) for _ in range(2)]
-    for labels in passes:
-        assert len(labels) == 256 and torch.isin(labels, data.train.label).all()
-        assert len(labels.unique()) == len(labels)
+def test_each_pass_has_every_row_once() -> None:
+    rows = shuffled_rows(300, 64, torch.Generator().manual_seed(0))
+    passes = [torch.cat([next(rows) for _ in range(300 // 64)]) for _ in range(2)]
+    for each in passes:
+        assert len(each) == len(each.unique()) == 256 and each.max() < 300
     assert not torch.equal(*passes)
 
 
-def test_all_ways_are_timed(data: RelevanceData) -> None:
-    costs = measure_costs(data, TINY, num_steps=2)
-    assert costs.keys() == {cost_key(*each) for each in timed()} and min(costs.values()) > 0
+def test_all_ways_are_timed(films: Task) -> None:
+    costs = measure_costs(films, GRID, num_steps=2)
+    assert costs.keys() == {cost_key(*each) for each in timed(GRID)} and min(costs.values()) > 0
 
 
 def test_a_larger_model_of_no_use_adds_nothing() -> None:
     assert dominated([0.0, 1.0, 2.0], [0.5, 0.5, 0.9], 1.0) == dominated([0.0, 1.0, 2.0], [0.5, 0.5, 0.5], 1.0)
 
 
+@pytest.mark.parametrize("short", ["compute", "data"])
 def test_the_whole_study_on_made_tuples(
-    data: RelevanceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short: str, films: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("matta_studies.compute.TRIALS", ((64, 0.05),))
-    monkeypatch.setattr("matta_studies.compute.FAMILY_TRIALS", ((0.05, 0.5, 0.5),))
-    monkeypatch.setattr("matta_studies.compute.FAMILY_BATCH", 64)
     ran: list[Job] = []
 
     def run_jobs(jobs: Iterable[Job]) -> Iterator[tuple[Job, Measured]]:
         for job in jobs:
             ran.append(job)
-            yield job, run_job(job, data)
+            yield job, run_job(job, films)
 
     search = Search(seeds=(100,), num_finalists=1)
-    plan = ComputePlan(num_seeds=2, setting=TINY, search=search, budget_passes=4.0, timing=Timing(num_steps=1))
+    plan = ComputePlan(num_seeds=2, regime=short, search=search, grid=GRID, timed_steps=1)
     results = run_study(plan, run_jobs, tmp_path, Console())
-    assert len(ran) == plan.num_runs and ran[0].training.trial == plan.timing
+    assert len(ran) == plan.num_runs
+    if short == DATA:
+        assert {job.training.setting for job in ran} == {GRID.short_examples}
+        assert {job.training.trial.weight_decay for job in ran} == {0.1}
+    else:
+        assert ran[0].training.trial == Timing(num_steps=1, grid=GRID)
+        assert results["family_vs_alone_percent"]["2"].keys() == {NARROWEST, WIDEST}
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    losses = results["aucloss"]
+    losses = results["losses"]
     for size, change in results["family_vs_alone_percent"]["8"].items():
         pairs = zip(losses[family(8)][size]["seeds"], losses[alone(8, size)][size]["seeds"], strict=True)
         assert change["percent"] == pytest.approx(fmean(100 * (ours / theirs - 1) for ours, theirs in pairs))
-    assert results["best_peer"] in {*WAYS, ALONE} - {TOGETHER} and results["hypervolume"].keys() == {
-        *WAYS,
-        family(8),
-        ALONE,
-    }
-    assert results["family_vs_alone_percent"]["2"].keys() == {NARROWEST, WIDEST}
+    assert results["best_peer"] in PEERS
+    assert results["hypervolume"].keys() == {*WAYS, family(8), ALONE}
     assert set(results["worse_than_smaller"]) <= {*SIZES}
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
-    assert "at equal compute" in capsys.readouterr().out
+    assert f"{short} short" in told and "less is better" in capsys.readouterr().out
 
 
 def test_settings_become_a_plan() -> None:
     assert plan_of(ComputeSettings()).num_seeds == 8
     assert plan_of(ComputeSettings(quick=True)).num_runs < plan_of(ComputeSettings()).num_runs
-    with pytest.raises(RunError, match="seeds=1: expected at least 2"):
-        ComputeSettings(seeds=1)
+    few = plan_of(ComputeSettings(data="text", short="data", examples=500))
+    assert (few.task, few.regime, few.with_short_data().setting) == ("text", "data", 500)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seeds": 1}, "seeds=1: expected at least 2"),
+        ({"data": "news"}, "data='news': expected films, flights or text"),
+        ({"short": "time"}, "short='time': expected compute or data"),
+        ({"examples": 0}, "examples=0: expected 1 or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        ComputeSettings(**wrong)

@@ -158,6 +158,8 @@ def nest_rankers(
     ta: Ranker | EventModel,
     share: str = "all",
     place: str = "first",
+    *,
+    warm_start: bool = False,
 ) -> Nested:
     """Nest rankers, or models of events; the first layer's input is one embedding after the other, then the numbers.
 
@@ -175,7 +177,7 @@ def nest_rankers(
     first = "mlp.entrance.weight" if ta.size.blocks else "mlp.0.weight"
     layers = {"mlp.blocks": place} if ta.size.blocks else None
     inputs = _inputs(students[0].size.embedding, ta)
-    return nest(students, ta, layouts={first: inputs} if inputs else None, layers=layers)
+    return nest(students, ta, layouts={first: inputs} if inputs else None, layers=layers, warm_start=warm_start)
 
 
 def _inputs(embedding: int, ta: Ranker | EventModel) -> Layout | None:

@@ -154,13 +154,28 @@ class ComputeSettings(StudySettings):
     """Settings of `matta study compute`.
 
     Raises:
-        RunError: Fewer than two seeds (a confidence interval needs two).
+        RunError: Fewer than two seeds (a confidence interval needs two), unknown data or regime, or no examples.
     """
 
     SEEDS = 8
 
     quick: bool = field(default=False, metadata=_quick("a small version, under four minutes"))
     seeds: int | None = field(default=None, metadata=_seeds("8; --quick: 2"))
+    data: str = field(default="films", metadata={"help": "films, flights or text (default: films)"})
+    short: str = field(default="compute", metadata={"help": "what is short: compute (default) or data"})
+    examples: int | None = field(
+        default=None, metadata={"help": "training examples where data are short (default: the task's own)"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        if self.data not in ("films", "flights", "text"):
+            raise RunError(f"data={self.data!r}: expected films, flights or text")
+        if self.short not in ("compute", "data"):
+            raise RunError(f"short={self.short!r}: expected compute or data")
+        if self.examples is not None and self.examples < 1:
+            raise RunError(f"examples={self.examples}: expected 1 or more")
 
 
 @final

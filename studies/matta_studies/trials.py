@@ -14,7 +14,7 @@ from matta.family.extraction import extract
 from matta.family.submodels import SubModel
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
-from matta.objectives.objective import Binary, CausalLM
+from matta.objectives.objective import Objective
 from matta.training.cotraining import CoTraining, Ramp, Weights
 
 Method = Literal["baseline", "matta", "unshared", "separate"]
@@ -62,7 +62,7 @@ Step = Callable[[Batch], tuple[Tensor, Callable[[], list[Tensor]]]]
 
 def step_of(
     model: nn.Module,
-    objective: Binary | CausalLM,
+    objective: Objective,
     trial: Trial,
     ramp_steps: int,
     sample: Callable[[Random], SubModel] | None = None,
