@@ -19,11 +19,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from matta.family.submodels import layer_names
 from matta.lm.costs import cost_of, family_costs
 from matta.lm.planning import nest_on_meta
 from matta.lm.recipe import read_recipe
 from matta.nesting.nested import Nested
+from matta.sizes.submodels import layer_names
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_medium_c4.toml"
 CONTEXT = 1024

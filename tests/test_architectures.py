@@ -22,7 +22,7 @@ import matta
 from architectures import Transformer
 from cases import IGNORED, Batch, Case, copy_back, logits, places, plain_student
 from matta.errors import SubModelError
-from matta.family.submodels import layer_names, live, random_sub_model
+from matta.sizes.submodels import layer_names, live, random_sub_model
 from zoo import CASES, case
 
 WEIGHTS = matta.Weights(student=0.7, ta=1.3, distill=0.3)

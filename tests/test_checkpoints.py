@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import matta
 from matta.errors import CheckpointError
-from matta.family import saving, storage
+from matta.sizes import saving, storage
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 

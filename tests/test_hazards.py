@@ -21,7 +21,7 @@ import matta
 from architectures import ConvolutionalNetwork, LanguageModel, SwiGlu, Transformer
 from cases import Batch, Case, copy_back, images, logits, places, plain_student, tokens
 from matta.errors import MattaError, NestingError, ProbeError
-from matta.family.submodels import live
+from matta.sizes.submodels import live
 from zoo import CASES, case
 
 QKV, OUT = "blocks.*.attention.qkv.*", "blocks.*.attention.out.weight"

@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import matta
 from matta.errors import RunError
-from matta.family.storage import add_checksums
 from matta.lm import teacher_labels, teaching
 from matta.lm.command_settings import TeachSettings
 from matta.lm.documents import TextSource
@@ -26,6 +25,7 @@ from matta.lm.teacher_labels import MANIFEST, About, StoredTeacher, begin, with_
 from matta.lm.teaching import Teacher, load_teacher
 from matta.lm.tokens import load_tokenizer
 from matta.objectives.labels import TopK
+from matta.sizes.storage import add_checksums
 
 BYTES, CONTEXT, TOP = load_tokenizer("bytes"), 8, 5
 TEXT = "\f".join(f"Document {index} is about {'cats' if index % 3 else 'dogs'} and {index**3}." for index in range(20))

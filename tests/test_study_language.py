@@ -19,7 +19,7 @@ from rich.console import Console
 import matta
 from matta.cli import main
 from matta.errors import RunError
-from matta.family.submodels import wide_narrow_wide
+from matta.sizes.submodels import wide_narrow_wide
 from matta_studies import language
 from matta_studies.experiment import Job, Measured, RunJobs, Training
 from matta_studies.intervals import difference

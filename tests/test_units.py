@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.family.units import HIDDEN, block_lists, find_units
+from matta.sizes.units import HIDDEN, block_lists, find_units
 
 
 def _tower(width: int, *, depth: int = 2, norm: bool = False) -> nn.Sequential:

@@ -25,7 +25,7 @@ _PUBLIC_NAMES = {
         "fit",
         "read_snapshot",
     ),
-    "family": (
+    "sizes": (
         *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
         *("wide", "wide_narrow_wide"),
     ),
@@ -41,17 +41,6 @@ if TYPE_CHECKING:
     from matta import objectives as objectives
     from matta import streams as streams
     from matta.errors import MattaError as MattaError
-    from matta.family import SubModel as SubModel
-    from matta.family import extract as extract
-    from matta.family import layer_names as layer_names
-    from matta.family import live as live
-    from matta.family import load as load
-    from matta.family import narrow as narrow
-    from matta.family import random_sub_model as random_sub_model
-    from matta.family import recalibrate as recalibrate
-    from matta.family import save as save
-    from matta.family import wide as wide
-    from matta.family import wide_narrow_wide as wide_narrow_wide
     from matta.nesting import Layout as Layout
     from matta.nesting import Nested as Nested
     from matta.nesting import grow as grow
@@ -60,6 +49,17 @@ if TYPE_CHECKING:
     from matta.nesting import trace_layouts as trace_layouts
     from matta.optim import Shampoo as Shampoo
     from matta.optim import shampoo_groups as shampoo_groups
+    from matta.sizes import SubModel as SubModel
+    from matta.sizes import extract as extract
+    from matta.sizes import layer_names as layer_names
+    from matta.sizes import live as live
+    from matta.sizes import load as load
+    from matta.sizes import narrow as narrow
+    from matta.sizes import random_sub_model as random_sub_model
+    from matta.sizes import recalibrate as recalibrate
+    from matta.sizes import save as save
+    from matta.sizes import wide as wide
+    from matta.sizes import wide_narrow_wide as wide_narrow_wide
     from matta.training import CoTraining as CoTraining
     from matta.training import Evaluation as Evaluation
     from matta.training import ProgressiveValidation as ProgressiveValidation

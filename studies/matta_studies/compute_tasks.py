@@ -18,10 +18,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from matta.family.submodels import SubModel, layer_names
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested, nest
 from matta.objectives.objective import Binary, CausalLM, Objective
+from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings
 from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics

@@ -11,12 +11,12 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from matta.family.extraction import extract
-from matta.family.submodels import live, random_sub_model
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.losses import LossWeights
 from matta.optim.shampoo import Shampoo
+from matta.sizes.extraction import extract
+from matta.sizes.submodels import live, random_sub_model
 from matta.training.cotraining import CoTraining
 from matta_studies.compute_tasks import NARROWEST, SIZES, WIDEST, Task, spec_of
 from matta_studies.trials import Step, Trial, descend, step_of, step_of_pair

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from matta.errors import RunError
-from matta.family.extraction import extract
-from matta.family.submodels import SubModel, layer_names, wide_narrow_wide
 from matta.nesting.batches import logits_of
 from matta.nesting.nested import Nested, nest
 from matta.objectives.objective import CausalLM
 from matta.optim.shampoo import Shampoo
+from matta.sizes.extraction import extract
+from matta.sizes.submodels import SubModel, layer_names, wide_narrow_wide
 from matta_studies.experiment import (
     Arm,
     Found,

@@ -23,12 +23,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matta.family.extraction import extract
-from matta.family.saving import load, save
-from matta.family.submodels import SubModel, layer_names, random_sub_model
 from matta.nesting.nested import Nested
 from matta.objectives.objective import Binary
 from matta.optim.shampoo import Shampoo
+from matta.sizes.extraction import extract
+from matta.sizes.saving import load, save
+from matta.sizes.submodels import SubModel, layer_names, random_sub_model
 from matta.training.factors import save_factors
 from matta_studies.experiment import (
     Arm,

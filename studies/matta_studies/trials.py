@@ -10,11 +10,11 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 
-from matta.family.extraction import extract
-from matta.family.submodels import SubModel
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.objective import Objective
+from matta.sizes.extraction import extract
+from matta.sizes.submodels import SubModel
 from matta.training.cotraining import CoTraining, Ramp, Weights
 
 Method = Literal["baseline", "matta", "unshared", "separate"]

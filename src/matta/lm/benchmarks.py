@@ -27,9 +27,6 @@ import torch
 import transformers
 
 from matta.errors import RunError
-from matta.family.extraction import extract
-from matta.family.storage import write_json
-from matta.family.submodels import SubModel
 from matta.lm.benchmark_tables import markdown, notes, rich_tables
 from matta.lm.bits_per_byte import TextScore, bits_per_byte, change
 from matta.lm.command_settings import EvaluateSettings
@@ -39,6 +36,9 @@ from matta.lm.folders import CODE, export, shipped_code
 from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_of
 from matta.lm.recipe import SourcePart
 from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, is_run, load_run
+from matta.sizes.extraction import extract
+from matta.sizes.storage import write_json
+from matta.sizes.submodels import SubModel
 
 _HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 
-from matta.family.submodels import SubModel, layer_names
 from matta.lm.recipe import Recipe
 from matta.nesting.nested import Nested
+from matta.sizes.submodels import SubModel, layer_names
 from matta.training.reporting import markdown_table, ranges
 
 CITATION: Final = """\

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedConfig
 
 from matta.errors import RunError
-from matta.family.submodels import WIDE, live, narrow, wide_narrow_wide
 from matta.lm.decoders import from_config, make_optimizer
 from matta.lm.recipe import TrainPart
 from matta.nesting.nested import Nested
 from matta.objectives.fused_losses import _CHUNK_ELEMENTS
 from matta.optim.stacking import Grid
+from matta.sizes.submodels import WIDE, live, narrow, wide_narrow_wide
 
 
 @final

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from matta.errors import NestingError, RunError
-from matta.family.submodels import layer_names
-from matta.family.units import HIDDEN
 from matta.lm.recipe import ModelPart, TrainPart
 from matta.nesting.growing import grow
 from matta.nesting.nested import Nested, nest
 from matta.optim.shampoo import Shampoo, shampoo_groups
+from matta.sizes.submodels import layer_names
+from matta.sizes.units import HIDDEN
 
 EXAMPLE_LENGTH: Final = 8  # tokens
 

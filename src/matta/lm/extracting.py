@@ -14,9 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import MattaError, RunError, SubModelError
-from matta.family.extraction import extract
-from matta.family.storage import write_json
-from matta.family.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
 from matta.lm.benchmark_tables import with_error
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
@@ -25,6 +22,9 @@ from matta.lm.folders import CODE, auto_class, export, require_configuration, re
 from matta.lm.recipe import Recipe
 from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
 from matta.nesting.nested import Nested
+from matta.sizes.extraction import extract
+from matta.sizes.storage import write_json
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.loop import FitResult
 from matta.training.reporting import rich_table
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from rich.markup import escape
 
-from matta.family.submodels import layer_names
 from matta.lm.command_settings import PlanSettings
 from matta.lm.costs import Cost, cost_of, family_costs, step_memory
 from matta.lm.decoders import build_pair, nest_pair, require_context, require_family
@@ -19,6 +18,7 @@ from matta.lm.recipe import Recipe, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
 from matta.nesting.plan import Plan
+from matta.sizes.submodels import layer_names
 from matta.training.reporting import ranges, rich_table
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from matta.errors import RunError
-from matta.family.submodels import random_sub_model
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
 from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
@@ -34,6 +33,7 @@ from matta.lm.trained_runs import is_run, read_run_recipe, write_recipe, write_r
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.objective import CausalLM
+from matta.sizes.submodels import random_sub_model
 from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Weights
 from matta.training.fitting import fit
 from matta.training.loop import FitResult

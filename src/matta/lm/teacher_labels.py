@@ -31,9 +31,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from matta.errors import RunError
-from matta.family.storage import checked_file, verify, whole_file
 from matta.lm.packing import IGNORED, PackedTokens
 from matta.objectives.labels import TopK
+from matta.sizes.storage import checked_file, verify, whole_file
 
 MANIFEST: Final = "teacher.json"
 FORMAT: Final = {"format": "matta.teacher", "format_version": 2}

@@ -24,8 +24,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from matta.errors import RunError, first_line
-from matta.family.storage import verify, whole_folder
 from matta.lm.documents import Counts, Document, Documents, TextSource, read_documents
+from matta.sizes.storage import verify, whole_folder
 
 END: Final = "<|endoftext|>"
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token")  # padding and masks are never trained on

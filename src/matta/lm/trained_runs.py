@@ -22,11 +22,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import RunError
-from matta.family.saving import load
-from matta.family.storage import add_checksums, verify, write_json
 from matta.lm.decoders import from_config
 from matta.lm.recipe import Recipe, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
+from matta.sizes.saving import load
+from matta.sizes.storage import add_checksums, verify, write_json
 
 RECIPE: Final = "recipe.json"
 RESULTS: Final = "results.json"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import LabelError, MattaError
-from matta.family.submodels import SubModel, live, random_sub_model, sizes_between, without_ends
 from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
 from matta.objectives.labels import Labels, TopK
 from matta.objectives.losses import LossWeights
 from matta.objectives.objective import Joint, Losses, Objective
+from matta.sizes.submodels import SubModel, live, random_sub_model, sizes_between, without_ends
 from matta.training.processes import num_processes, summed
 
 

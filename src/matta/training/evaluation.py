@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.family.submodels import SubModel, live
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.labels import Labels, TopK
 from matta.objectives.objective import Objective
+from matta.sizes.submodels import SubModel, live
 from matta.training.processes import is_shared_out
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from matta.errors import RunError
-from matta.family.storage import checked_file, verify
 from matta.nesting.nested import Nested
 from matta.nesting.plan import Placement
 from matta.optim.shampoo import Shampoo
+from matta.sizes.storage import checked_file, verify
 
 FILE: Final = "preconditioner.safetensors"
 SIDES: Final = ("output", "input")

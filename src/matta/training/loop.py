@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from matta.errors import RunError
-from matta.family.saving import save
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
 from matta.optim.shampoo import Shampoo
+from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors

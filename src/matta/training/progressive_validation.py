@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matta.errors import LabelError, RunError
-from matta.family.submodels import SubModel, live
 from matta.nesting.batches import Batch, call, logits_of, split_labels
+from matta.sizes.submodels import SubModel, live
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.processes import gathered
 

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
-from matta.family.saving import apart, require_fit, split_state
-from matta.family.storage import verify, whole_folder, write_json
+from matta.sizes.saving import apart, require_fit, split_state
+from matta.sizes.storage import verify, whole_folder, write_json
 
 MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"

@@ -23,12 +23,12 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
-from matta.family.extraction import extract
-from matta.family.storage import verify, whole_file, whole_folder
-from matta.family.submodels import SubModel
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.labels import num_examples
+from matta.sizes.extraction import extract
+from matta.sizes.storage import verify, whole_file, whole_folder
+from matta.sizes.submodels import SubModel
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.processes import gathered, is_main_process
 

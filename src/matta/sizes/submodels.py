@@ -19,9 +19,9 @@ from typing import final
 from torch import nn
 
 from matta.errors import SubModelError
-from matta.family.assembly import assemble
-from matta.family.units import HIDDEN, Unit, find_units
 from matta.nesting.nested import Nested
+from matta.sizes.assembly import assemble
+from matta.sizes.units import HIDDEN, Unit, find_units
 
 NARROW, WIDE, SKIP = "narrow", "wide", "skip"
 _MOST_LISTED = 64

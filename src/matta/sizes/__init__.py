@@ -1,4 +1,4 @@
-"""The family: every size between Student and Teaching Assistant, as live or plain modules, and on disk.
+"""Sizes: every model between Student and Teaching Assistant, as live or plain modules, and on disk.
 
 Read in this order:
 
@@ -9,9 +9,9 @@ Read in this order:
 - `storage`: files that are whole or not there, with checksums. `saving`: nestings on disk, as safetensors and JSON.
 """
 
-from matta.family.extraction import extract, recalibrate
-from matta.family.saving import load, save
-from matta.family.submodels import SubModel, layer_names, live, narrow, random_sub_model, wide, wide_narrow_wide
+from matta.sizes.extraction import extract, recalibrate
+from matta.sizes.saving import load, save
+from matta.sizes.submodels import SubModel, layer_names, live, narrow, random_sub_model, wide, wide_narrow_wide
 
 __all__ = [
     "SubModel",

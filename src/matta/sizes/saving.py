@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matta.errors import CheckpointError, NestingError
-from matta.family.storage import has_checksums, verify, whole_folder
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
+from matta.sizes.storage import has_checksums, verify, whole_folder
 
 WEIGHTS: Final = "nested.safetensors"
 DESCRIPTION: Final = "nested.json"

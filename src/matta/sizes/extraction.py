@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from matta.errors import RunError
-from matta.family.submodels import SubModel, live
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.nesting.nested import Nested
 from matta.nesting.slicing import materialize
+from matta.sizes.submodels import SubModel, live
 
 
 def extract(nested: Nested, spec: SubModel | None = None) -> nn.Module:
