@@ -29,6 +29,7 @@ _PUBLIC_NAMES = {
         *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
         *("wide", "wide_narrow_wide"),
     ),
+    "choosing": ("Family", "family"),
     "optim": ("Shampoo", "shampoo_groups"),
     "errors": ("MattaError",),
 }
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from matta import errors as errors
     from matta import objectives as objectives
     from matta import streams as streams
+    from matta.choosing import Family as Family
+    from matta.choosing import family as family
     from matta.errors import MattaError as MattaError
     from matta.nesting import Layout as Layout
     from matta.nesting import Nested as Nested

@@ -79,6 +79,13 @@ COMMANDS = (
         extra="lm",
     ),
     Command(
+        words=("choose",),
+        summary="the size of a family that fits a budget of latency, memory, parameters or quality",
+        settings="matta.lm.command_settings:ChooseSettings",
+        run="matta.lm.choosing_sizes:run",
+        extra="lm",
+    ),
+    Command(
         words=("evaluate",),
         summary="judge language models by benchmarks and held-out text, in one table",
         settings="matta.lm.command_settings:EvaluateSettings",

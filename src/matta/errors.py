@@ -99,6 +99,17 @@ class SubModelError(MattaError):
     """
 
 
+class ChoiceError(MattaError):
+    """No size fits the budget, or the table of sizes cannot be made or read.
+
+    Example:
+        >>> import matta
+        >>> matta.Family.load("nowhere")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.ChoiceError: there is no family in nowhere/family.json; make one: ...
+    """
+
+
 class LabelError(MattaError):
     """Labels or logits do not fit the objective.
 

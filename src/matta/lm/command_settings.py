@@ -132,3 +132,36 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name}={value}: expected at least 1")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChooseSettings:
+    """Settings of `matta choose`.
+
+    Raises:
+        RunError: no budget and no quality, or a number that is not over zero.
+    """
+
+    run: Path = field(metadata={"help": "a nesting with a family.json, or a run of matta train", "positional": True})
+    latency_ms: float | None = field(default=None, metadata={"help": "most milliseconds of a batch (median)"})
+    memory_mb: float | None = field(default=None, metadata={"help": "most memory of weights and activations, in MiB"})
+    parameters: int | None = field(default=None, metadata={"help": "most parameters"})
+    flops: float | None = field(default=None, metadata={"help": "most FLOPs of an example"})
+    quality: float | None = field(default=None, metadata={"help": "what the size must reach: then the cheapest"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "batch of the latency (default: the first measured)"}
+    )
+    evaluations: int = field(
+        default=64, metadata={"help": "most sizes to evaluate, where the run has no table yet (default: 64)"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a choice without a budget."""
+        budget = (self.latency_ms, self.memory_mb, self.parameters, self.flops)
+        if all(each is None for each in (*budget, self.quality)):
+            raise RunError("no budget; expected --latency-ms, --memory-mb, --parameters, --flops or --quality")
+        if any(each is not None and not each > 0 for each in budget):
+            raise RunError("a budget that is not over zero; expected positive numbers")
+        if self.evaluations < 2:
+            raise RunError(f"--evaluations {self.evaluations}; expected at least 2, the Student and the TA")

@@ -1,0 +1,211 @@
+"""What modules cost: parameters, FLOPs, the memory of activations, and measured latency."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from matta.errors import MattaError
+from matta.nesting.batches import call
+
+WARM_UP_CALLS = 5
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of a forward of so many examples.
+
+    Example:
+        >>> Latency(batch_size=8, median_ms=0.5, p95_ms=0.75)
+        Latency(batch_size=8, median_ms=0.5, p95_ms=0.75)
+    """
+
+    batch_size: int
+    median_ms: float
+    p95_ms: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a module costs; FLOPs and activations are of one forward of the example, per example.
+
+    `flops` are those of matrix products and convolutions, as `torch.utils.flop_counter` counts them. `activation_bytes`
+    is the most that a forward without gradients holds at once beyond the parameters.
+    """
+
+    parameters: int
+    bytes: int
+    flops: float
+    activation_bytes: float
+
+
+@torch.no_grad()
+def cost_of(module: nn.Module, inputs: Any) -> Cost:
+    """The cost of a module on the inputs of a batch.
+
+    Example:
+        >>> cost_of(nn.Linear(4, 2), torch.zeros(3, 4)).flops
+        16.0
+    """
+    count = num_examples(inputs)
+    parameters = list(module.parameters())
+    with FlopCounterMode(display=False) as counter:
+        call(module, inputs)
+    return Cost(
+        parameters=sum(each.numel() for each in parameters),
+        bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())),
+        flops=counter.get_total_flops() / count,
+        activation_bytes=_peak_bytes(module, inputs) / count,
+    )
+
+
+def _peak_bytes(module: nn.Module, inputs: Any) -> int:
+    device = next((each.device for each in module.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(module, inputs)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Held() as held:
+        call(module, inputs)
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of the storages that operations make while it is on, for as long as some tensor shows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._shown: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = {each.untyped_storage()._cdata for each in _tensors((*args, *(kwargs or {}).values()))}
+        made = func(*args, **(kwargs or {}))
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._shown:
+                self._shown[key] += 1
+            elif key in inside:  # a view of something that was there before
+                continue
+            else:
+                self._shown[key] = 1
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+            weakref.finalize(tensor, self._leave, key, storage.nbytes())
+        return made
+
+    def _leave(self, key: int, size: int) -> None:
+        self._shown[key] -= 1
+        if not self._shown[key]:
+            del self._shown[key]
+            self.now -= size
+
+
+def num_examples(inputs: Any) -> int:
+    """The length of the first axis of the first tensor.
+
+    Raises:
+        MattaError: there is no tensor with an axis.
+
+    Example:
+        >>> num_examples({"flag": True, "x": torch.zeros(3, 2)})
+        3
+    """
+    for each in _tensors(inputs):
+        if each.ndim:
+            return len(each)
+    raise MattaError("the example has no tensor with a batch axis; expected a batch of inputs")
+
+
+def resized(inputs: Any, batch_size: int) -> Any:
+    """The inputs with so many examples: the first ones, or all again and again.
+
+    Tensors whose first axis is as long as the batch are taken to have a row for each example.
+
+    Example:
+        >>> resized((torch.arange(2), torch.ones(())), 5)
+        (tensor([0, 1, 0, 1, 0]), tensor(1.))
+    """
+    count = num_examples(inputs)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == count:
+            return value[torch.arange(batch_size, device=value.device) % count]
+        if isinstance(value, Mapping):
+            return {name: change(each) for name, each in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(change(each) for each in value)
+        return value
+
+    return change(inputs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+
+
+@torch.no_grad()
+def measure_latency(
+    modules: Sequence[nn.Module], inputs: Any, *, calls: int, threads: int | None
+) -> list[tuple[float, float]]:
+    """Median and 95th percentile of the milliseconds of a forward, by module; a call of each in turn, after a warm-up.
+
+    Args:
+        modules: They all take the inputs, and are where the inputs are.
+        inputs: Of one batch.
+        calls: Timed calls of each.
+        threads: Of a CPU; None: as many as torch has now.
+    """
+    seconds: list[list[float]] = [[] for _ in modules]
+    with _threads(threads):
+        for index in range(WARM_UP_CALLS + calls):
+            for module, found in zip(modules, seconds, strict=True):
+                _synchronize(inputs)
+                start = time.perf_counter()
+                call(module, inputs)
+                _synchronize(inputs)
+                if index >= WARM_UP_CALLS:
+                    found.append(time.perf_counter() - start)
+    return [(1e3 * median(each), 1e3 * _p95(each)) for each in seconds]
+
+
+def _p95(values: Sequence[float]) -> float:
+    return quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
+
+
+def _synchronize(inputs: Any) -> None:
+    first = next(_tensors(inputs))
+    if first.device.type == "cuda":
+        torch.cuda.synchronize(first.device)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
