@@ -64,6 +64,7 @@ WAYS: Final[Mapping[str, str]] = {
 }
 PEERS: Final = (RANDOM, SANDWICH, PRUNED, STAGES, ALONE)
 TA_SHARE: Final = 0.5  # of the time, where the TA is trained first
+LATER_SHARE: Final = 1 / 3  # passes of each later size, of those of the TA, where data are short
 FIRST_FRESH_SEED: Final = 12_000
 SEARCH: Final = Search(seeds=(100,), num_finalists=1)
 COSTS: Final = "costs"  # what the timing measures, in place of models
@@ -108,21 +109,21 @@ GRIDS: Final[Mapping[str, Grid]] = {
         short_examples=100_000,
         short_batch=1024,
         short_rate=0.03,
-        short_trials=((30.0, 0.03), (30.0, 0.1), (60.0, 0.03), (60.0, 0.1)),
+        short_trials=((20.0, 0.1), (30.0, 0.03), (30.0, 0.1), (45.0, 0.1)),
     ),
     "flights": Grid(
-        trials=((512, 0.005), (512, 0.01), (1024, 0.01), (1024, 0.02)),
-        family_trials=((0.005, 0.6, 0.5), (0.01, 0.6, 0.5), (0.02, 0.6, 0.5), (0.01, 0.5, 0.3)),
-        family_batch=1024,
-        budget_passes=2.0,
+        trials=((512, 0.01), (512, 0.02), (1024, 0.02), (1024, 0.04)),
+        family_trials=((0.01, 0.6, 0.5), (0.02, 0.6, 0.5), (0.04, 0.6, 0.5), (0.02, 0.5, 0.3)),
+        family_batch=512,
+        budget_passes=1.0,
         short_examples=25_000,
         short_batch=512,
         short_rate=0.005,
         short_trials=((2.0, 0.1), (2.0, 0.5), (4.0, 0.1), (4.0, 0.5)),
     ),
     "text": Grid(
-        trials=((8, 0.011), (8, 0.016), (16, 0.016), (16, 0.022)),
-        family_trials=((0.011, 0.6, 0.5), (0.016, 0.6, 0.5), (0.022, 0.6, 0.5), (0.016, 0.5, 0.3)),
+        trials=((8, 0.016), (8, 0.03), (16, 0.03), (16, 0.045)),
+        family_trials=((0.016, 0.6, 0.5), (0.03, 0.6, 0.5), (0.045, 0.6, 0.5), (0.03, 0.5, 0.3)),
         family_batch=8,
         budget_passes=1.0,
         short_examples=2_900,
@@ -209,7 +210,7 @@ def short_attempts(grid: Grid, way: str, sizes: tuple[str, ...] = SIZES) -> tupl
         if way == FAMILY:
             attempt = replace(attempt, alone=grid.short_alone, student_chance=0.5)
         if way in (PRUNED, STAGES):
-            attempt = replace(attempt, later_passes=(passes,) * (len(sizes) - 1))
+            attempt = replace(attempt, later_passes=(_two_digits(LATER_SHARE * passes),) * (len(sizes) - 1))
         attempts.append(attempt)
     return tuple(attempts)
 
