@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import matta
+from matta.cli import main
 from matta.errors import RunError, SubModelError
 from matta.lm import folders
 from matta.lm.cards import Score, card_of
@@ -442,6 +443,27 @@ def a_run(nestings: dict[str, matta.Nested], tmp_path: Path) -> Path:
     rows = [row, {**row, "name": "ta", "bits_per_byte": None}]
     (path / RESULTS).write_text(json.dumps({"steps": 12, "models": rows}))
     return path
+
+
+def test_a_size_of_a_run_is_chosen_and_exported(a_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = json.loads((a_run / "recipe.json").read_text())
+    positions = json.loads((a_run / "configs" / "ta" / "config.json").read_text())["n_positions"]
+    changed["data"] |= {"evaluate_bytes": 500, "context": positions}
+    (a_run / "recipe.json").write_text(json.dumps(changed))
+    choose = ["choose", str(a_run), "--parameters", "1000000000", "--evaluations", "3", "--json"]
+    assert main(choose) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (a_run / "family.json").is_file() and first["chosen"]["quality"] > 0
+    assert main(choose) == 0
+    assert json.loads(capsys.readouterr().out) == first, "read back, not measured again"
+    pytest.importorskip("onnxruntime")
+    out = a_run / "model.onnx"
+    assert main(["export", str(a_run), "k=0", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert out.stat().st_size == found["bytes"] and found["error"] < 1e-4
+    assert found["bits_per_byte"] == pytest.approx(found["bits_per_byte_before"], abs=1e-4)
+    assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "pickle"]) == 2
+    assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "safetensors", "--int8"]) == 2
 
 
 def test_models_of_a_run_are_extracted(

@@ -30,6 +30,7 @@ _PUBLIC_NAMES = {
         *("wide", "wide_narrow_wide"),
     ),
     "choosing": ("Family", "family"),
+    "exporting": ("OnnxModule", "export"),
     "optim": ("Shampoo", "shampoo_groups"),
     "errors": ("MattaError",),
 }
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from matta.choosing import Family as Family
     from matta.choosing import family as family
     from matta.errors import MattaError as MattaError
+    from matta.exporting import OnnxModule as OnnxModule
+    from matta.exporting import export as export
     from matta.nesting import Layout as Layout
     from matta.nesting import Nested as Nested
     from matta.nesting import grow as grow

@@ -86,6 +86,13 @@ COMMANDS = (
         extra="lm",
     ),
     Command(
+        words=("export",),
+        summary="a model of a run for other runtimes: ONNX, torch.export, safetensors, a Transformers folder",
+        settings="matta.lm.command_settings:ExportSettings",
+        run="matta.exporting.export_command:run",
+        extra="lm,export",
+    ),
+    Command(
         words=("evaluate",),
         summary="judge language models by benchmarks and held-out text, in one table",
         settings="matta.lm.command_settings:EvaluateSettings",

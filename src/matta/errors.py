@@ -110,6 +110,18 @@ class ChoiceError(MattaError):
     """
 
 
+class ExportError(MattaError):
+    """A module cannot be written in a format, or computes something else there.
+
+    Example:
+        >>> import matta
+        >>> from torch import nn
+        >>> matta.export(nn.Linear(3, 1), "ranker.bin", format="pickle")
+        Traceback (most recent call last):
+        matta.errors.ExportError: format='pickle'; expected one of: onnx, torch_export, safetensors, transformers
+    """
+
+
 class LabelError(MattaError):
     """Labels or logits do not fit the objective.
 

@@ -165,3 +165,26 @@ class ChooseSettings:
             raise RunError("a budget that is not over zero; expected positive numbers")
         if self.evaluations < 2:
             raise RunError(f"--evaluations {self.evaluations}; expected at least 2, the Student and the TA")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Settings of `matta export`.
+
+    Raises:
+        RunError: an unknown format, or int8 in another format than ONNX.
+    """
+
+    run: Path = field(metadata={"help": "a run of matta train", "positional": True})
+    model: str = field(metadata={"help": "student, ta, k=NUMBER, or layers (as in matta extract)", "positional": True})
+    out: Path = field(metadata={"help": "the file or folder to be", "metavar": "PATH"})
+    format: str = field(default="onnx", metadata={"help": "onnx (default), torch_export, safetensors or transformers"})
+    int8: bool = field(default=False, metadata={"help": "8-bit weights (onnx alone)"})
+
+    def __post_init__(self) -> None:
+        """Refuse what no format has."""
+        if self.format not in ("onnx", "torch_export", "safetensors", "transformers"):
+            raise RunError(f"--format {self.format}; expected onnx, torch_export, safetensors or transformers")
+        if self.int8 and self.format != "onnx":
+            raise RunError("--int8 is for --format onnx alone")

@@ -1,0 +1,326 @@
+"""Write a plain module for other runtimes, and compare what was written with the module."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, final, get_args
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from matta.choosing.measuring import num_examples, resized
+from matta.errors import ExportError, MattaError
+from matta.exporting.onnx_runtime import OnnxModule, tensors
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.sizes.storage import whole_file
+
+Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
+FORMATS: Final = get_args(Format)
+TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in another order
+SMALLEST_BATCH: Final = 2  # a traced batch of one would be taken for a constant
+OTHER_BATCH: Final = 3  # added to the example's, to compare with a batch of another size
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A written file or folder, and how far its logits are from the module's.
+
+    `error` is the largest difference over the largest logit, on the example and on a batch of another size; 0 for
+    weights that were read back bit for bit. `quality` is what `evaluate` gave for the file.
+    """
+
+    path: Path
+    format: Format
+    bytes: int
+    error: float
+    tolerance: float
+    quality: float | None = None
+
+
+def export(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    format: Format,
+    example: Batch | None = None,
+    open_axes: Sequence[int] = (0,),
+    int8: bool = False,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a module for another runtime: with a batch axis of any length, and compared with the module afterwards.
+
+    | format | what is written | read by |
+    |---|---|---|
+    | "onnx" | a file of operators and weights | ONNX Runtime and others (`matta.OnnxModule(path)`) |
+    | "torch_export" | a file of torch's own graph | `torch.export.load(path).module()` |
+    | "safetensors" | a file of weights by name | `safetensors.torch.load_model(module, path)`, a module of your class |
+    | "transformers" | a folder | `from_pretrained(path)` |
+
+    Args:
+        module: A plain module, such as `matta.extract` gives, on the CPU.
+        path: The file or folder to be; a file that is there is replaced, when all went well.
+        format: See the table.
+        example: A batch as in training, for "onnx" and "torch_export".
+        open_axes: Axes of the inputs whose length is left open: the batch, and (0, 1) for the length of token ids too.
+            Tensors that are not as long as the batch on their first axis have none.
+        int8: Weights of matrix products as 8-bit integers, by ONNX Runtime's dynamic quantisation. How far its logits
+            are off is told; `tolerance` is not asked, since only `evaluate` can judge it.
+        evaluate: The quality of a module, which is measured on what was written ("onnx" and "torch_export").
+        tolerance: The most that logits may differ, over the largest logit; None: 1e-3.
+
+    Raises:
+        ExportError: an unknown format, an operator that the format lacks, logits that differ by more than the
+            tolerance, or a package of the extra `export` is missing.
+        MattaError: for "transformers", what the folder cannot hold.
+
+    Example:
+        >>> import matta, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     done = matta.export(nn.Linear(3, 1), f"{folder}/ranker.safetensors", format="safetensors")
+        ...     done.format, done.error, done.path.name
+        ('safetensors', 0.0, 'ranker.safetensors')
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format={format!r}; expected one of: {', '.join(FORMATS)}")
+    if int8 and format != "onnx":
+        raise ExportError(f"int8=True with format={format!r}; expected 'onnx': it is ONNX Runtime's quantisation")
+    target = Path(path)
+    with eval_mode(module):
+        if format == "safetensors":
+            return _safetensors(module, target)
+        if format == "transformers":
+            return _transformers(module, target)
+        if example is None:
+            raise ExportError(f"format={format!r} without an example; expected a batch to trace the module with")
+        inputs = split_labels(example)[0]
+        inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
+        write = _onnx if format == "onnx" else _torch_export
+        allowed = TOLERANCE if tolerance is None else tolerance
+        with whole_file(target) as made:
+            read = write(module, made, inputs, tuple(open_axes), int8)
+            error = _largest_difference(module, read, inputs, open_axes)
+            if not int8 and not error <= allowed:
+                raise ExportError(
+                    f"the logits of the exported file differ by {error:.2g} of the largest one, more than the "
+                    f"tolerance {allowed:g}; nothing is written: raise tolerance= if that will do"
+                )
+            quality = None if evaluate is None else _quality(evaluate, read)
+            size = made.stat().st_size
+    return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
+
+
+def _quality(evaluate: Callable[[nn.Module], float], module: nn.Module) -> float:
+    with torch.no_grad():
+        return float(evaluate(module))
+
+
+@torch.no_grad()
+def _largest_difference(module: nn.Module, other: nn.Module, inputs: Any, open_axes: Sequence[int]) -> float:
+    """Of the logits, relative to the largest, on the inputs and on a batch of another size, shorter on open axes."""
+    found = 0.0
+    size = num_examples(inputs)
+    for batch in (inputs, _shorter(resized(inputs, size + OTHER_BATCH), size + OTHER_BATCH, open_axes)):
+        expected = logits_of(call(module, batch)).float()
+        got = logits_of(call(other, batch)).float()
+        if got.shape != expected.shape:
+            raise ExportError(
+                f"the exported file gives logits of shape {tuple(got.shape)}, and the module {tuple(expected.shape)}, "
+                f"for a batch of another size: an operation of the module has taken a length for a constant"
+            )
+        scale = expected.abs().max().clamp(min=1e-12)
+        found = max(found, float(((got - expected).abs().max() / scale).nan_to_num(nan=float("inf"))))
+    return found
+
+
+def _safetensors(module: nn.Module, target: Path) -> Exported:
+    """Weights and buffers by name; of tied names the first, which `load_model` ties again."""
+    with whole_file(target) as made:
+        save_model(module, str(made))
+        read = copy.deepcopy(module)
+        load_model(read, made, device=str(next((each.device for each in module.parameters()), "cpu")))
+        state = module.state_dict()
+        if not all(_same(value, state[name]) for name, value in read.state_dict().items()):
+            raise ExportError(f"{target} was read back otherwise than it was written; nothing is written")
+        size = made.stat().st_size
+    return Exported(path=target, format="safetensors", bytes=size, error=0.0, tolerance=0.0)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Bit for bit, whatever the bits mean."""
+    if not isinstance(left, Tensor):
+        return bool(left == right)
+    return left.dtype == right.dtype and torch.equal(*(each.contiguous().view(torch.uint8) for each in (left, right)))
+
+
+def _transformers(module: nn.Module, target: Path) -> Exported:
+    try:
+        from matta.lm.folders import export as write_folder
+    except ModuleNotFoundError:
+        raise ExportError("format='transformers' needs Transformers: pip install 'matta[lm]'") from None
+    write_folder(module, target)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return Exported(path=target, format="transformers", bytes=size, error=0.0, tolerance=0.0)
+
+
+class _Positional(nn.Module):
+    """A module that takes the tensors of a batch one by one, and returns its logits alone."""
+
+    def __init__(self, module: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.module, self.inputs = module, inputs
+
+    def forward(self, *values: Tensor) -> Tensor:
+        left = iter(values)
+        return logits_of(call(self.module, _rebuilt(self.inputs, left)))
+
+
+def _rebuilt(value: Any, tensors_left: Iterator[Tensor]) -> Any:
+    """The inputs of a batch with other tensors in the places of its own."""
+    if isinstance(value, Tensor):
+        return next(tensors_left)
+    if isinstance(value, Mapping):
+        return {name: _rebuilt(each, tensors_left) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_rebuilt(each, tensors_left) for each in value)
+    return value
+
+
+def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[int, Any], ...]:
+    """The open axes of each tensor that has a row for each example; others have none."""
+    dynamic = torch.export.Dim.DYNAMIC
+    return tuple(
+        {axis: dynamic for axis in axes if axis < each.ndim} if each.ndim and len(each) == count else {}
+        for each in values
+    )
+
+
+def _shorter(value: Any, count: int, axes: Sequence[int]) -> Any:
+    """The inputs, one shorter on every open axis beside that of the batch."""
+    if isinstance(value, Tensor):
+        for axis in axes:
+            if axis and axis < value.ndim and len(value) == count and value.shape[axis] > SMALLEST_BATCH:
+                value = value.narrow(axis, 0, value.shape[axis] - 1)
+        return value
+    if isinstance(value, Mapping):
+        return {name: _shorter(each, count, axes) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_shorter(each, count, axes) for each in value)
+    return value
+
+
+def _names(inputs: Any) -> list[str]:
+    if isinstance(inputs, Mapping) and all(isinstance(each, Tensor) for each in inputs.values()):
+        return list(inputs)
+    return [f"input_{index}" for index, _ in enumerate(tensors(inputs))]
+
+
+def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError:
+            raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
+    values = list(tensors(inputs))
+    with _traced("ONNX"), _quiet():
+        program = torch.onnx.export(
+            _Positional(module, inputs),
+            tuple(values),
+            input_names=_names(inputs),
+            output_names=["logits"],
+            dynamic_shapes=(_open(values, num_examples(inputs), open_axes),),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            file = Path(folder, "model.onnx")
+            program.save(file)
+            if int8:
+                file = _quantised(file)
+            file.replace(made)
+    return OnnxModule(made)
+
+
+def _quantised(file: Path) -> Path:
+    """The file with the weights of its matrix products in 8 bits."""
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    prepared, small = file.with_name("prepared.onnx"), file.with_name("int8.onnx")
+    quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    quantize_dynamic(prepared, small, weight_type=QuantType.QInt8)
+    return small
+
+
+def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
+    values = list(tensors(inputs))
+    axes = iter(_open(values, num_examples(inputs), open_axes))
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(axes)
+        if isinstance(value, Mapping):
+            return {name: of(each) for name, each in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(of(each) for each in value)
+        return None
+
+    args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    shapes = of(kwargs) if kwargs else of(args)
+    with _traced("torch.export"), _quiet():
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        made.write_bytes(buffer.getvalue())
+        return torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
+@contextlib.contextmanager
+def _traced(name: str) -> Iterator[None]:
+    """What goes wrong inside, in a line of ours."""
+    try:
+        yield
+    except MattaError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        raise ExportError(
+            f"the module cannot be exported to {name}: {reason}. Export format='safetensors' and load it into your "
+            f"class where it is served, or replace that operation"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, its first line: the outer ones tell how to report a fault to PyTorch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' messages about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")]
+    levels = [each.level for each in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)

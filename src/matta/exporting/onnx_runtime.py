@@ -1,0 +1,83 @@
+"""An ONNX file as a module: ONNX Runtime computes, and what measures or evaluates modules takes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matta.errors import ExportError
+
+
+@final
+class OnnxModule(nn.Module):
+    """What ONNX Runtime computes from an exported file, on a CPU: `OnnxModule(path)(inputs)` gives the logits.
+
+    Inputs are taken as the exported module took them: by position, or by the names that they had.
+
+    Args:
+        path: A file that `matta.export` has written.
+        threads: Of an operation; 0: ONNX Runtime's own choice.
+
+    Raises:
+        ExportError: ONNX Runtime is not installed, or does not take the file.
+
+    Example:
+        >>> import tempfile
+        >>> import matta
+        >>> ranker, x = nn.Linear(3, 1), torch.ones(5, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     done = matta.export(ranker, f"{folder}/ranker.onnx", format="onnx", example=(x, torch.ones(5)))
+        ...     torch.testing.assert_close(OnnxModule(done.path)(x), ranker(x).detach())
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            raise ExportError("onnxruntime is not installed; pip install 'matta[export]'") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common type
+            raise ExportError(f"ONNX Runtime does not take {path}: {_first_line(error)}") from None
+        self.names = tuple(each.name for each in self.session.get_inputs())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The logits.
+
+        Raises:
+            ExportError: the inputs are others than those of the file.
+        """
+        given = list(tensors(args))
+        named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        feed = named or dict(zip(self.names, given, strict=False))
+        if feed.keys() != set(self.names):
+            raise ExportError(
+                f"received the inputs {', '.join(feed) or 'none'}; expected those of the file: {', '.join(self.names)}"
+            )
+        values = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in feed.items()}
+        return torch.from_numpy(self.session.run(None, values)[0])
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors(each)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,207 @@
+"""Exported files compute what the module does, for a batch of any size; what a format lacks is refused in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matta
+from matta.errors import ExportError
+from matta.nesting.batches import call, logits_of, split_labels
+from zoo import CASES, case
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+load_model = pytest.importorskip("safetensors.torch").load_model
+
+
+class Ranker(nn.Module):
+    def __init__(self, head: Callable[[Tensor], Tensor] = lambda logit: logit) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.user, self.head = nn.Embedding(50, 8), head
+        self.mlp = nn.Sequential(nn.Linear(11, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def forward(self, user: Tensor, context: Tensor) -> Tensor:
+        return self.head(self.mlp(torch.cat([self.user(user), context], dim=-1)).squeeze(-1))
+
+
+def batch(size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    user = torch.randint(50, (size,), generator=generator)
+    return {"user": user, "context": torch.randn(size, 3, generator=generator)}
+
+
+EXAMPLE = {**batch(4), "labels": torch.zeros(4)}
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    done = matta.export(
+        Ranker().train(), tmp_path_factory.mktemp("onnx") / "ranker.onnx", format="onnx", example=EXAMPLE
+    )
+    assert done.error < 1e-5 and done.bytes == done.path.stat().st_size and done.quality is None
+    return done.path
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_onnx_runtime_computes_what_the_module_does(size: int, onnx_file: Path) -> None:
+    module, read = Ranker().eval(), matta.OnnxModule(onnx_file)
+    expected = module(**batch(size))
+    torch.testing.assert_close(read(**batch(size)), expected)
+    torch.testing.assert_close(read(*batch(size).values()), expected)
+    assert read.names == ("user", "context")
+
+
+def test_other_inputs_are_refused(onnx_file: Path) -> None:
+    with pytest.raises(ExportError, match=r"received the inputs user; expected those of the file: user, context"):
+        matta.OnnxModule(onnx_file)(batch(2)["user"])
+    broken = onnx_file.with_name("broken.onnx")
+    broken.write_bytes(onnx_file.read_bytes()[:500])
+    with pytest.raises(ExportError, match="ONNX Runtime does not take .*broken.onnx"):
+        matta.OnnxModule(broken)
+
+
+def test_the_module_keeps_its_mode_and_weights(tmp_path: Path) -> None:
+    module = Ranker().train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    matta.export(module, tmp_path / "ranker.pt2", format="torch_export", example=EXAMPLE)
+    assert module.training and all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_torchs_own_format_is_read_by_torch_alone(tmp_path: Path) -> None:
+    done = matta.export(Ranker(), tmp_path / "ranker.pt2", format="torch_export", example=EXAMPLE)
+    read = torch.export.load(done.path).module()
+    for size in (1, 6):
+        torch.testing.assert_close(read(**batch(size)), Ranker().eval()(**batch(size)))
+
+
+def test_weights_are_read_back_bit_for_bit_and_tied_again(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embed.weight
+            self.register_buffer("steps", torch.tensor([torch.nan, -0.0]))
+
+    module, fresh = Tied().half(), Tied().half()
+    done = matta.export(module, tmp_path / "tied.safetensors", format="safetensors")
+    assert done.error == 0.0 and done.bytes < 2 * 9 * 4 * 2 + 400
+    load_model(fresh, done.path)
+    assert fresh.head.weight is fresh.embed.weight and torch.equal(fresh.embed.weight, module.embed.weight)
+
+
+def test_a_folder_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8, use_cache=False)
+    config.bos_token_id = config.eos_token_id = None
+    done = matta.export(transformers.GPT2LMHeadModel(config), tmp_path / "gpt2", format="transformers")
+    assert (done.path / "config.json").is_file() and done.bytes > 1000
+
+
+def test_eight_bits_are_smaller_and_judged_by_the_users_own_function(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 1))
+    x = torch.randn(32, 64)
+    sizes, errors = [], []
+    for int8 in (False, True):
+        judged: list[nn.Module] = []
+        done = matta.export(
+            module,
+            tmp_path / f"{int8}.onnx",
+            format="onnx",
+            example=(x, torch.zeros(32)),
+            int8=int8,
+            evaluate=lambda read, judged=judged: judged.append(read) or float((read(x) - module(x)).abs().max()),
+        )
+        assert isinstance(judged[0], matta.OnnxModule)
+        sizes.append(done.bytes)
+        errors.append((done.error, done.quality))
+    assert sizes[1] < 0.5 * sizes[0]
+    assert errors[0][0] < 1e-5 < errors[1][0] < 0.3 and errors[0][1] < errors[1][1]
+
+
+def test_the_length_of_tokens_may_be_open_too(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 20))
+    ids = torch.randint(20, (2, 6))
+    done = matta.export(module, tmp_path / "m.onnx", format="onnx", example=(ids, ids), open_axes=(0, 1))
+    for shape in ((1, 3), (4, 9)):
+        ids = torch.randint(20, shape)
+        torch.testing.assert_close(matta.OnnxModule(done.path)(ids), module(ids))
+
+
+def by_sign(logit: Tensor) -> Tensor:
+    return logit if logit.sum() > 0 else -logit
+
+
+def by_four(logit: Tensor) -> Tensor:
+    return logit.view(2, -1).repeat(1, 1).flatten()[:4] if len(logit) == 4 else logit.view(4, -1)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("head", [by_sign, by_four])
+def test_what_cannot_be_traced_is_refused_and_what_was_there_stays(
+    head: Callable[[Tensor], Tensor], format: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "ranker"
+    file.write_text("earlier")
+    with pytest.raises(ExportError, match=r"cannot be exported to .*safetensors|taken a length for a constant") as told:
+        matta.export(Ranker(head), file, format=format, example=EXAMPLE)
+    assert "\n" not in str(told.value)
+    assert file.read_text() == "earlier" and [*tmp_path.iterdir()] == [file]
+
+
+def test_a_difference_beyond_the_tolerance_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"differ by .* of the largest one, more than the tolerance -1"):
+        matta.export(Ranker(), tmp_path / "m.pt2", format="torch_export", example=EXAMPLE, tolerance=-1.0)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "pickle"}, "format='pickle'; expected one of: onnx, torch_export, safetensors, transformers"),
+        ({"format": "onnx"}, "format='onnx' without an example"),
+        ({"format": "safetensors", "int8": True}, "int8=True with format='safetensors'; expected 'onnx'"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        matta.export(Ranker(), tmp_path / "m", **arguments)
+
+
+ARCHITECTURES = [each.id for each in CASES]
+QUICK = ARCHITECTURES[:1]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.stress) for name in ARCHITECTURES]
+)
+def test_architectures_run_in_onnx_runtime_or_are_refused(name: str, tmp_path: Path) -> None:
+    """Every one of the zoo; `tests/test_exporting.py -m stress` says which are refused."""
+    module = matta.extract(case(name).nest()).float().eval()
+    example = case(name).batch()
+    inputs = split_labels(example)[0]
+    if name in REFUSED:
+        with pytest.raises(ExportError):
+            matta.export(module, tmp_path / "m.onnx", format="onnx", example=to_float(example))
+        return
+    done = matta.export(module, tmp_path / "m.onnx", format="onnx", example=to_float(example))
+    expected = logits_of(call(module, to_float(inputs)))
+    got = call(matta.OnnxModule(done.path), to_float(inputs))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+REFUSED: frozenset[str] = frozenset()
+
+
+def to_float(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.float64 else value
+    if isinstance(value, dict):
+        return {name: to_float(each) for name, each in value.items()}
+    return type(value)(to_float(each) for each in value)
