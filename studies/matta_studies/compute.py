@@ -438,14 +438,14 @@ def change(found: Found, count: int, sizes: Sequence[str]) -> Change:
 def hypervolumes(found: Found, name: str) -> list[float]:
     """By seed: how much of the plane of log size and loss is dominated by an arm's sizes, or by all those alone.
 
-    The loss reaches up to the largest of all arms with that seed, and the size one step beyond the TA's.
+    The loss reaches up to that of the Student alone with that seed: what is worse is worth nothing. The size reaches
+    one step beyond the TA's.
     """
     counts = parameters(found)
     sizes = sorted(SIZES, key=lambda size: counts[size])
     logs = [math.log(counts[size]) for size in sizes]
     arm_of = {size: alone(len(SIZES), size) if name == ALONE else name for size in SIZES}
-    every = [found.losses(arm, size) for arm in found.titles for size in found.models(arm)]
-    tops = [max(each) for each in zip(*every, strict=True)]
+    tops = found.losses(alone(len(SIZES), NARROWEST), NARROWEST)
     rows = zip(*(found.losses(arm_of[size], size) for size in sizes), strict=True)
     return [dominated(logs, losses, top) for losses, top in zip(rows, tops, strict=True)]
 
@@ -456,9 +456,11 @@ def dominated(sizes: Sequence[float], losses: Sequence[float], top: float) -> fl
     Example:
         >>> dominated([0.0, 1.0, 3.0], [0.5, 0.6, 0.2], top=1.0)
         3.1
+        >>> dominated([0.0, 1.0], [1.5, 0.5], top=1.0)
+        0.5
     """
     widths = [after - before for before, after in pairwise(sizes)]
-    best = [min(losses[: index + 1]) for index in range(len(losses))]
+    best = [min(top, *losses[: index + 1]) for index in range(len(losses))]
     return sum(width * (top - loss) for width, loss in zip([*widths, widths[-1]], best, strict=True))
 
 
