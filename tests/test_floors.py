@@ -27,7 +27,7 @@ MOST_FLOORS = {
     "optim": 3,
     "nesting": 6,
     "sizes": 4,
-    "choosing": 2,
+    "choosing": 3,
     "objectives": 3,
     "training": 5,
     "streams": 4,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from matta.errors import MattaError
-from matta.training.cotraining import Ramp, Weights
+from matta.training.loss_schedule import Ramp, Weights
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 200))

@@ -15,7 +15,8 @@ from matta.nesting.nested import Nested
 from matta.objectives.objective import Objective
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import SubModel
-from matta.training.cotraining import CoTraining, Ramp, Weights
+from matta.training.cotraining import CoTraining
+from matta.training.loss_schedule import Ramp, Weights
 
 Method = Literal["baseline", "matta", "unshared", "separate"]
 SHARES: Final = {"matta": "all", "unshared": "embeddings", "separate": "none"}  # what each way of training nests

@@ -2,11 +2,13 @@
 
 Read in this order:
 
-- `family`: `family` makes the table, `Family` picks from it and keeps it as JSON beside the nesting.
+- `family`: the table, the pick for a budget, and the JSON beside the nesting.
+- `survey`: makes the table.
 - `searching`: which sizes are evaluated where there are too many for all.
 - `measuring`: parameters, FLOPs, memory and latency of plain modules.
 """
 
-from matta.choosing.family import Family, Size, family
+from matta.choosing.family import Family, Size
+from matta.choosing.survey import family
 
 __all__ = ["Family", "Size", "family"]

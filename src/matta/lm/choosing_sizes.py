@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from matta.choosing.family import COLUMNS, FILE, Family, family
+from matta.choosing.family import COLUMNS, FILE, Family
+from matta.choosing.survey import family
 from matta.errors import RunError
 from matta.lm.command_settings import ChooseSettings
 from matta.training.reporting import rich_table

@@ -34,9 +34,10 @@ from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.objective import CausalLM
 from matta.sizes.submodels import random_sub_model
-from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Weights
+from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.fitting import fit
 from matta.training.loop import FitResult
+from matta.training.loss_schedule import Ramp, Weights
 from matta.training.processes import make_accelerator
 from matta.training.run_folder import MARKER, RunFolder
 

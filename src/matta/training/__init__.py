@@ -2,8 +2,8 @@
 
 Read in this order:
 
-- `cotraining`: the forward of a step, with the weights of the losses and their ramp (section 3.1), and whose
-  turn it is.
+- `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
+- `cotraining`: the forward of a step (section 3.1).
 - `fitting`: `fit` and its arguments. `loop`: what happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
@@ -14,10 +14,11 @@ Read in this order:
 - `snapshots`: extracted models, published while training continues.
 """
 
-from matta.training.cotraining import CoTraining, CoTrainingOutput, Ramp, Turns, Weights
+from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
 from matta.training.loop import FitResult, Observer
+from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
 from matta.training.snapshots import Snapshots, read_snapshot
 

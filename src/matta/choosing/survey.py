@@ -1,0 +1,233 @@
+"""Make the table of a nesting's sizes: which are evaluated, by what, and on what they are timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from matta.choosing.family import Family, Size
+from matta.choosing.measuring import Latency, cost_of, measure_latency, num_examples, resized
+from matta.choosing.searching import Choice, search
+from matta.errors import ChoiceError
+from matta.nesting.batches import Batch, split_labels
+from matta.nesting.nested import Nested
+from matta.sizes.extraction import extract
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names
+from matta.sizes.units import HIDDEN, find_units
+
+STUDENT, TA = "Student", "TA"
+TIMED_TOGETHER: Final = 8  # modules whose calls take turns; more would be in memory at once
+
+
+def family(
+    nested: Nested,
+    *,
+    evaluate: Callable[[nn.Module], float],
+    example: Batch,
+    higher_is_better: bool = False,
+    batch_sizes: Sequence[int] = (1,),
+    threads: int | None = 1,
+    device: str | torch.device | None = None,
+    calls: int = 50,
+    max_evaluations: int = 64,
+    progress: bool = True,
+) -> Family:
+    """The table of a nesting's sizes: what each costs, its latency here, and its quality by your own function.
+
+    All choices of wide and narrow layers are evaluated if they are at most `max_evaluations`. Of more the front of
+    parameters and quality is searched: Student, TA, wide-narrow-wide (section 4.2.3), each layer wide for itself, then
+    choices that a model of the effects of layers predicts to be best.
+
+    Args:
+        nested: The pair, after training.
+        evaluate: The quality of a plain module in eval mode, such as a held-out loss.
+        example: A batch, as in training; its inputs are what costs are measured on.
+        higher_is_better: Whether quality is to be high (an accuracy) and not low (a loss).
+        batch_sizes: Of the latencies; the first is what `choose` compares with.
+        threads: Of the latencies on a CPU; None: torch's present number.
+        device: Where modules are measured and evaluated; None: where the nesting is.
+        calls: Timed calls of each size and batch size; 0: no latency.
+        max_evaluations: The most calls of `evaluate`; at least two.
+        progress: Whether to show a bar (needs `rich`).
+
+    Raises:
+        ChoiceError: too few evaluations, a quality that is not a finite number, or Student and TA share no layer.
+        MattaError: the example has no batch axis.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
+        >>> x, y = torch.randn(16, 3), torch.rand(16)
+        >>> def loss(module): return matta.objectives.Binary().cross_entropy(module(x), y)
+        >>> len(family(nested, evaluate=loss, example=(x, y), progress=False).sizes)
+        2
+    """
+    if max_evaluations < 2 or calls < 0 or not batch_sizes or min(batch_sizes) < 1:
+        raise ChoiceError(
+            f"received max_evaluations={max_evaluations}, calls={calls}, batch_sizes={tuple(batch_sizes)}; expected at "
+            f"least 2 evaluations, no negative number of calls, and batch sizes from 1 up"
+        )
+    place = torch.device(device) if device is not None else next(nested.ta.parameters()).device
+    inputs = _moved(split_labels(example)[0], place)
+    num_examples(inputs)
+    judge = _Judge(nested, evaluate, inputs, place)
+    layers = _layers(nested)
+    with _bar(progress, min(max_evaluations, 2 ** len(layers))) as advance:
+
+        def loss(choice: Choice) -> float:
+            size = judge.size(_spec(layers, choice))
+            advance()
+            return -size.quality if higher_is_better else size.quality
+
+        found = search(len(layers), _additive_cost(judge, layers), loss, max_evaluations=max_evaluations)
+    student = _student_spec(nested)
+    specs = [_spec(layers, choice) for choice in found]
+    sizes = [judge.size(spec) for spec in (specs if student in specs else [student, *specs])]
+    timed = _timed(judge, sizes, batch_sizes, calls=calls, threads=threads)
+    return Family(
+        sizes=tuple(sorted(timed, key=lambda each: (each.parameters, each.name))),
+        higher_is_better=higher_is_better,
+        is_complete=len(found) == 2 ** len(layers),
+        threads=threads,
+        device=str(place),
+    )
+
+
+class _Judge:
+    """Takes sizes out one by one, and remembers what was found of each."""
+
+    def __init__(
+        self, nested: Nested, evaluate: Callable[[nn.Module], float], inputs: Any, device: torch.device
+    ) -> None:
+        self.nested, self.evaluate, self.inputs, self.device = nested, evaluate, inputs, device
+        self.found: dict[SubModel, Size] = {}
+
+    def module(self, spec: SubModel) -> nn.Module:
+        """A plain module of a size, in eval mode."""
+        return extract(self.nested, spec).to(self.device).eval()
+
+    def size(self, spec: SubModel) -> Size:
+        """A size without its latency."""
+        if spec not in self.found:
+            module = self.module(spec)
+            with torch.no_grad():
+                cost = cost_of(module, self.inputs)
+                quality = float(self.evaluate(module))
+            if not math.isfinite(quality):
+                raise ChoiceError(
+                    f"evaluate gave {quality} for {_name(self.nested, spec)!r}; expected a finite number: such as a "
+                    f"loss on held-out data"
+                )
+            self.found[spec] = Size(
+                name=_name(self.nested, spec), layers=dict(spec.choices), latencies=(), quality=quality, **asdict(cost)
+            )
+        return self.found[spec]
+
+
+def _additive_cost(judge: _Judge, layers: Sequence[Sequence[str]]) -> Callable[[Choice], float]:
+    """Parameters as the sum of what each wide layer adds: exact for blocks, near enough for widths to search by."""
+    shares: list[float] = []
+    base = 0.0
+
+    def count(choice: Choice) -> float:
+        return float(sum(each.numel() for each in extract(judge.nested, _spec(layers, choice)).parameters()))
+
+    def cost(choice: Choice) -> float:
+        nonlocal base
+        if not shares:
+            base = count((False,) * len(layers))
+            singles = (tuple(i == layer for i in range(len(layers))) for layer in range(len(layers)))
+            shares.extend(count(single) - base for single in singles)
+        return base + sum(share for share, wide in zip(shares, choice, strict=True) if wide)
+
+    return cost
+
+
+def _timed(
+    judge: _Judge, sizes: Sequence[Size], batch_sizes: Sequence[int], *, calls: int, threads: int | None
+) -> list[Size]:
+    """The sizes with their latencies; a few modules at a time, whose calls take turns."""
+    if not calls:
+        return list(sizes)
+    found: list[Size] = []
+    for start in range(0, len(sizes), TIMED_TOGETHER):
+        group = sizes[start : start + TIMED_TOGETHER]
+        modules = [judge.module(each.spec) for each in group]
+        latencies: list[list[Latency]] = [[] for _ in group]
+        for batch_size in batch_sizes:
+            inputs = resized(judge.inputs, batch_size)
+            measured = measure_latency(modules, inputs, calls=calls, threads=threads)
+            for (middle, high), of_size in zip(measured, latencies, strict=True):
+                of_size.append(Latency(batch_size=batch_size, median_ms=middle, p95_ms=high))
+        found += [replace(each, latencies=tuple(of_size)) for each, of_size in zip(group, latencies, strict=True)]
+    return found
+
+
+def _layers(nested: Nested) -> list[tuple[str, ...]]:
+    """What is chosen together: each layer for itself, or all where one hidden width runs through them.
+
+    Raises:
+        ChoiceError: Student and TA share no layer.
+    """
+    names = layer_names(nested)
+    if not names:
+        raise ChoiceError("the Student shares no layer with the TA, so there are no sizes between to choose from")
+    return [names] if HIDDEN in names else [(name,) for name in names]
+
+
+def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:
+    pairs = zip(layers, choice, strict=True)
+    return SubModel({name: WIDE if wide else NARROW for names, wide in pairs for name in names})
+
+
+def _student_spec(nested: Nested) -> SubModel:
+    """The Student: all narrow, and of a deeper TA the blocks alone that hold it."""
+    choices = {}
+    for unit in find_units(nested.student, nested.ta, nested.plan):
+        is_skipped = unit.layers is not None and unit.index not in unit.layers.indices
+        choices[unit.name] = SKIP if is_skipped else NARROW
+    return SubModel(choices)
+
+
+def _name(nested: Nested, spec: SubModel) -> str:
+    """The layers that are wide; the ends have the names of the paper."""
+    wide = [name for name, choice in spec.choices.items() if choice == WIDE]
+    if len(wide) == len(spec.choices):
+        return TA
+    if not wide:
+        return STUDENT if spec == _student_spec(nested) else "narrow"
+    return "wide: " + ", ".join(wide)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(each, device) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+@contextmanager
+def _bar(is_shown: bool, total: int) -> Iterator[Callable[[], None]]:
+    """What is called after each evaluation."""
+    if not is_shown:
+        yield lambda: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError:
+        raise ChoiceError("progress=True needs rich: pip install 'matta[fit]', or progress=False") from None
+    columns = (TextColumn("sizes"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda: shown.advance(task)
