@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import matta
 from matta.choosing.family import FILE, Family, Size
-from matta.choosing.measuring import Latency, cost_of, measure_latency, resized
+from matta.choosing.measuring import Latency, measure_cost, measure_latency, resized
 from matta.choosing.searching import front, gain, hypervolume, search
 from matta.cli import main
 from matta.errors import ChoiceError
@@ -291,8 +291,8 @@ def test_a_folder_without_a_table_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 def test_activations_are_those_held_at_once() -> None:
     module = nn.Sequential(nn.Linear(6, 1000), nn.ReLU(), nn.Linear(1000, 10), nn.Linear(10, 1))
-    assert cost_of(module, X).activation_bytes == 2 * 1000 * 4, "the two wide ones, each of four bytes"
-    assert cost_of(nn.Sequential(nn.Linear(6, 100), nn.ReLU(inplace=True)), X).activation_bytes == 100 * 4
+    assert measure_cost(module, X).activation_bytes == 2 * 1000 * 4, "the two wide ones, each of four bytes"
+    assert measure_cost(nn.Sequential(nn.Linear(6, 100), nn.ReLU(inplace=True)), X).activation_bytes == 100 * 4
 
 
 def test_inputs_are_resized_row_by_row() -> None:

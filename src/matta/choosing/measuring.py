@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from matta.errors import MattaError
-from matta.nesting.batches import call
+from matta.nesting.batches import call, map_tensors, tensors_of
 
 WARM_UP_CALLS = 5
 
@@ -52,11 +52,11 @@ class Cost:
 
 
 @torch.no_grad()
-def cost_of(module: nn.Module, inputs: Any) -> Cost:
+def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     """The cost of a module on the inputs of a batch.
 
     Example:
-        >>> cost_of(nn.Linear(4, 2), torch.zeros(3, 4)).flops
+        >>> measure_cost(nn.Linear(4, 2), torch.zeros(3, 4)).flops
         16.0
     """
     count = num_examples(inputs)
@@ -92,9 +92,9 @@ class _Held(TorchDispatchMode):
         self._shown: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = {each.untyped_storage()._cdata for each in _tensors((*args, *(kwargs or {}).values()))}
+        inside = {each.untyped_storage()._cdata for each in tensors_of((*args, *(kwargs or {}).values()))}
         made = func(*args, **(kwargs or {}))
-        for tensor in _tensors(made):
+        for tensor in tensors_of(made):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in self._shown:
@@ -125,7 +125,7 @@ def num_examples(inputs: Any) -> int:
         >>> num_examples({"flag": True, "x": torch.zeros(3, 2)})
         3
     """
-    for each in _tensors(inputs):
+    for each in tensors_of(inputs):
         if each.ndim:
             return len(each)
     raise MattaError("the example has no tensor with a batch axis; expected a batch of inputs")
@@ -142,27 +142,12 @@ def resized(inputs: Any, batch_size: int) -> Any:
     """
     count = num_examples(inputs)
 
-    def change(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == count:
-            return value[torch.arange(batch_size, device=value.device) % count]
-        if isinstance(value, Mapping):
-            return {name: change(each) for name, each in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(change(each) for each in value)
-        return value
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.ndim and len(tensor) == count:
+            return tensor[torch.arange(batch_size, device=tensor.device) % count]
+        return tensor
 
-    return change(inputs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
+    return map_tensors(inputs, change)
 
 
 @torch.no_grad()
@@ -195,7 +180,7 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def _synchronize(inputs: Any) -> None:
-    first = next(_tensors(inputs))
+    first = tensors_of(inputs)[0]
     if first.device.type == "cuda":
         torch.cuda.synchronize(first.device)
 

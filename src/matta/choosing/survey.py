@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from matta.choosing.family import Family, Size
-from matta.choosing.measuring import Latency, cost_of, measure_latency, num_examples, resized
+from matta.choosing.measuring import Latency, measure_cost, measure_latency, num_examples, resized
 from matta.choosing.searching import Choice, search
 from matta.errors import ChoiceError
-from matta.nesting.batches import Batch, split_labels
+from matta.nesting.batches import Batch, map_tensors, split_labels
 from matta.nesting.nested import Nested
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names
@@ -75,7 +75,7 @@ def family(
             f"least 2 evaluations, no negative number of calls, and batch sizes from 1 up"
         )
     place = torch.device(device) if device is not None else next(nested.ta.parameters()).device
-    inputs = _moved(split_labels(example)[0], place)
+    inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
     num_examples(inputs)
     judge = _Judge(nested, evaluate, inputs, place)
     layers = _layers(nested)
@@ -118,7 +118,7 @@ class _Judge:
         if spec not in self.found:
             module = self.module(spec)
             with torch.no_grad():
-                cost = cost_of(module, self.inputs)
+                cost = measure_cost(module, self.inputs)
                 quality = float(self.evaluate(module))
             if not math.isfinite(quality):
                 raise ChoiceError(
@@ -204,16 +204,6 @@ def _name(nested: Nested, spec: SubModel) -> str:
     if not wide:
         return STUDENT if spec == _student_spec(nested) else "narrow"
     return "wide: " + ", ".join(wide)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _moved(each, device) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(each, device) for each in value)
-    return value
 
 
 @contextmanager

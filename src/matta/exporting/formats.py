@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from matta.choosing.measuring import num_examples, resized
 from matta.errors import ExportError, MattaError
-from matta.exporting.onnx_runtime import OnnxModule, tensors
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.exporting.onnx_runtime import OnnxModule
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels, tensors_of
 from matta.sizes.storage import whole_file
 
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
@@ -183,18 +183,7 @@ class _Positional(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         left = iter(values)
-        return logits_of(call(self.module, _rebuilt(self.inputs, left)))
-
-
-def _rebuilt(value: Any, tensors_left: Iterator[Tensor]) -> Any:
-    """The inputs of a batch with other tensors in the places of its own."""
-    if isinstance(value, Tensor):
-        return next(tensors_left)
-    if isinstance(value, Mapping):
-        return {name: _rebuilt(each, tensors_left) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_rebuilt(each, tensors_left) for each in value)
-    return value
+        return logits_of(call(self.module, map_tensors(self.inputs, lambda _: next(left))))
 
 
 def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[int, Any], ...]:
@@ -206,24 +195,22 @@ def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[i
     )
 
 
-def _shorter(value: Any, count: int, axes: Sequence[int]) -> Any:
+def _shorter(inputs: Any, count: int, axes: Sequence[int]) -> Any:
     """The inputs, one shorter on every open axis beside that of the batch."""
-    if isinstance(value, Tensor):
+
+    def cut(tensor: Tensor) -> Tensor:
         for axis in axes:
-            if axis and axis < value.ndim and len(value) == count and value.shape[axis] > SMALLEST_BATCH:
-                value = value.narrow(axis, 0, value.shape[axis] - 1)
-        return value
-    if isinstance(value, Mapping):
-        return {name: _shorter(each, count, axes) for name, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_shorter(each, count, axes) for each in value)
-    return value
+            if axis and axis < tensor.ndim and len(tensor) == count and tensor.shape[axis] > SMALLEST_BATCH:
+                tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+        return tensor
+
+    return map_tensors(inputs, cut)
 
 
 def _names(inputs: Any) -> list[str]:
     if isinstance(inputs, Mapping) and all(isinstance(each, Tensor) for each in inputs.values()):
         return list(inputs)
-    return [f"input_{index}" for index, _ in enumerate(tensors(inputs))]
+    return [f"input_{index}" for index, _ in enumerate(tensors_of(inputs))]
 
 
 def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
@@ -232,7 +219,7 @@ def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...]
             __import__(package)
         except ModuleNotFoundError:
             raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
-    values = list(tensors(inputs))
+    values = tensors_of(inputs)
     with _traced("ONNX"), _quiet():
         program = torch.onnx.export(
             _Positional(module, inputs),
@@ -264,21 +251,12 @@ def _quantised(file: Path) -> Path:
 
 
 def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
-    values = list(tensors(inputs))
+    values = tensors_of(inputs)
     axes = iter(_open(values, num_examples(inputs), open_axes))
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return next(axes)
-        if isinstance(value, Mapping):
-            return {name: of(each) for name, each in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(of(each) for each in value)
-        return None
 
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    shapes = of(kwargs) if kwargs else of(args)
+    shapes = map_tensors(kwargs or args, lambda _: next(axes))
     with _traced("torch.export"), _quiet():
         program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         buffer = io.BytesIO()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import ExportError
+from matta.nesting.batches import tensors_of
 
 
 @final
@@ -56,7 +56,7 @@ class OnnxModule(nn.Module):
         Raises:
             ExportError: the inputs are others than those of the file.
         """
-        given = list(tensors(args))
+        given = tensors_of(args)
         named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         feed = named or dict(zip(self.names, given, strict=False))
         if feed.keys() != set(self.names):
@@ -65,18 +65,6 @@ class OnnxModule(nn.Module):
             )
         values = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in feed.items()}
         return torch.from_numpy(self.session.run(None, values)[0])
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from tensors(each)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ arguments, or a pair (inputs, labels) with inputs a tensor or a tuple of positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,30 @@ def call(module: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return module(*inputs)
     return module(inputs)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same tuples, lists and mappings with every tensor changed.
+
+    Example:
+        >>> map_tensors({"x": (torch.ones(2), "told")}, lambda tensor: 2 * tensor)
+        {'x': (tensor([2., 2.]), 'told')}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(each, change) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [map_tensors(each, change) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.nesting.batches import Batch, call, logits_of, split_labels
+from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.labels import Labels, TopK
 from matta.objectives.objective import Objective
@@ -101,7 +101,7 @@ class Evaluation:
         device = next(nested.parameters()).device
         with evaluating(nested):
             for batch in self.data:
-                inputs, labels = _to_device(split_labels(batch), device)
+                inputs, labels = map_tensors(split_labels(batch), lambda tensor: tensor.to(device))
                 for tally in tallies.values():
                     tally.add(inputs, labels)
         return {f"{model}_{name}": value for model, tally in tallies.items() for name, value in tally.values()}
@@ -152,15 +152,3 @@ def _rows(logits: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     if logits.numel() == labels.numel():
         return logits.reshape(labels.shape), labels
     return logits.flatten(0, -2), labels.flatten()
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _to_device(each, device) for name, each in value.items()}
-    if isinstance(value, TopK):
-        return TopK(*(each.to(device) for each in value))
-    if isinstance(value, tuple | list):
-        return tuple(_to_device(each, device) for each in value)
-    return value
