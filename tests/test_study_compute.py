@@ -261,7 +261,9 @@ def test_the_whole_study_on_made_tuples(
         assert change["percent"] == pytest.approx(fmean(100 * (ours / theirs - 1) for ours, theirs in pairs))
     assert results["best_peer"] in PEERS
     assert results["hypervolume"].keys() == {*WAYS, family(8), ALONE}
-    assert set(results["worse_than_smaller"]) <= {*SIZES}
+    assert all(set(sizes) <= {*SIZES} for sizes in results["worse_than_smaller"].values())
+    means = results["together_vs_alone_mean_percent"]["8"]
+    assert means.keys() == results["family_vs_alone_mean_percent"]["8"].keys() and means["percent"] < 100
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
     assert f"{short} short" in told and "less is better" in capsys.readouterr().out

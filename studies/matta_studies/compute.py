@@ -382,11 +382,19 @@ def run_study(plan: ComputePlan, run_jobs: RunJobs, folder: Path, console: Conso
 def results_of(plan: ComputePlan, found: Found, costs: Costs) -> dict[str, Any]:
     """Everything that the study found, in types that JSON gives back as they are."""
     whole = family(len(SIZES))
+    wanted = plan.wanted.items()
     changes = {
-        str(count): _told({size: change(found, count, [size]) for size in sizes})
-        for count, sizes in plan.wanted.items()
+        str(count): _told({size: change(found, family(count), count, [size]) for size in sizes})
+        for count, sizes in wanted
     }
-    means = _told({count: change(found, count, sizes) for count, sizes in plan.wanted.items()})
+    means = {
+        "family_vs_alone_mean_percent": _told(
+            {count: change(found, family(count), count, sizes) for count, sizes in wanted}
+        ),
+        "together_vs_alone_mean_percent": _told(
+            {count: change(found, TOGETHER, count, sizes) for count, sizes in wanted}
+        ),
+    }
     volumes = {name: hypervolumes(found, name) for name in (whole, *WAYS, ALONE)}
     best = max(PEERS, key=lambda name: fmean(volumes[name]))
     ratios = {name: relative_change(volumes[name], volumes[best]) for name in (whole, TOGETHER)}
@@ -394,12 +402,12 @@ def results_of(plan: ComputePlan, found: Found, costs: Costs) -> dict[str, Any]:
     results = {
         **task,
         "family_vs_alone_percent": changes,
-        "family_vs_alone_mean_percent": means,
+        **means,
         "hypervolume_ratio": 1.0 + ratios[whole].mean / 100.0,
         "hypervolume_change": _told(ratios),
         "best_peer": best,
         "hypervolume": {name: fmean(each) for name, each in volumes.items()},
-        "worse_than_smaller": worse_than_smaller(found, whole),
+        "worse_than_smaller": {name: worse_than_smaller(found, name) for name in (whole, TOGETHER)},
         "sizes": {size: found.measured[whole][0]["models"][size]["widths"] for size in SIZES},
         "parameters": parameters(found),
         "seconds": {arm: fmean(found.losses(arm, found.models(arm)[0], "seconds")) for arm in found.titles},
@@ -426,9 +434,9 @@ def _told(changes: Mapping[Any, Change]) -> dict[str, Any]:
     return {str(name): change.to_json() for name, change in changes.items()}
 
 
-def change(found: Found, count: int, sizes: Sequence[str]) -> Change:
-    """The mean loss of some sizes of a family, against those sizes trained alone where `count` are wanted."""
-    together = [found.losses(family(count), size) for size in sizes]
+def change(found: Found, arm: str, count: int, sizes: Sequence[str]) -> Change:
+    """The mean loss of some sizes of an arm, against those sizes trained alone where `count` are wanted."""
+    together = [found.losses(arm, size) for size in sizes]
     apart = [found.losses(alone(count, size), size) for size in sizes]
     return relative_change(
         [fmean(each) for each in zip(*together, strict=True)], [fmean(each) for each in zip(*apart, strict=True)]
@@ -527,18 +535,26 @@ def _change_row(results: Mapping[str, Any], size: str) -> tuple[str, ...]:
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What the tables say in words."""
-    means = {count: Change.told(each) for count, each in results["family_vs_alone_mean_percent"].items()}
-    in_turns, together = (Change.told(results["hypervolume_change"][arm]) for arm in (family(len(SIZES)), TOGETHER))
+    in_turns, together = (
+        {count: Change.told(each) for count, each in results[f"{name}_vs_alone_mean_percent"].items()}
+        for name in (FAMILY, TOGETHER)
+    )
+    volumes = [Change.told(results["hypervolume_change"][arm]) for arm in (family(len(SIZES)), TOGETHER)]
     shares = [each / results["seconds"][TOGETHER] for arm, each in results["seconds"].items() if ALONE not in arm]
-    worse = ", ".join(results["sizes"][size] for size in results["worse_than_smaller"]) or "none"
+    worse = [
+        "; ".join(results["sizes"][size] for size in sizes) or "none"
+        for sizes in results["worse_than_smaller"].values()
+    ]
     return [
         *(
-            f"{count} sizes wanted: {each}, the mean of these sizes against each alone."
-            for count, each in means.items()
+            f"{count} sizes wanted, their mean against each alone: in turns {each}, all in every step "
+            f"{together[count]}."
+            for count, each in in_turns.items()
         ),
         f"Hypervolume of loss and log size against the best peer's ({WAYS.get(results['best_peer'], 'each alone')}): "
-        f"in turns {in_turns}, all in every step {together} (more is better).",
-        f"Sizes of the family that are worse than a smaller one beyond the interval: {worse}.",
+        f"in turns {volumes[0]}, all in every step {volumes[1]} (more is better).",
+        f"Sizes that are worse than a smaller one beyond the interval: in turns {worse[0]}; all in every step "
+        f"{worse[1]}.",
         f"Processor seconds of the shared runs: {min(shares):.2f} to {max(shares):.2f} of those of MatTA with all in "
         f"every step.",
         f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds.",
