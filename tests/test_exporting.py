@@ -155,6 +155,12 @@ def test_what_cannot_be_traced_is_refused_and_what_was_there_stays(
     assert file.read_text() == "earlier" and [*tmp_path.iterdir()] == [file]
 
 
+def test_what_one_onnx_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    module = nn.Linear(2**15, 2**14 + 1, device="meta")
+    with pytest.raises(ExportError, match="has 2,147,680,260 bytes of weights; expected at most 2,130,706,432"):
+        matta.export(module, tmp_path / "m.onnx", format="onnx", example=(torch.zeros(1, 2**15), torch.zeros(1)))
+
+
 def test_a_difference_beyond_the_tolerance_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"differ by .* of the largest one, more than the tolerance -1"):
         matta.export(Ranker(), tmp_path / "m.pt2", format="torch_export", example=EXAMPLE, tolerance=-1.0)

@@ -64,11 +64,11 @@ GRID = Grid(
     trials=((64, 0.05),),
     family_trials=((0.05, 0.5, 0.5),),
     family_batch=64,
-    budget_passes=4.0,
+    budget_passes=1.0,
     short_examples=128,
     short_batch=32,
     short_rate=0.05,
-    short_trials=((6.0, 0.1),),
+    short_trials=((3.0, 0.1),),
 )
 TASKS = ("films", "flights", "text")
 
@@ -178,7 +178,7 @@ def test_grids_have_as_many_trials_for_all(name: str) -> None:
 def test_every_way_learns_and_repeats(way: str, films: Task) -> None:
     trial = Attempt(way=way, batch=64, lr=0.05, passes=12, alone=0.5, student_chance=0.5)
     if way in (PRUNED, STAGES):
-        trial = replace(trial, later_passes=(8.0,) * 7)
+        trial = replace(trial, later_passes=(3.0,) * 7)
     models = run_job(job_of(trial), films)["models"]
     assert [*models] == [*SIZES] and all(models[size].pop("seconds") > 0 for size in SIZES)
     for size in SIZES:

@@ -73,7 +73,8 @@ class Family:
     """The sizes of a nesting, from the smallest; made by `matta.family`, kept as JSON by `save`.
 
     Example:
-        >>> import matta
+        >>> import matta, torch
+        >>> from torch import nn
         >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
         >>> nested = matta.nest(tower(4), tower(8))
         >>> example = torch.zeros(16, 3), torch.zeros(16)

@@ -19,6 +19,7 @@ Choice = tuple[bool, ...]
 
 MOST_LISTED = 2**14
 RIDGE = 1e-3  # of the least squares, relative to the mean square of an input
+MOST_CHANGED = 12  # choices of which neighbours are candidates
 AT_ONCE = 4  # sizes that are evaluated before the model is fitted again
 
 
@@ -77,26 +78,27 @@ def _promising(
     candidates = [each for each in _candidates(losses, num_layers, random) if each not in losses]
     if not candidates:
         return []
-    predicted = dict(zip(candidates, _predict(losses, candidates), strict=True))
-    costs = {each: cost(each) for each in (*losses, *candidates)}
-    points = [(costs[each], loss) for each, loss in losses.items()]
+    predicted = torch.tensor(_predict(losses, candidates), dtype=torch.float64)
+    costs = torch.tensor([cost(each) for each in candidates], dtype=torch.float64)
+    points = [(cost(each), loss) for each, loss in losses.items()]
+    most = max(cost for cost, _ in points)
     chosen: list[Choice] = []
     for _ in range(min(count, len(candidates))):
-        steps, most = front(points), max(cost for cost, _ in points)
-        best = max(
-            (each for each in candidates if each not in chosen),
-            key=lambda each: gain(steps, costs[each], predicted[each], most),
-        )
-        chosen.append(best)
-        points.append((costs[best], predicted[best]))
+        gains = gain(front(points), costs, predicted, most)
+        gains[[candidates.index(each) for each in chosen]] = -1.0
+        best = int(gains.argmax())
+        chosen.append(candidates[best])
+        points.append((float(costs[best]), float(predicted[best])))
     return chosen
 
 
 def _candidates(losses: Mapping[Choice, float], num_layers: int, random: Random) -> list[Choice]:
     if 2**num_layers <= MOST_LISTED:
         return list(product((False, True), repeat=num_layers))
-    found = {tuple(random.random() < share for _ in range(num_layers)) for share in [i / 32 for i in range(33)] * 64}
-    for choice in losses:
+    shares = [i / 32 for i in range(33)] * 64
+    found = {tuple(random.random() < share for _ in range(num_layers)) for share in shares}
+    best = sorted(losses, key=lambda choice: losses[choice])[:MOST_CHANGED]
+    for choice in best:
         for layer, other in product(range(num_layers), repeat=2):  # one changed, or two
             found.add(tuple(wide != (index in (layer, other)) for index, wide in enumerate(choice)))
     return sorted(found)
@@ -134,17 +136,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def gain(steps: Sequence[tuple[float, float]], cost: float, loss: float, last: float) -> float:
-    """The area that a point adds below the steps of a front, up to the cost `last`.
+def gain(steps: Sequence[tuple[float, float]], costs: Tensor, losses: Tensor, last: float) -> Tensor:
+    """The area that each of some points adds below the steps of a front, up to the cost `last`.
 
     Example:
-        >>> gain([(0.0, 1.0)], cost=1.0, loss=0.75, last=3.0)
-        0.5
+        >>> gain([(0.0, 1.0)], torch.tensor([1.0, 4.0]), torch.tensor([0.75, 0.0]), last=3.0)
+        tensor([0.5000, 0.0000])
     """
-    edges = [*steps, (last, steps[-1][1])]
-    added = 0.0
-    for (start, height), (end, _) in pairwise(edges):
-        added += max(0.0, min(end, last) - max(start, cost)) * max(0.0, height - loss)
+    added = torch.zeros_like(losses)
+    for (start, height), (end, _) in pairwise([*steps, (last, 0.0)]):
+        added += (min(end, last) - costs.clamp(min=start)).clamp(min=0.0) * (height - losses).clamp(min=0.0)
     return added
 
 

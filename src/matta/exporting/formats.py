@@ -28,6 +28,7 @@ Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
 FORMATS: Final = get_args(Format)
 TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in another order
 SMALLEST_BATCH: Final = 2  # a traced batch of one would be taken for a constant
+LARGEST_ONNX: Final = 2**31 - 2**24  # bytes of weights: a file is one protobuf message of less than 2 GiB
 OTHER_BATCH: Final = 3  # added to the example's, to compare with a batch of another size
 
 
@@ -106,6 +107,8 @@ def export(
             raise ExportError(f"format={format!r} without an example; expected a batch to trace the module with")
         inputs = split_labels(example)[0]
         inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
+        if format == "onnx":
+            _require_one_file(module)
         write = _onnx if format == "onnx" else _torch_export
         allowed = TOLERANCE if tolerance is None else tolerance
         with whole_file(target) as made:
@@ -119,6 +122,15 @@ def export(
             quality = None if evaluate is None else _quality(evaluate, read)
             size = made.stat().st_size
     return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
+
+
+def _require_one_file(module: nn.Module) -> None:
+    size = sum(each.numel() * each.element_size() for each in module.parameters())
+    if size > LARGEST_ONNX:
+        raise ExportError(
+            f"the module has {size:,} bytes of weights; expected at most {LARGEST_ONNX:,} for one ONNX file: export "
+            f"format='torch_export' or 'safetensors'"
+        )
 
 
 def _quality(evaluate: Callable[[nn.Module], float], module: nn.Module) -> float:
