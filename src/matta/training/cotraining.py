@@ -193,8 +193,8 @@ class CoTraining(nn.Module):
         *,
         num_steps: int,
         wanted: Sequence[SubModel] | None = None,
-        alone: float = 0.6,
-        student_chance: float = 0.5,
+        alone: float = 0.5,
+        student_chance: float = 0.3,
         distill: float = 0.5,
         teacher: nn.Module | None = None,
     ) -> CoTraining:
@@ -221,7 +221,7 @@ class CoTraining(nn.Module):
             >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
             >>> nested = matta.nest(tower(4), tower(8), warm_start=True)
             >>> CoTraining.for_family(nested, matta.objectives.Binary(), num_steps=1000).turns
-            Turns(alone_steps=600, student_chance=0.5)
+            Turns(alone_steps=500, student_chance=0.3)
         """
         if not 0 <= alone <= 1:
             raise MattaError(f"received alone={alone}; expected a share of the steps, from 0 to 1")

@@ -87,11 +87,11 @@ class Turns:
 
     Example:
         >>> Turns(alone_steps=100)
-        Turns(alone_steps=100, student_chance=0.5)
+        Turns(alone_steps=100, student_chance=0.3)
     """
 
     alone_steps: int = 0
-    student_chance: float = 0.5
+    student_chance: float = 0.3
 
     def __post_init__(self) -> None:
         if self.alone_steps < 0:
