@@ -51,6 +51,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same tuples, lists and mappings with every tensor changed.
 
     Example:
+        >>> import torch
         >>> map_tensors({"x": (torch.ones(2), "told")}, lambda tensor: 2 * tensor)
         {'x': (tensor([2., 2.]), 'told')}
     """
