@@ -100,8 +100,8 @@ def measure(*, num_blocks: int, num_steps: int, max_evaluations: int) -> dict[st
     errors = []
     for size in found.pareto():
         module = matta.extract(nested, size.spec).eval()
-        ((again, _),) = measure_latency([module], resized(x, 64), calls=50, threads=1)
-        errors.append(100 * abs(again / size.latency_ms - 1))
+        (again,) = measure_latency([module], resized(x, 64), calls=50, threads=1)
+        errors.append(100 * abs(again.median_ms / size.latency_ms - 1))
     return {
         "blocks": num_blocks,
         "evaluations": len(found.sizes),

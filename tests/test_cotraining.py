@@ -395,6 +395,19 @@ def _deep_tower(width: int) -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
+def test_fit_shows_the_losses_of_what_was_trained_alone() -> None:
+    pytest.importorskip("accelerate")
+    nested = matta.nest(_tower(4), _tower(7), warm_start=True)
+    shown = {}
+    for steps in (2, 4):
+        cotrain = matta.CoTraining(nested, Classification(), turns=matta.Turns(alone_steps=3))
+        optimizer = torch.optim.SGD(nested.parameters(), 0.0)
+        shown[steps] = matta.fit(cotrain, [(X, Y)] * 4, optimizer, steps=steps, progress=False, log_every=1).losses
+    student, ta = (functional.cross_entropy(module(X), Y).item() for module in (nested.student, nested.ta))
+    assert shown[2] == pytest.approx({"student": student})
+    assert shown[4].keys() == {"student", "ta", "distill"} and shown[4]["ta"] == pytest.approx(ta)
+
+
 def test_a_family_is_trained_in_turns_with_the_sizes_wanted() -> None:
     nested = matta.nest(_deep_tower(4), _deep_tower(7), warm_start=True)
     between = {matta.SubModel({"0": "wide", "2": "narrow"}), matta.SubModel({"0": "narrow", "2": "wide"})}

@@ -88,12 +88,21 @@ def test_weights_are_read_back_bit_for_bit_and_tied_again(tmp_path: Path) -> Non
             self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
             self.head.weight = self.embed.weight
             self.register_buffer("steps", torch.tensor([torch.nan, -0.0]))
+            self.register_buffer("count", torch.tensor(3))
 
     module, fresh = Tied().half(), Tied().half()
     done = matta.export(module, tmp_path / "tied.safetensors", format="safetensors")
     assert done.error == 0.0 and done.bytes < 2 * 9 * 4 * 2 + 400
     load_model(fresh, done.path)
     assert fresh.head.weight is fresh.embed.weight and torch.equal(fresh.embed.weight, module.embed.weight)
+
+
+def test_weights_that_overlap_are_refused_in_a_line(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    module[1].weight = nn.Parameter(module[0].weight.detach()[:2])
+    with pytest.raises(ExportError, match="cannot be exported as safetensors: RuntimeError") as told:
+        matta.export(module, tmp_path / "m.safetensors", format="safetensors")
+    assert "\n" not in str(told.value) and not [*tmp_path.iterdir()]
 
 
 def test_a_folder_of_transformers(tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ def test_what_cannot_be_traced_is_refused_and_what_was_there_stays(
 ) -> None:
     file = tmp_path / "ranker"
     file.write_text("earlier")
-    with pytest.raises(ExportError, match=r"cannot be exported to .*safetensors|taken a length for a constant") as told:
+    with pytest.raises(ExportError, match=r"cannot be exported as .*safetensors|taken a length for a constant") as told:
         matta.export(Ranker(head), file, format=format, example=EXAMPLE)
     assert "\n" not in str(told.value)
     assert file.read_text() == "earlier" and [*tmp_path.iterdir()] == [file]

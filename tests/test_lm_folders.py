@@ -28,9 +28,9 @@ from matta.lm.command_settings import ExtractSettings
 from matta.lm.configurations import fit_configuration
 from matta.lm.extracting import require_writable, run, spec_of, specs_of
 from matta.lm.folders import CODE, auto_class, export
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe import NESTED, read_recipe
 from matta.lm.tokens import load_tokenizer
-from matta.lm.trained_runs import NESTED, RESULTS, write_run
+from matta.lm.trained_runs import RESULTS, write_run
 
 VOCABULARY = 300
 IDS = torch.arange(5, 29).view(2, 12)

@@ -44,12 +44,11 @@ from matta_studies.compute_tasks import (
     WIDEST,
     Films,
     Flights,
-    GptWidths,
     Task,
-    Topics,
     shuffled_rows,
     spec_of,
 )
+from matta_studies.compute_text import GptWidths, Topics
 from matta_studies.compute_training import ALONE, FAMILY, PRUNED, STAGES, TOGETHER, Attempt
 from matta_studies.experiment import Job, Measured, Training
 from matta_studies.language import GptSize, cut
@@ -262,10 +261,16 @@ def test_the_whole_study_on_made_tuples(
     assert results["best_peer"] in PEERS
     assert results["hypervolume"].keys() == {*WAYS, family(8), ALONE}
     assert all(set(sizes) <= {*SIZES} for sizes in results["worse_than_smaller"].values())
-    means = results["together_vs_alone_mean_percent"]["8"]
-    assert means.keys() == results["family_vs_alone_mean_percent"]["8"].keys() and means["percent"] < 100
+    for name, arm in (("family", family(8)), ("together", TOGETHER)):
+        ours, theirs = (
+            [fmean(losses[each or alone(8, size)][size]["seeds"][seed] for size in SIZES) for seed in range(2)]
+            for each in (arm, "")
+        )
+        expected = fmean(100 * (one / other - 1) for one, other in zip(ours, theirs, strict=True))
+        assert results[f"{name}_vs_alone_mean_percent"]["8"]["percent"] == pytest.approx(expected)
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
+    assert ("Processor seconds of the shared runs" in told) == (short == "compute")
     assert f"{short} short" in told and "less is better" in capsys.readouterr().out
 
 

@@ -102,7 +102,9 @@ COMMANDS = (
     _study("relevance", "rank films for users: Student, TA and all sizes between, against a tuned baseline"),
     _study("quality", "late flights, predicted online, with and without Shampoo, against a tuned baseline"),
     _study("ablations", "optimizers, sharing, weights, sizes, depth and Teachers, on both studies"),
-    _study("compute", "a family of film rankers against its sizes trained alone, at equal processor time"),
+    _study(
+        "compute", "a family against its sizes trained alone, at equal processor time or with short data", "lm,study"
+    ),
     _study("language", "a small GPT-2 on real text, and its family, against a tuned baseline", extra="lm,study"),
     Command(
         words=("figure", "preconditioner"),

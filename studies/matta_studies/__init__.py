@@ -14,6 +14,7 @@ Read in this order:
 - `labelled_films`, `event_streams`, `rankers`: data and models of the two case studies.
 - `relevance`, `quality`, `language`: three studies.
 - `ablation_variants`, `ablations`: one change at a time, on both case studies.
-- `compute`: the family against its sizes trained alone, at equal processor time.
+- `compute`: the family against its sizes trained alone, at equal processor time or with short data; what it trains is
+  in `compute_tasks` and `compute_text`, and how in `compute_training`.
 - `preconditioner_figure`: the picture of Shampoo's factors (Fig. 4).
 """

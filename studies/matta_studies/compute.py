@@ -545,7 +545,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         "; ".join(results["sizes"][size] for size in sizes) or "none"
         for sizes in results["worse_than_smaller"].values()
     ]
-    return [
+    lines = [
         *(
             f"{count} sizes wanted, their mean against each alone: in turns {each}, all in every step "
             f"{together[count]}."
@@ -555,7 +555,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         f"in turns {volumes[0]}, all in every step {volumes[1]} (more is better).",
         f"Sizes that are worse than a smaller one beyond the interval: in turns {worse[0]}; all in every step "
         f"{worse[1]}.",
-        f"Processor seconds of the shared runs: {min(shares):.2f} to {max(shares):.2f} of those of MatTA with all in "
-        f"every step.",
         f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds.",
     ]
+    if results["short"] == COMPUTE:
+        lines.append(
+            f"Processor seconds of the shared runs: {min(shares):.2f} to {max(shares):.2f} of those of MatTA with all "
+            f"in every step."
+        )
+    return lines

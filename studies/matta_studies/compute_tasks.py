@@ -1,4 +1,4 @@
-"""What the study of equal compute trains: a film ranker, a model of flights, a small GPT-2; each in eight sizes.
+"""What the study of equal compute trains: a film ranker, or a model of flights, in eight sizes (text: `compute_text`).
 
 A size is a word of three letters, one for each layer that a sub-model chooses: "n" is narrow, the Student's width, and
 "w" is wide, the TA's.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Final, TypeVar, final
@@ -16,17 +16,15 @@ from typing import Final, TypeVar, final
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 
 from matta.nesting.batches import Batch
-from matta.nesting.nested import Nested, nest
-from matta.objectives.objective import Binary, CausalLM, Objective
+from matta.nesting.nested import Nested
+from matta.objectives.objective import Binary, Objective
 from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings
-from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics
 from matta_studies.rankers import EventModel, Ranker, RankerSize, nest_rankers
-from matta_studies.relevance import STUDENT_SIZE, copy_data, read_data, tuples_loss
+from matta_studies.relevance import DATA_FILE, STUDENT_SIZE, copy_data, read_data, tuples_loss
 from matta_studies.trials import auc_loss
 
 SIZES: Final = tuple("".join(each) for each in product("nw", repeat=3))
@@ -35,7 +33,6 @@ PRUNING_EXAMPLES: Final = 8192  # whose activations say what matters
 FLIGHTS_FILE: Final = "flights.safetensors"
 HELD_OUT_FLIGHTS: Final = 40_000  # for validation, and as many for the test
 NORMALISED_BY: Final = 256  # flights: numbers are normalised by the batches of this size before
-CONTEXT: Final = 64
 
 
 class Task(ABC):
@@ -256,82 +253,6 @@ class Flights(Task):
         return made
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class GptWidths:
-    """A GPT-2 of three blocks, each with a narrow or a wide FFN."""
-
-    narrow: GptSize
-    wide: GptSize
-
-
-GPT: Final = GptWidths(
-    narrow=GptSize(layers=3, width=48, ffn=96, heads=3), wide=GptSize(layers=3, width=48, ffn=384, heads=3)
-)
-
-
-@final
-class Topics(Task):
-    """The text of the language study, byte by byte."""
-
-    warm_up = 0.1
-
-    def __init__(self, text: Text, widths: GptWidths = GPT) -> None:
-        self.text, self.gpt = text, widths
-        self.objective, self.num_examples = CausalLM(), text.train.numel() // CONTEXT
-
-    def build(self, size: str) -> GPT2LMHeadModel:
-        made, wide = (build(each, CONTEXT, 0.08) for each in (self.gpt.narrow, self.gpt.wide))
-        for letter, block, other in zip(size, made.transformer.h, wide.transformer.h, strict=True):
-            if letter == "w":
-                block.mlp = other.mlp
-        return wide if size == WIDEST else made
-
-    def nested(self, student: nn.Module, *, warm_start: bool) -> Nested:
-        return nest(student, self.build(WIDEST), layouts={"*.c_attn.*": 3}, warm_start=warm_start)
-
-    def batches(self, batch: int, generator: torch.Generator) -> Iterator[Batch]:
-        flat, offsets = self.text.train.reshape(-1), torch.arange(CONTEXT)
-        while True:
-            starts = torch.randint(len(flat) - CONTEXT + 1, (batch, 1), generator=generator)
-            ids = flat[starts + offsets]
-            yield {"input_ids": ids, "labels": ids}
-
-    def losses(self, module: nn.Module) -> dict[str, float]:
-        return {part: bits_per_byte(module, getattr(self.text, part), CONTEXT) for part in ("validation", "test")}
-
-    @torch.no_grad()
-    def pruned(self, ta: nn.Module, size: str) -> nn.Module:
-        assert isinstance(ta, GPT2LMHeadModel)
-        made = self.build(size)
-        state: dict[str, Tensor] = ta.state_dict()
-        seen: dict[int, Tensor] = {}
-        hooks = [
-            block.mlp.c_proj.register_forward_pre_hook(lambda _, inputs, index=index: seen.update({index: inputs[0]}))
-            for index, block in enumerate(ta.transformer.h)
-        ]
-        ta(input_ids=self.text.train.reshape(-1, CONTEXT)[: PRUNING_EXAMPLES // CONTEXT])
-        for hook in hooks:
-            hook.remove()
-        for index, (letter, block) in enumerate(zip(size, made.transformer.h, strict=True)):
-            if letter == "n":
-                at = f"transformer.h.{index}.mlp"
-                read = state[f"{at}.c_proj.weight"]  # of (units, outputs)
-                kept = important(seen[index].flatten(0, -2), read.T, block.mlp.c_proj.weight.shape[0])
-                state[f"{at}.c_proj.weight"] = read[kept]
-                state[f"{at}.c_fc.weight"] = state[f"{at}.c_fc.weight"][:, kept]
-                state[f"{at}.c_fc.bias"] = state[f"{at}.c_fc.bias"][kept]
-        made.load_state_dict(state)
-        return made
-
-    def widths(self, size: str) -> str:
-        return "FFN " + "-".join(str(self.gpt.wide.ffn if letter == "w" else self.gpt.narrow.ffn) for letter in size)
-
-    def limited(self, num_examples: int) -> Topics:
-        rows = -(-num_examples * CONTEXT // self.text.train.shape[1])
-        return Topics(replace(self.text, train=self.text.train[:rows]), self.gpt)
-
-
 def prepare(name: str, tuples: TupleSettings, folder: Path, console: Console) -> str:
     """Put the data of a task into a folder; which they are, in a word."""
     if name == "films":
@@ -339,15 +260,17 @@ def prepare(name: str, tuples: TupleSettings, folder: Path, console: Console) ->
     if name == "flights":
         save_stream(load_flights(NORMALISED_BY), folder / FLIGHTS_FILE)
         return "flights"
-    text = read_topics()
-    (folder / TEXT_FILE).write_bytes(text)
-    return f"topics, {len(text)} bytes"
+    from matta_studies.compute_text import write_topics  # needs Transformers
+
+    return write_topics(folder)
 
 
 def load_task(folder: Path) -> Task:
     """The task whose data `prepare` has put there."""
     if (folder / FLIGHTS_FILE).exists():
         return Flights(load_stream(folder / FLIGHTS_FILE))
-    if (folder / TEXT_FILE).exists():
-        return Topics(load_text(folder))
-    return Films(read_data(folder))
+    if (folder / DATA_FILE).exists():
+        return Films(read_data(folder))
+    from matta_studies.compute_text import load_topics  # needs Transformers
+
+    return load_topics(folder)

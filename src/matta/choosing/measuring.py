@@ -151,10 +151,8 @@ def resized(inputs: Any, batch_size: int) -> Any:
 
 
 @torch.no_grad()
-def measure_latency(
-    modules: Sequence[nn.Module], inputs: Any, *, calls: int, threads: int | None
-) -> list[tuple[float, float]]:
-    """Median and 95th percentile of the milliseconds of a forward, by module; a call of each in turn, after a warm-up.
+def measure_latency(modules: Sequence[nn.Module], inputs: Any, *, calls: int, threads: int | None) -> list[Latency]:
+    """The latency of each module, by calls of all in turn, after a warm-up.
 
     Args:
         modules: They all take the inputs, and are where the inputs are.
@@ -172,7 +170,8 @@ def measure_latency(
                 _synchronize(inputs)
                 if index >= WARM_UP_CALLS:
                     found.append(time.perf_counter() - start)
-    return [(1e3 * median(each), 1e3 * _p95(each)) for each in seconds]
+    count = num_examples(inputs)
+    return [Latency(batch_size=count, median_ms=1e3 * median(each), p95_ms=1e3 * _p95(each)) for each in seconds]
 
 
 def _p95(values: Sequence[float]) -> float:

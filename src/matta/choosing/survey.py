@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from matta.choosing.family import Family, Size
-from matta.choosing.measuring import Latency, measure_cost, measure_latency, num_examples, resized
+from matta.choosing.measuring import measure_cost, measure_latency, resized
 from matta.choosing.searching import Choice, search
 from matta.errors import ChoiceError
 from matta.nesting.batches import Batch, map_tensors, split_labels
@@ -76,7 +76,6 @@ def family(
         )
     place = torch.device(device) if device is not None else next(nested.ta.parameters()).device
     inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
-    num_examples(inputs)
     judge = _Judge(nested, evaluate, inputs, place)
     layers = _layers(nested)
     with _bar(progress, min(max_evaluations, 2 ** len(layers))) as advance:
@@ -160,13 +159,11 @@ def _timed(
     for start in range(0, len(sizes), TIMED_TOGETHER):
         group = sizes[start : start + TIMED_TOGETHER]
         modules = [judge.module(each.spec) for each in group]
-        latencies: list[list[Latency]] = [[] for _ in group]
-        for batch_size in batch_sizes:
-            inputs = resized(judge.inputs, batch_size)
-            measured = measure_latency(modules, inputs, calls=calls, threads=threads)
-            for (middle, high), of_size in zip(measured, latencies, strict=True):
-                of_size.append(Latency(batch_size=batch_size, median_ms=middle, p95_ms=high))
-        found += [replace(each, latencies=tuple(of_size)) for each, of_size in zip(group, latencies, strict=True)]
+        of_batches = [
+            measure_latency(modules, resized(judge.inputs, batch_size), calls=calls, threads=threads)
+            for batch_size in batch_sizes
+        ]
+        found += [replace(each, latencies=tuple(of_size)) for each, *of_size in zip(group, *of_batches, strict=True)]
     return found
 
 

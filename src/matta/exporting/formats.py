@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, final, get_args
 
@@ -109,11 +110,12 @@ def export(
         inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
         if format == "onnx":
             _require_one_file(module)
-        write = _onnx if format == "onnx" else _torch_export
+        write = partial(_onnx, int8=int8) if format == "onnx" else _torch_export
         allowed = TOLERANCE if tolerance is None else tolerance
         with whole_file(target) as made:
-            read = write(module, made, inputs, tuple(open_axes), int8)
-            error = _largest_difference(module, read, inputs, open_axes)
+            with _in_a_line(format), _quiet():
+                read = write(module, made, inputs, open_axes)
+                error = _largest_difference(module, read, inputs, open_axes)
             if not int8 and not error <= allowed:
                 raise ExportError(
                     f"the logits of the exported file differ by {error:.2g} of the largest one, more than the "
@@ -158,7 +160,7 @@ def _largest_difference(module: nn.Module, other: nn.Module, inputs: Any, open_a
 
 def _safetensors(module: nn.Module, target: Path) -> Exported:
     """Weights and buffers by name; of tied names the first, which `load_model` ties again."""
-    with whole_file(target) as made:
+    with whole_file(target) as made, _in_a_line("safetensors"):
         save_model(module, str(made))
         read = copy.deepcopy(module)
         load_model(read, made, device=str(next((each.device for each in module.parameters()), "cpu")))
@@ -173,7 +175,8 @@ def _same(left: Any, right: Any) -> bool:
     """Bit for bit, whatever the bits mean."""
     if not isinstance(left, Tensor):
         return bool(left == right)
-    return left.dtype == right.dtype and torch.equal(*(each.contiguous().view(torch.uint8) for each in (left, right)))
+    bits = [each.contiguous().view(-1).view(torch.uint8) for each in (left, right)]
+    return left.dtype == right.dtype and torch.equal(*bits)
 
 
 def _transformers(module: nn.Module, target: Path) -> Exported:
@@ -225,30 +228,29 @@ def _names(inputs: Any) -> list[str]:
     return [f"input_{index}" for index, _ in enumerate(tensors_of(inputs))]
 
 
-def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
+def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int], *, int8: bool) -> nn.Module:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
         except ModuleNotFoundError:
             raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
     values = tensors_of(inputs)
-    with _traced("ONNX"), _quiet():
-        program = torch.onnx.export(
-            _Positional(module, inputs),
-            tuple(values),
-            input_names=_names(inputs),
-            output_names=["logits"],
-            dynamic_shapes=(_open(values, num_examples(inputs), open_axes),),
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            file = Path(folder, "model.onnx")
-            program.save(file)
-            if int8:
-                file = _quantised(file)
-            file.replace(made)
+    program = torch.onnx.export(
+        _Positional(module, inputs),
+        tuple(values),
+        input_names=_names(inputs),
+        output_names=["logits"],
+        dynamic_shapes=(_open(values, num_examples(inputs), open_axes),),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        file = Path(folder, "model.onnx")
+        program.save(file)
+        if int8:
+            file = _quantised(file)
+        file.replace(made)
     return OnnxModule(made)
 
 
@@ -262,33 +264,30 @@ def _quantised(file: Path) -> Path:
     return small
 
 
-def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: tuple[int, ...], int8: bool) -> nn.Module:
+def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int]) -> nn.Module:
     values = tensors_of(inputs)
     axes = iter(_open(values, num_examples(inputs), open_axes))
-
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     shapes = map_tensors(kwargs or args, lambda _: next(axes))
-    with _traced("torch.export"), _quiet():
-        program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        made.write_bytes(buffer.getvalue())
-        return torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with made.open("wb") as file:
+        torch.export.save(program, file)
+    with made.open("rb") as file:
+        return torch.export.load(file).module()
 
 
 @contextlib.contextmanager
-def _traced(name: str) -> Iterator[None]:
+def _in_a_line(format: Format) -> Iterator[None]:
     """What goes wrong inside, in a line of ours."""
     try:
         yield
     except MattaError:
         raise
     except Exception as error:
-        reason = _reason(error)
         raise ExportError(
-            f"the module cannot be exported to {name}: {reason}. Export format='safetensors' and load it into your "
-            f"class where it is served, or replace that operation"
+            f"the module cannot be exported as {format}: {_reason(error)}. Replace that operation, or export "
+            f"format='safetensors' and load it into your class where it is served"
         ) from error
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 
@@ -15,9 +15,8 @@ from matta.choosing.family import COLUMNS, FILE, Family
 from matta.choosing.survey import family
 from matta.errors import RunError
 from matta.lm.command_settings import ChooseSettings
+from matta.lm.recipe import NESTED, is_run
 from matta.training.reporting import rich_table
-
-NESTED: Final = "nested"
 
 
 def run(settings: ChooseSettings) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def run(settings: ChooseSettings) -> dict[str, Any]:
     console.print(rich_table(f"{path} ({len(found.sizes)} sizes{note}; * on the front)", COLUMNS, [*found.rows()]))
     console.print(f"chosen: {chosen.name}", highlight=False)
     console.print(f"matta.extract(nested, {chosen.spec!r})", soft_wrap=True, highlight=False)
-    if _is_language_run(settings.run):
+    if is_run(settings.run):
         layers = ",".join(f"{name}={choice}" for name, choice in chosen.layers.items())
         console.print(f"matta extract {settings.run} {layers} --out DIR", soft_wrap=True, highlight=False)
     return {"family": str(path), "chosen": asdict(chosen) | {"memory_mb": chosen.memory_mb}}
@@ -58,19 +57,13 @@ def family_of_run(path: Path, max_evaluations: int) -> tuple[Family, Path]:
             return Family.load(folder), folder / FILE
     if path.is_file():
         return Family.load(path), path
-    if not _is_language_run(path):
+    if not is_run(path):
         raise RunError(
             f"{path} has no {FILE} and is no run of matta train; expected a folder in which "
             f"matta.family(nested, evaluate=..., example=...).save(folder) has left one"
         )
     made = _measured(path, max_evaluations)
     return made, made.save(path / FILE)
-
-
-def _is_language_run(path: Path) -> bool:
-    from matta.lm.trained_runs import is_run
-
-    return is_run(path)
 
 
 def _measured(path: Path, max_evaluations: int) -> Family:

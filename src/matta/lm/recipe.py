@@ -21,6 +21,9 @@ from typing import Any, Final, Literal, final
 from matta.errors import RunError
 from matta.lm.typed_tables import Value, part_of
 
+RECIPE: Final = "recipe.json"  # in the folder of a run
+NESTED: Final = "nested"  # the folder of the trained pair in it
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +339,11 @@ def recipe_from_values(values: Mapping[str, Value], source: str) -> Recipe:
 def recipe_to_values(recipe: Recipe) -> dict[str, Value]:
     """All values of a recipe, defaults included, from which `recipe_from_values` makes it again."""
     return _without_none(dataclasses.asdict(recipe))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one of `matta train`."""
+    return (path / RECIPE).is_file()
 
 
 def _without_none(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -25,11 +25,11 @@ from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_p
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import DataPart, Recipe, read_recipe, recipe_to_values
+from matta.lm.recipe import DataPart, Recipe, is_run, read_recipe, recipe_to_values
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
-from matta.lm.trained_runs import is_run, read_run_recipe, write_recipe, write_run
+from matta.lm.trained_runs import read_run_recipe, write_recipe, write_run
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.objectives.objective import CausalLM

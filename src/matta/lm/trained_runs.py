@@ -23,14 +23,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from matta.errors import RunError
 from matta.lm.decoders import from_config
-from matta.lm.recipe import Recipe, recipe_from_values, recipe_to_values
+from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
 from matta.sizes.saving import load
 from matta.sizes.storage import add_checksums, verify, write_json
 
-RECIPE: Final = "recipe.json"
 RESULTS: Final = "results.json"
-NESTED: Final = "nested"
 TOKENIZER: Final = "tokenizer"
 MODELS: Final = "models"
 CONFIGS: Final = {"student": "configs/student", "ta": "configs/ta"}
@@ -64,11 +62,6 @@ def load_run(path: Path) -> LanguageRun:
     nested = load(path / NESTED, *modules)
     tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER)
     return LanguageRun(recipe=recipe, nested=nested.eval(), tokenizer=tokenizer, path=path)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder is one of `matta train`."""
-    return (path / RECIPE).is_file()
 
 
 def read_run_recipe(path: Path) -> Recipe:

@@ -176,9 +176,8 @@ class Shampoo(torch.optim.Optimizer):
             OptimizerError: the state is another optimizer's.
             ValueError: the groups differ from this optimizer's (as in every torch optimizer).
         """
-        ours = self.defaults.keys() - {"differentiable"}  # torch's, which it adds whenever a state was loaded
-        # an older state has no damping of young factors, and continues without
-        state_dict = {**state_dict, "param_groups": [{"young_eps": 0.0, **g} for g in state_dict["param_groups"]]}
+        # "differentiable" is torch's, which it adds whenever a state was loaded; older states have no "young_eps"
+        ours = self.defaults.keys() - {"differentiable", "young_eps"}
         missing = sorted(ours - {name for group in state_dict["param_groups"] for name in group})
         if missing:
             raise OptimizerError(
@@ -196,10 +195,12 @@ class Shampoo(torch.optim.Optimizer):
         self._parts = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickles and copies; how the parameters are stacked is found anew."""
+        """Unpickles, copies and loads; how the parameters are stacked is found anew."""
         self.__dict__.setdefault("num_skipped", 0)
         self.__dict__.setdefault("process_group", "default")
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("young_eps", 0.0)  # an older state continues as it began
         self._parts = {}
 
     def __getstate__(self) -> dict[str, Any]:

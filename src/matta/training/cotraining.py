@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import Any, final
 
@@ -198,10 +199,11 @@ class CoTraining(nn.Module):
         distill: float = 0.5,
         teacher: nn.Module | None = None,
     ) -> CoTraining:
-        """The training that gives the best family for its compute (`matta study compute`).
+        """The training that gives the best family for its compute where data are without end (`matta study compute`).
 
         The Student alone for a share of the steps, then the TA and one other model a step (see `Turns`). Nest with
-        `warm_start=True`; keep the learning rate while the Student is alone and let it fall to zero after that.
+        `warm_start=True`; keep the learning rate while the Student is alone and let it fall to zero after that. Where
+        each event can be used once, `CoTraining(sample=...)`, with everything in every step, was better.
 
         Args:
             nested: The pair.
@@ -305,13 +307,18 @@ class CoTraining(nn.Module):
         """Trainable parameters that no model of the step has: DDP expects a gradient for each."""
         if cast.ta and cast.students:
             return []
-        if cast.ta:
-            busy = {id(each) for each in self.nested.ta.parameters()}
-        else:  # of a Student's parameters only the private ones are its own; the others lie in the TA's
-            busy = {id(each) for student in self.nested.students for each in student.parameters()}
-            sources = (self.nested.sources(index) for index in range(len(self.nested.students)))
-            busy |= {each.key[0] for found in sources for each in found.values()}
-        return [each for each in self.nested.parameters() if each.requires_grad and id(each) not in busy]
+        if cast.ta:  # of a Student's parameters only the private ones are its own
+            idle = [each for student in self.nested.students for each in student.parameters()]
+        else:
+            idle = [self.nested.ta.get_parameter(name) for name in self._of_the_ta_alone]
+        return [each for each in idle if each.requires_grad]
+
+    @cached_property
+    def _of_the_ta_alone(self) -> tuple[str, ...]:
+        """The TA's parameters in which no Student has a part, by name."""
+        sources = (self.nested.sources(index) for index in range(len(self.nested.students)))
+        shared = {each.key[0] for found in sources for each in found.values()}
+        return tuple(name for name, each in self.nested.ta.named_parameters() if id(each) not in shared)
 
     def _num_counted(self, given: Any, labels: Labels | None) -> int | Tensor:
         """The labels of a batch that count: by its own where it has some, which a Teacher's follow."""

@@ -64,7 +64,8 @@ class FitResult:
     """What came of a run.
 
     `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
-    count in all processes; `num_skipped` counts the steps whose loss was not finite.
+    count in all processes, without those that no step has trained (`Turns`). `num_skipped` counts the steps whose loss
+    was not finite.
     """
 
     steps: int

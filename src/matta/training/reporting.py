@@ -58,9 +58,11 @@ class Losses:
         self._unread += rows
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading (the last ones again if there was nothing new)."""
+        """The means since the last reading; the last ones again of what was not trained since, none if it never was."""
         if self._unread:
-            self.means = dict(zip(LOSSES, _means(_sums(self._unread)).tolist(), strict=False))
+            means, counts = _means(_sums(self._unread)).tensor_split(2)
+            rows = zip(LOSSES, means.tolist(), counts.tolist(), strict=True)
+            self.means |= {name: mean for name, mean, count in rows if count}
             self._unread = []
         return self.means
 
