@@ -31,6 +31,7 @@ _PUBLIC_NAMES = {
     ),
     "choosing": ("Family", "family"),
     "exporting": ("OnnxModule", "export"),
+    "serving": ("ServeSettings", "Serving", "serve"),
     "optim": ("Shampoo", "shampoo_groups"),
     "errors": ("MattaError",),
 }
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from matta.nesting import trace_layouts as trace_layouts
     from matta.optim import Shampoo as Shampoo
     from matta.optim import shampoo_groups as shampoo_groups
+    from matta.serving import ServeSettings as ServeSettings
+    from matta.serving import Serving as Serving
+    from matta.serving import serve as serve
     from matta.sizes import SubModel as SubModel
     from matta.sizes import extract as extract
     from matta.sizes import layer_names as layer_names

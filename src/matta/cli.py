@@ -93,6 +93,13 @@ COMMANDS = (
         extra="lm,export",
     ),
     Command(
+        words=("serve",),
+        summary="an HTTP server for the sizes of a nesting: Open Inference Protocol, batching, sizes by load",
+        settings="matta.serving.serve_settings:ServeCommandSettings",
+        run="matta.serving.serving_command:run",
+        extra="serve",
+    ),
+    Command(
         words=("evaluate",),
         summary="judge language models by benchmarks and held-out text, in one table",
         settings="matta.lm.command_settings:EvaluateSettings",

@@ -122,6 +122,28 @@ class ExportError(MattaError):
     """
 
 
+class ServeError(MattaError):
+    """Sizes cannot be served as asked.
+
+    Example:
+        >>> import matta
+        >>> matta.ServeSettings(max_batch=0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.ServeError: received max_batch=0; expected a number over 0
+    """
+
+
+class AbError(MattaError):
+    """A split, a log of answers or a comparison of arms cannot be made as asked.
+
+    Example:
+        >>> from matta.ab_testing import Split
+        >>> Split(shares={"Student": 1, "TA": 0})
+        Traceback (most recent call last):
+        matta.errors.AbError: received shares {'TA': 0}; expected finite numbers over zero, or no such arm
+    """
+
+
 class LabelError(MattaError):
     """Labels or logits do not fit the objective.
 

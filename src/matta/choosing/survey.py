@@ -86,7 +86,7 @@ def family(
             return -size.quality if higher_is_better else size.quality
 
         found = search(len(layers), _additive_cost(judge, layers), loss, max_evaluations=max_evaluations)
-    student = _student_spec(nested)
+    student = student_spec(nested)
     specs = [_spec(layers, choice) for choice in found]
     sizes = [judge.size(spec) for spec in (specs if student in specs else [student, *specs])]
     timed = _timed(judge, sizes, batch_sizes, calls=calls, threads=threads)
@@ -121,11 +121,11 @@ class _Judge:
                 quality = float(self.evaluate(module))
             if not math.isfinite(quality):
                 raise ChoiceError(
-                    f"evaluate gave {quality} for {_name(self.nested, spec)!r}; expected a finite number: such as a "
+                    f"evaluate gave {quality} for {size_name(self.nested, spec)!r}; expected a finite number: such as a "
                     f"loss on held-out data"
                 )
             self.found[spec] = Size(
-                name=_name(self.nested, spec), layers=dict(spec.choices), latencies=(), quality=quality, **asdict(cost)
+                name=size_name(self.nested, spec), layers=dict(spec.choices), latencies=(), quality=quality, **asdict(cost)
             )
         return self.found[spec]
 
@@ -184,7 +184,7 @@ def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:
     return SubModel({name: WIDE if wide else NARROW for names, wide in pairs for name in names})
 
 
-def _student_spec(nested: Nested) -> SubModel:
+def student_spec(nested: Nested) -> SubModel:
     """The Student: all narrow, and of a deeper TA the blocks alone that hold it."""
     choices = {}
     for unit in find_units(nested.student, nested.ta, nested.plan):
@@ -193,13 +193,13 @@ def _student_spec(nested: Nested) -> SubModel:
     return SubModel(choices)
 
 
-def _name(nested: Nested, spec: SubModel) -> str:
+def size_name(nested: Nested, spec: SubModel) -> str:
     """The layers that are wide; the ends have the names of the paper."""
     wide = [name for name, choice in spec.choices.items() if choice == WIDE]
     if len(wide) == len(spec.choices):
         return TA
     if not wide:
-        return STUDENT if spec == _student_spec(nested) else "narrow"
+        return STUDENT if spec == student_spec(nested) else "narrow"
     return "wide: " + ", ".join(wide)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from matta.choosing.measuring import num_examples, resized
 from matta.errors import ExportError, MattaError
 from matta.exporting.onnx_runtime import OnnxModule
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels, tensors_of
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels, tensor_names, tensors_of
 from matta.sizes.storage import whole_file
 
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
@@ -222,12 +222,6 @@ def _shorter(inputs: Any, count: int, axes: Sequence[int]) -> Any:
     return map_tensors(inputs, cut)
 
 
-def _names(inputs: Any) -> list[str]:
-    if isinstance(inputs, Mapping) and all(isinstance(each, Tensor) for each in inputs.values()):
-        return list(inputs)
-    return [f"input_{index}" for index, _ in enumerate(tensors_of(inputs))]
-
-
 def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int], *, int8: bool) -> nn.Module:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -238,7 +232,7 @@ def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int], 
     program = torch.onnx.export(
         _Positional(module, inputs),
         tuple(values),
-        input_names=_names(inputs),
+        input_names=tensor_names(inputs),
         output_names=["logits"],
         dynamic_shapes=(_open(values, num_examples(inputs), open_axes),),
         dynamo=True,

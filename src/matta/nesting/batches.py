@@ -72,6 +72,19 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def tensor_names(inputs: Any) -> list[str]:
+    """Names for the tensors of the inputs, in order: those of a mapping of tensors, else `input_0` and so on.
+
+    Example:
+        >>> import torch
+        >>> tensor_names({"x": torch.ones(1), "y": torch.ones(1)}), tensor_names((torch.ones(1),))
+        (['x', 'y'], ['input_0'])
+    """
+    if isinstance(inputs, Mapping) and all(isinstance(each, Tensor) for each in inputs.values()):
+        return list(inputs)
+    return [f"input_{index}" for index, _ in enumerate(tensors_of(inputs))]
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Modules in eval mode for a while; each of their parts then has its own mode again."""

@@ -63,6 +63,14 @@ class LiveSlice:
         source: nn.Parameter = getattr(self.owner, self.name)
         return nn.Parameter(value, requires_grad=source.requires_grad and not self.detach)
 
+    def shared(self) -> nn.Parameter:
+        """A parameter without gradient over the owner's memory, where one view can show the slice; else a copy.
+
+        Convolutions copy strided weights at each call, so that kernels are copied once and for all.
+        """
+        value = self.read(contiguous=False).detach()
+        return nn.Parameter(value.contiguous() if value.ndim > 2 else value, requires_grad=False)
+
 
 @torch.no_grad()
 def write_slice(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
@@ -188,11 +196,25 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
 
 def materialize(module: nn.Module) -> nn.Module:
     """A plain copy of a live module: of its classes, with weights of its own, tied as they were."""
-    made = skeleton(module)
-    tied: dict[Any, nn.Parameter] = {}
+    return _plain(skeleton(module), module, LiveSlice.own, {})
+
+
+def show(module: nn.Module, shown: dict[Any, nn.Parameter]) -> nn.Module:
+    """A plain module like a live one, over the same memory (see `LiveSlice.shared`), for inference alone.
+
+    `shown` keeps the parameters that were made, so that modules of several sizes share those that are copies.
+    """
+    has_recurrence = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    return _plain(skeleton(module, keep_own=True), module, LiveSlice.own if has_recurrence else LiveSlice.shared, shown)
+
+
+def _plain(
+    made: nn.Module, module: nn.Module, weights: Callable[[LiveSlice], nn.Parameter], tied: dict[Any, nn.Parameter]
+) -> nn.Module:
+    """The skeleton of a live module with parameters in the places of its slices; `tied` has those made before."""
     for name, live in slices_of(module).items():
         if live.key not in tied:
-            tied[live.key] = live.own()
+            tied[live.key] = weights(live)
         path, _, leaf = name.rpartition(".")
         made.get_submodule(path)._parameters[leaf] = tied[live.key]
     for part in made.modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import final
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.nesting.nested import Nested
-from matta.nesting.slicing import materialize
+from matta.nesting.slicing import materialize, show
 from matta.sizes.submodels import SubModel, live
 
 
@@ -33,6 +33,28 @@ def extract(nested: Nested, spec: SubModel | None = None) -> nn.Module:
         Linear(in_features=3, out_features=1, bias=True)
     """
     return materialize(nested.student if spec is None else live(nested, spec))
+
+
+def share(nested: Nested, specs: Mapping[str, SubModel | None]) -> dict[str, nn.Module]:
+    """Plain modules of several sizes over one copy of the TA's weights, in eval mode, for inference alone.
+
+    Matrices are views of the TA's. What no view can show (fused projections whose pieces grow, kernels of
+    convolutions, weights of recurrent layers) is copied, once for all sizes that have it in common. None is the
+    (first) Student. Training the nesting afterwards changes the views and not the copies: share again then.
+
+    Raises:
+        SubModelError: a `spec` does not fit the nesting.
+
+    Example:
+        >>> import matta
+        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(4, 1))
+        >>> sizes = share(nested, {"Student": None, "TA": matta.wide(nested)})
+        >>> sizes["Student"].weight.data_ptr() == sizes["TA"].weight.data_ptr()
+        True
+    """
+    shown: dict[object, nn.Parameter] = {}
+    sources = {name: nested.student if spec is None else live(nested, spec) for name, spec in specs.items()}
+    return {name: show(module, shown).eval() for name, module in sources.items()}
 
 
 @torch.no_grad()

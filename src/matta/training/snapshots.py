@@ -170,9 +170,13 @@ class Snapshots:
 
 
 def read_snapshot(
-    folder: str | os.PathLike[str], build: Callable[[], nn.Module], *, model: str = "student"
+    folder: str | os.PathLike[str],
+    build: Callable[[], nn.Module],
+    *,
+    model: str = "student",
+    version: int | None = None,
 ) -> Snapshot:
-    """The newest version of a model.
+    """The newest version of a model, or a certain one.
 
     Safe while a writer publishes or is killed: it gives a version that is whole, or none.
 
@@ -180,9 +184,10 @@ def read_snapshot(
         folder: Where `Snapshots` publishes.
         build: Gives a fresh module of the model's architecture.
         model: The model's name there.
+        version: Its number; None: the newest.
 
     Raises:
-        CheckpointError: there is no version, it has no such model, it does not fit the module, or it is damaged.
+        CheckpointError: there is no (such) version, it has no such model, it does not fit the module, or it is damaged.
 
     Example:
         >>> import matta, tempfile
@@ -193,19 +198,25 @@ def read_snapshot(
         >>> bool((snapshot.module.weight == nested.student.weight).all())
         True
     """
+    if version is not None:
+        chosen = Path(folder) / f"{version:08d}"
+        if not chosen.is_dir():
+            present = ", ".join(str(int(each.name)) for each in _versions(Path(folder))) or "none"
+            raise CheckpointError(f"{folder} has no version {version}; it has: {present}")
+        return _read(chosen, build, model)
     for _ in range(_TRIES):  # a version may be removed while it is read: there is a newer one then
         try:
             name = (Path(folder) / LATEST).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no snapshot; expected what matta.Snapshots published") from None
-        version = Path(folder) / name
+        newest = Path(folder) / name
         try:
-            return _read(version, build, model)
+            return _read(newest, build, model)
         except (FileNotFoundError, CheckpointError):
-            if (version / DESCRIPTION).exists():
+            if (newest / DESCRIPTION).exists():
                 raise
             time.sleep(0.01)
-    raise CheckpointError(f"{version} is not whole, though {LATEST} names it; publish again")
+    raise CheckpointError(f"{newest} is not whole, though {LATEST} names it; publish again")
 
 
 def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot:
@@ -230,4 +241,4 @@ def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot
 
 
 def _versions(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if each.name.isdigit() and each.is_dir())
+    return sorted(each for each in folder.glob("*") if each.name.isdigit() and each.is_dir())

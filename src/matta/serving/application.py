@@ -1,0 +1,334 @@
+"""The server as an ASGI application: addresses of the Open Inference Protocol, limits, versions, and the split."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final, final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from matta import __version__
+from matta.ab_testing.traffic import AnswerLog, Split
+from matta.errors import AbError, ServeError
+from matta.serving.batching import Answer, Batcher, QueueFull
+from matta.serving.inference_protocol import (
+    HEADER_LENGTH,
+    InferenceRequest,
+    ProtocolError,
+    read_request,
+    write_answer,
+)
+from matta.serving.serve_settings import ServeSettings
+from matta.serving.served_models import OUTPUT, ServedModels, VersionWatch
+from matta.serving.serving_metrics import ServingMetrics
+from matta.serving.size_policy import SizePolicy
+
+LOG: Final = logging.getLogger("matta.serve")
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+MEGABYTE: Final = 2**20
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@final
+class Application:
+    """The addresses, and what stands behind them.
+
+    Args:
+        models: What computes.
+        settings: How; host and port are the server's.
+
+    Raises:
+        ServeError: a size that is not served, or a split between such.
+        CheckpointError: a version of the split that is not there.
+    """
+
+    def __init__(self, models: ServedModels, settings: ServeSettings) -> None:
+        self.models, self.settings = models, settings
+        self.size = models.sizes[-1] if settings.size is None else settings.size
+        self._require_size(self.size)
+        self._require_one_value()
+        self.arms = {arm: self._arm(arm) for arm in settings.shares}
+        self.split = Split(shares=settings.shares, salt=settings.salt) if settings.shares else None
+        self.log = AnswerLog(settings.log, split=self.split) if settings.log is not None else None
+        self.metrics = ServingMetrics()
+        self.is_draining = False
+        self._watch = None
+        if settings.snapshots is not None:
+            self._watch = VersionWatch(models, settings.snapshots, swapped=self._swapped, refused=self._refused)
+            self._watch.look()
+        self.asgi = Starlette(
+            routes=self._routes(), lifespan=self._lifespan, exception_handlers={HTTPException: _as_json}
+        )
+
+    def _require_size(self, size: str) -> None:
+        if size not in self.models.sizes:
+            raise ServeError(f"received the size {size!r}; expected one of: {'; '.join(self.models.sizes)}")
+
+    def _require_one_value(self) -> None:
+        shape = self.models.outputs[0].shape
+        if self.settings.log is not None and math.prod(shape[1:]) != 1:
+            raise ServeError(
+                f"the model gives logits of shape {list(shape)}; expected one for each row, for a log of predictions"
+            )
+
+    def _arm(self, arm: str) -> tuple[str, str | None]:
+        """Size and pinned version of an arm; the version is loaded."""
+        size, _, version = arm.partition("@")
+        self._require_size(size)
+        if not version:
+            return size, None
+        if self.settings.snapshots is None or not version.isdigit():
+            raise ServeError(f"received the arm {arm!r}; expected SIZE@NUMBER, a version in a folder of snapshots")
+        self.models.pin(self.settings.snapshots, int(version))
+        return size, version
+
+    def _swapped(self, version: str) -> None:
+        self.metrics.swapped(version)
+        LOG.info("serving version %s", version)
+
+    def _refused(self, version: str, reason: str) -> None:
+        self.metrics.refused()
+        LOG.warning("version %s is refused, the one before it stays: %s", version, reason)
+
+    def _routes(self) -> list[Route]:
+        model, of_version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+        routes = [
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/v2", self._server),
+            Route("/metrics", self._metrics),
+            Route("/v2/models/{model}/outcomes", self._guarded(self._outcomes), methods=["POST"]),
+        ]
+        for path in (model, of_version):
+            routes += [
+                Route(path, self._guarded(self._metadata)),
+                Route(f"{path}/ready", self._guarded(self._model_ready)),
+                Route(f"{path}/infer", self._guarded(self._infer), methods=["POST"]),
+            ]
+        return routes
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        settings = self.settings
+        policy = None
+        if settings.target_ms is not None:
+            policy = SizePolicy(self.models.times, settings.target_ms / 1e3, max_rows=settings.max_batch)
+        self.batcher = Batcher(
+            self.models,
+            size=self.size,
+            policy=policy,
+            max_rows=settings.max_batch,
+            max_wait_s=settings.max_wait_ms / 1e3,
+            max_waiting_rows=settings.max_queue,
+            ran=self.metrics.ran,
+        )
+        looking = asyncio.create_task(self._look())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            with suppress(asyncio.CancelledError):
+                await looking
+            await asyncio.to_thread(self.batcher.close)
+            if self.log is not None:
+                self.log.close()
+
+    async def _look(self) -> None:
+        while self._watch is not None:
+            await asyncio.sleep(self.settings.poll_s)
+            await asyncio.to_thread(self._watch.look)
+
+    async def _live(self, _: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, _: Request) -> Response:
+        return JSONResponse({"ready": not self.is_draining}, status_code=503 if self.is_draining else 200)
+
+    async def _server(self, _: Request) -> Response:
+        return JSONResponse({"name": "matta", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(self.batcher.rows), media_type=METRICS_TYPE)
+
+    async def _model_ready(self, request: Request) -> Response:
+        self._version(request)
+        return JSONResponse(
+            {"name": self.settings.name, "ready": not self.is_draining}, status_code=503 if self.is_draining else 200
+        )
+
+    async def _metadata(self, request: Request) -> Response:
+        self._version(request)
+        models = self.models
+        return JSONResponse(
+            {
+                "name": self.settings.name,
+                "versions": [models.current.name, *models.pinned],
+                "platform": "matta_pytorch",
+                "inputs": [each.to_json() for each in models.inputs],
+                "outputs": [each.to_json() for each in models.outputs],
+                "parameters": {"sizes": list(models.sizes), "size": self.size},
+            }
+        )
+
+    def _version(self, request: Request) -> str | None:
+        """The pinned version that an address names; None: the current one.
+
+        Raises:
+            ProtocolError: it is not served.
+        """
+        model, version = request.path_params["model"], request.path_params.get("version")
+        if model != self.settings.name:
+            raise ProtocolError(404, f"there is no model {model!r}; expected {self.settings.name!r}")
+        current = self.models.current.name
+        if version is None or version == current:
+            return None
+        if version not in self.models.pinned:
+            raise ProtocolError(404, f"version {version!r} is not served; expected {current!r}")
+        return str(version)
+
+    async def _infer(self, request: Request) -> Response:
+        start = time.perf_counter()
+        version = self._version(request)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise ProtocolError(415, "the body is compressed; expected it as it is")
+        body = await self._body(request)
+        models = self.models
+        asked = read_request(body, request.headers.get(HEADER_LENGTH), models.inputs, models.outputs)
+        if asked.rows > self.settings.max_batch:
+            raise ProtocolError(400, f"received {asked.rows} rows; expected at most {self.settings.max_batch}")
+        identity = asked.id or uuid.uuid4().hex
+        arm, size, version = self._chosen(asked, identity, version)
+        answer = await self._answer(asked, size, version)
+        seconds = time.perf_counter() - start
+        if arm is not None and self.log is not None:
+            self._write(identity, arm, answer, seconds)
+        head = {
+            "model_name": self.settings.name,
+            "model_version": answer.version,
+            "id": identity,
+            "parameters": {"size": answer.size, **({} if arm is None else {"arm": arm})},
+        }
+        content, headers = write_answer({OUTPUT: answer.logits}, asked.binary, head)
+        self.metrics.answered(answer.size, 200, seconds)
+        return Response(content, headers=headers)
+
+    def _chosen(
+        self, asked: InferenceRequest, identity: str, version: str | None
+    ) -> tuple[str | None, str | None, str | None]:
+        """The arm of a split, the size, and the pinned version of a request; what it names itself comes first."""
+        size = asked.parameters.get("size")
+        if size is not None:
+            if size not in self.models.sizes:
+                raise ProtocolError(400, f"received the size {size!r}; expected one of: {'; '.join(self.models.sizes)}")
+            return None, str(size), version
+        if self.split is None or version is not None:
+            return None, None, version
+        arm = self.split.arm(identity)
+        return arm, *self.arms[arm]
+
+    async def _answer(self, asked: InferenceRequest, size: str | None, version: str | None) -> Answer:
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                return await self.batcher.answer(asked.inputs, asked.rows, size, version)
+        except QueueFull as full:
+            raise ProtocolError(503, str(full), retry_after_s=max(1, math.ceil(full.retry_after_s))) from None
+        except TimeoutError:
+            raise ProtocolError(504, f"no answer within {self.settings.timeout_s:g} s") from None
+        except IndexError as error:
+            raise ProtocolError(400, f"the model does not take these inputs: {error}") from None
+        except Exception as error:  # of the user's model: any kind
+            LOG.exception("the model failed")
+            raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
+
+    def _write(self, identity: str, arm: str, answer: Answer, seconds: float) -> None:
+        assert self.log is not None
+        self.log.answer(
+            identity,
+            arm=arm,
+            model=answer.size,
+            version=answer.version,
+            predictions=answer.logits.flatten().tolist(),
+            latency_ms=1e3 * seconds,
+            time_s=time.time(),
+        )
+
+    async def _outcomes(self, request: Request) -> Response:
+        """Outcomes by id, as JSON lines: {"id": ..., "outcomes": [...]}."""
+        self._version(request)
+        if self.log is None:
+            raise ProtocolError(409, "there is no log to write outcomes to; start with --log FILE")
+        body = await self._body(request)
+        try:
+            lines = [json.loads(line) for line in body.decode("utf-8").splitlines() if line.strip()]
+            outcomes = [(line["id"], [float(value) for value in line["outcomes"]]) for line in lines]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ProtocolError(400, f"expected lines such as {{'id': 'a', 'outcomes': [1]}}: {error!r}") from None
+        now = time.time()
+        try:
+            for identity, values in outcomes:
+                self.log.outcome(identity, outcomes=values, time_s=now)
+        except AbError as error:
+            raise ProtocolError(400, str(error)) from None
+        return JSONResponse({"received": len(outcomes)})
+
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request, if it is not too large and comes in time.
+
+        Raises:
+            ProtocolError: it is (413), or does not (408).
+        """
+        most = int(self.settings.max_request_mb * MEGABYTE)
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length[:20]) > most:
+            raise ProtocolError(413, f"the request is too large; expected at most {most} bytes")
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > most:
+                        raise ProtocolError(413, f"the request is too large; expected at most {most} bytes")
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise ProtocolError(408, f"the body did not come within {self.settings.timeout_s:g} s") from None
+        return b"".join(chunks)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """A handler whose refusals are answers; while the server drains, connections are closed."""
+        is_inference = handler == self._infer
+
+        async def guarded(request: Request) -> Response:
+            try:
+                response = await handler(request)
+            except ProtocolError as error:
+                headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+                response = JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+                if error.status in (408, 413):
+                    response.headers["Connection"] = "close"  # what is left of the body is not read
+                if is_inference:
+                    self.metrics.answered("", error.status, 0.0)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            if self.is_draining:
+                response.headers["Connection"] = "close"
+            return response
+
+        return guarded
+
+
+async def _as_json(request: Request, error: Exception) -> Response:
+    """Refusals of the router (an unknown address, another method) like those of the handlers."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)

@@ -1,0 +1,124 @@
+"""`matta.serve` and `matta serve`: from a nesting, or the name of one, to a server that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import nn
+
+from matta.choosing.family import FILE, Family
+from matta.errors import ServeError
+from matta.nesting.batches import Batch
+from matta.serving.serve_settings import ServeCommandSettings, ServeSettings
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What `matta serve module:name` serves: a nesting with its weights, or a plain module, and an example.
+
+    Args:
+        nested: The pair, after training; a plain module is served as the one size "model".
+        example: A batch as in training; its inputs tell names, dtypes and shapes.
+        family: The table of sizes, whose front is served; None: Student, TA, and some between.
+        open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
+
+    Example:
+        >>> import matta, torch
+        >>> serving = Serving(nested=matta.nest(nn.Linear(3, 1), nn.Linear(3, 1)), example=(torch.ones(2, 3), None))
+    """
+
+    nested: nn.Module
+    example: Batch
+    family: Family | None = None
+    open_axes: tuple[int, ...] = (0,)
+
+
+def serve(serving: Serving, settings: ServeSettings | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C, by the Open Inference Protocol (V2 over HTTP), as KServe and Triton speak it.
+
+    Addresses: `/v2/models/{name}/infer`, `/v2/models/{name}`, `/v2/health/ready` and `live`, `/metrics` (Prometheus),
+    `/v2/models/{name}/outcomes`. A request names its size in `parameters` (`{"size": "Student"}`); the answer tells in
+    its own which size gave it. After the signal the server is not ready, works off its requests, and returns.
+
+    Raises:
+        ServeError: it cannot be served as asked, the port is taken, or a package of the extra `serve` is missing.
+
+    Example:
+        >>> matta.serve(serving, matta.ServeSettings(port=8000))  # doctest: +SKIP
+    """
+    settings = ServeSettings() if settings is None else settings
+    try:
+        from matta.serving.application import Application
+        from matta.serving.http_server import run_server
+        from matta.serving.served_models import ServedModels
+    except ModuleNotFoundError as error:
+        raise ServeError(f"{error}; serving needs: pip install 'matta[serve]'") from None
+    models = ServedModels(
+        serving.nested,
+        example=serving.example,
+        family=serving.family,
+        open_axes=serving.open_axes,
+        max_rows=settings.max_batch,
+        threads=settings.threads,
+        device=settings.device,
+        runtime=settings.runtime,
+    )
+    run_server(Application(models, settings))
+
+
+def run(settings: ServeCommandSettings) -> None:
+    """Serve what the command line names.
+
+    Raises:
+        ServeError: the source is neither a run nor the name of something to serve.
+    """
+    serving = named_serving(settings.source)
+    if settings.family is not None:
+        serving = replace(serving, family=Family.load(settings.family))
+    serve(serving, settings)
+
+
+def named_serving(source: str) -> Serving:
+    """What a run of `matta train` or "module:name" gives to serve.
+
+    Raises:
+        ServeError: there is no such run, module or name, or it gives something else.
+    """
+    if Path(source).is_dir():
+        return _of_run(Path(source))
+    module, _, name = source.partition(":")
+    if not module or not name:
+        raise ServeError(f"received {source!r}; expected a folder of a run of matta train, or module:name")
+    sys.path.insert(0, "")  # as `python -m` does: modules of the present folder
+    try:
+        found = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0] and error.name != module:
+            raise
+        raise ServeError(f"there is no module {module!r} here or installed; expected module:name") from None
+    except AttributeError:
+        raise ServeError(f"{module} has no {name!r}; expected a matta.Serving, or a function that gives one") from None
+    finally:
+        sys.path.remove("")
+    made = found() if callable(found) else found
+    if not isinstance(made, Serving):
+        raise ServeError(f"{source} is of type {type(made).__name__}; expected a matta.Serving, or a function for one")
+    return made
+
+
+def _of_run(folder: Path) -> Serving:
+    try:
+        from matta.lm.trained_runs import load_run
+    except ModuleNotFoundError as error:
+        raise ServeError(f"{error}; a run of matta train needs: pip install 'matta[lm]'") from None
+    trained = load_run(folder)
+    ids = torch.zeros(2, trained.recipe.data.context, dtype=torch.int64)
+    family = Family.load(folder) if (folder / FILE).is_file() else None
+    example = {"input_ids": ids, "labels": ids}
+    return Serving(nested=trained.nested, example=example, family=family, open_axes=(0, 1))
