@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -215,14 +216,11 @@ def test_the_code_extracts_the_pick(opened: Open) -> None:
         return nn.Sequential(nn.Linear(3, widths[0]), nn.ReLU(), nn.Linear(*widths), nn.ReLU(), nn.Linear(widths[1], 1))
 
     nested = matta.nest(tower(4, 5), tower(8, 9))
-    example = torch.zeros(4, 3), torch.zeros(4)
-    family = matta.family(
-        nested,
-        evaluate=lambda module: -sum(each.numel() for each in module.parameters()),
-        example=example,
-        calls=0,
-        progress=False,
-    )
+    sizes = []
+    for index, choices in enumerate(product(("narrow", "wide"), repeat=2)):
+        layers = dict(zip(matta.layer_names(nested), choices, strict=True))
+        sizes.append(size(f"number {index}", 100 + index, -index, layers=layers, latencies=()))
+    family = Family(sizes=tuple(sizes))
     page = opened(family, plan=nested.plan)
     assert page.find_element("id", "cost").get_attribute("value") == "parameters"
     for each in family.sizes:

@@ -148,8 +148,8 @@ def test_a_heat_map_is_a_byte_for_each_pixel(tmp_path: Path) -> None:
 
 
 def test_settings_are_flat_and_in_words(tmp_path: Path) -> None:
-    _, data = page(TWO, tmp_path, settings={"train": {"betas": (0.9, 0.95), "steps": 10}, "family": {"k": []}})
-    assert data["settings"] == [["train.betas", "0.9, 0.95"], ["train.steps", "10"], ["family.k", "none"]]
+    _, data = page(TWO, tmp_path, settings={"train": {"betas": (0.9, 0.95), "teacher": ""}, "family": {"k": []}})
+    assert data["settings"] == [["train.betas", "0.9, 0.95"], ["train.teacher", "none"], ["family.k", "none"]]
 
 
 @pytest.mark.parametrize("count", [1, 64, 300])
@@ -159,7 +159,7 @@ def test_a_page_stays_small(count: int, tmp_path: Path) -> None:
     sizes = [replace(size(f"{name} {index}", 10**6 + index, 1.0 + index), layers=layers) for index in range(count)]
     text, data = page(Family(sizes=tuple(sizes)), tmp_path)
     assert len(data["sizes"]) == count
-    assert len(text) < 40_000 + count * 1_000
+    assert len(text) < 45_000 + count * 1_000
 
 
 def test_a_family_of_a_nesting_is_reported(tmp_path: Path) -> None:

@@ -158,4 +158,4 @@ def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
         elif isinstance(value, list | tuple):
             yield f"{path}{name}", ", ".join(map(str, value)) or "none"
         else:
-            yield f"{path}{name}", str(value)
+            yield f"{path}{name}", str(value) or "none"
