@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import matta
+from matta.choosing.family import Size
 from matta.cli import main
 from matta.errors import RunError, SubModelError
 from matta.lm import folders
@@ -31,6 +32,7 @@ from matta.lm.folders import CODE, auto_class, export
 from matta.lm.recipe import NESTED, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import RESULTS, write_run
+from matta.training.reporting import tensorboard
 
 VOCABULARY = 300
 IDS = torch.arange(5, 29).view(2, 12)
@@ -464,6 +466,29 @@ def test_a_size_of_a_run_is_chosen_and_exported(a_run: Path, capsys: pytest.Capt
     assert found["bits_per_byte"] == pytest.approx(found["bits_per_byte_before"], abs=1e-4)
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "pickle"]) == 2
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "safetensors", "--int8"]) == 2
+
+
+def test_a_run_is_reported_with_its_recipe_losses_and_the_command(
+    a_run: Path, nestings: dict[str, matta.Nested], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nested = nestings["gpt2"]
+    spec = dict.fromkeys(matta.layer_names(nested), "wide")
+    costs = {"parameters": 10, "bytes": 40, "flops": 2.0, "activation_bytes": 4.0, "latencies": ()}
+    matta.Family(sizes=(Size(name="TA", layers=spec, quality=1.0, **costs),)).save(a_run)
+    tracker = tensorboard(a_run, 0)
+    for step in (1, 2):
+        tracker.log({"loss/student": 2.0 / step, "evaluation/ta": 3.0, "learning_rate": 0.1}, step=step)
+    tracker.finish()
+    assert main(["report", str(a_run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["curves"] == ["loss, nats", "evaluation"] and told["heat_maps"] == 0
+    text = (a_run / "report.html").read_text()
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert data["run"] == str(a_run) and data["metric"] == "bits per byte"
+    assert data["curves"][0]["lines"] == [{"name": "student", "points": [[1, 2], [2, 1]], "mean_of": 1}]
+    assert ["train.optimizer", "shampoo"] in data["settings"] and ["family.k", "2"] in data["settings"]
+    assert data["plan"]["notes"][1] == "transformer.h: 3 blocks in the TA's 4: [0, 1, 3]"
+    assert "<h1>Family of sizes: gpt2_mini</h1>" in text
 
 
 def test_models_of_a_run_are_extracted(

@@ -86,6 +86,13 @@ COMMANDS = (
         extra="lm",
     ),
     Command(
+        words=("report",),
+        summary="a page to choose a size of a run on: one HTML file with a slider for the budget",
+        settings="matta.lm.command_settings:ReportSettings",
+        run="matta.lm.run_report:run",
+        extra="lm",
+    ),
+    Command(
         words=("export",),
         summary="a model of a run for other runtimes: ONNX, torch.export, safetensors, a Transformers folder",
         settings="matta.lm.command_settings:ExportSettings",

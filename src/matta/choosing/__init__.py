@@ -3,6 +3,7 @@
 Read in this order:
 
 - `family`: the table, the pick for a budget, and the JSON beside the nesting.
+- `report_page`: the table as a page to choose on, in one HTML file.
 - `survey`: makes the table.
 - `searching`: which sizes are evaluated where there are too many for all.
 - `measuring`: parameters, FLOPs, memory and latency of plain modules.

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from matta.choosing.measuring import Latency
+from matta.choosing.report_page import HeatMap, Points, ReportPage
 from matta.errors import ChoiceError
+from matta.nesting.plan import Plan
 from matta.sizes.storage import write_json
 from matta.sizes.submodels import SubModel
 
@@ -184,6 +186,49 @@ class Family:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ChoiceError(f"{source} is no family of matta's, or is damaged: {error}") from None
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "Family of sizes",
+        metric: str = "quality",
+        plan: Plan | None = None,
+        curves: Mapping[str, Mapping[str, Points]] | None = None,
+        heat_maps: Sequence[HeatMap] = (),
+        settings: Mapping[str, Any] | None = None,
+        run: str = "",
+    ) -> Path:
+        """Write a page to choose a size on: one HTML file that any browser opens, without a network.
+
+        It has the front with a slider for the budget, how to load the pick, all sizes, and what else is given.
+
+        Args:
+            path: The file.
+            title: Its heading.
+            metric: What the quality is, such as "held-out loss".
+            plan: `nested.plan`, to show where the Student lives.
+            curves: Pictures by title, each of lines by name: pairs of a step and a value.
+            heat_maps: Of Shampoo's factors.
+            settings: What the training was set to; may be nested.
+            run: The folder of a run of `matta train`, to name the command that extracts the pick.
+
+        Raises:
+            ChoiceError: the folder does not exist, or there is no size, or one whose quality is not finite.
+        """
+        page = ReportPage(
+            title=title,
+            summary=self._summary(metric),
+            metric=metric,
+            higher_is_better=self.higher_is_better,
+            sizes=[asdict(each) for each in self.sizes],
+            plan=plan,
+            curves=curves or {},
+            heat_maps=heat_maps,
+            settings=settings or {},
+            run=run,
+        )
+        return page.write(Path(path))
+
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The table in words, a row for each size, those of the front with a star; `COLUMNS` are the names."""
         on_front = {each.name for each in self.pareto()}
@@ -209,6 +254,18 @@ class Family:
             ).rstrip()
             for row in table
         )
+
+    def _summary(self, metric: str) -> str:
+        """The family in a few sentences."""
+        counts = sorted(each.parameters for each in self.sizes) or [0]
+        better = "higher" if self.higher_is_better else "lower"
+        number = "1 size" if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
+        reach = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+        searched = "" if self.is_complete else " Not every choice of layers was evaluated: the front was searched."
+        threads = "" if self.threads is None else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
+        is_timed = any(each.latencies for each in self.sizes)
+        timed = f" Latencies were measured on {self.device}{threads}." if is_timed else ""
+        return f"{number} of {reach} parameters, judged by {metric} ({better} is better).{searched}{timed}"
 
     def _signed(self, quality: float) -> float:
         return -quality if self.higher_is_better else quality

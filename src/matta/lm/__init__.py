@@ -9,6 +9,6 @@ Read in this order:
 - `recipe_training`: `matta train`. `trained_runs`: what its folder holds.
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
 - `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
-- `choosing_sizes`: `matta choose`.
+- `choosing_sizes`: `matta choose`. `run_report`: `matta report`.
 - `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.
 """

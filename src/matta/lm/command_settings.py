@@ -163,8 +163,27 @@ class ChooseSettings:
             raise RunError("no budget; expected --latency-ms, --memory-mb, --parameters, --flops or --quality")
         if any(each is not None and not each > 0 for each in budget):
             raise RunError("a budget that is not over zero; expected positive numbers")
-        if self.evaluations < 2:
-            raise RunError(f"--evaluations {self.evaluations}; expected at least 2, the Student and the TA")
+        _require_two(self.evaluations)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Settings of `matta report`.
+
+    Raises:
+        RunError: fewer than two sizes to evaluate.
+    """
+
+    run: Path = field(metadata={"help": "a run of matta train, or a folder with a family.json", "positional": True})
+    out: Path | None = field(default=None, metadata={"help": "the page (default: report.html in the run)"})
+    evaluations: int = field(
+        default=64, metadata={"help": "most sizes to evaluate, where the run has no table yet (default: 64)"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a family of one."""
+        _require_two(self.evaluations)
 
 
 @final
@@ -188,3 +207,8 @@ class ExportSettings:
             raise RunError(f"--format {self.format}; expected onnx, torch_export, safetensors or transformers")
         if self.int8 and self.format != "onnx":
             raise RunError("--int8 is for --format onnx alone")
+
+
+def _require_two(evaluations: int) -> None:
+    if evaluations < 2:
+        raise RunError(f"--evaluations {evaluations}; expected at least 2, the Student and the TA")

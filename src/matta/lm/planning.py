@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +15,7 @@ from matta.lm.decoders import build_pair, nest_pair, require_context, require_fa
 from matta.lm.recipe import Recipe, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
-from matta.nesting.plan import Plan
+from matta.nesting.plan import kinds
 from matta.sizes.submodels import layer_names
 from matta.training.reporting import ranges, rich_table
 
@@ -96,11 +94,10 @@ def _models(nested: Nested, ks: Iterable[int], context: int) -> Iterator[dict[st
 def nesting_figures(nested: Nested) -> dict[str, Any]:
     """Where each kind of Student parameter lives, the blocks, and how much is shared."""
     plan = nested.plan
-    distinct = {(each.ta, each.axes): each.num_elements for each in plan.placements.values()}
-    shared, total = sum(distinct.values()), sum(each.numel() for each in nested.ta.parameters())
+    shared, total = plan.num_shared, sum(each.numel() for each in nested.ta.parameters())
     private = dict(nested.student.named_parameters())
     return {
-        "parameters": list(_kinds(plan)),
+        "parameters": [dict(zip(("student", "shape", "ta", "count"), kind, strict=True)) for kind in kinds(plan)],
         "blocks": [
             {"list": each.ta, "of": each.num_ta, "student": list(each.indices)}
             for each in plan.layers
@@ -110,22 +107,6 @@ def nesting_figures(nested: Nested) -> dict[str, Any]:
         "private": sum(private[name].numel() for name in plan.private if name in private),
         "extra": total - shared,
     }
-
-
-def _kinds(plan: Plan) -> Iterator[dict[str, Any]]:
-    """The rows of the plan; those that differ in the number of their block alone are one."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for name, placement in plan.placements.items():
-        shape = "x".join(str(axis.student_size) for axis in placement.axes) or "scalar"
-        counts[_starred(name), shape, _starred(str(placement))] += 1
-    for name in plan.private:
-        counts[_starred(name), "", "the Student's own"] += 1
-    for (name, shape, where), count in counts.items():
-        yield {"student": name, "shape": shape, "ta": where, "count": count}
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _print(figures: Mapping[str, Any]) -> None:

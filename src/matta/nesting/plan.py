@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -46,6 +48,11 @@ class Plan:
     private: tuple[str, ...]
     layers: tuple[LayerMap, ...]
 
+    @property
+    def num_shared(self) -> int:
+        """Number of the TA's elements that the Student shares; tied ones count once."""
+        return sum({(each.ta, each.axes): each.num_elements for each in self.placements.values()}.values())
+
 
 def slices(ta: nn.Module, placements: Mapping[str, Placement], frozen: Iterable[str] = ()) -> dict[str, LiveSlice]:
     """What each Student parameter reads; those in `frozen` pass no gradient on."""
@@ -80,14 +87,33 @@ def _rows(plan: Plan, private: Mapping[str, Tensor]) -> Iterator[tuple[str, str,
 
 
 def _counts(ta: nn.Module, plan: Plan, private: Mapping[str, Tensor]) -> Iterator[str]:
-    distinct = {(each.ta, each.axes): each.num_elements for each in plan.placements.values()}
-    shared = sum(distinct.values())
+    shared = plan.num_shared
     own = sum(private[name].numel() for name in plan.private if name in private)
     total = sum(parameter.numel() for parameter in ta.parameters())
     yield f"Student: {shared + own:,} parameters, {shared:,} shared with the TA, {own:,} private"
     ratio = total / max(shared + own, 1)
     yield f"TA: {total:,} parameters, {total - shared:,} beyond the Student's; {ratio:.2f}x the Student"
+    yield from blocks(plan)
+
+
+def blocks(plan: Plan) -> Iterator[str]:
+    """A line for each module list that is deeper in the TA."""
     for each in plan.layers:
         if each.num_ta != len(each.indices):
             where = f"{len(each.indices)} blocks in the TA's {each.num_ta}: {list(each.indices)}"
             yield f"{each.student or 'the module'}: {where}"
+
+
+def kinds(plan: Plan) -> list[tuple[str, str, str, int]]:
+    """Student parameter, shape, place in the TA, and how many such there are but for the number of their block."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for name, placement in plan.placements.items():
+        shape = "x".join(str(axis.student_size) for axis in placement.axes) or "scalar"
+        counts[_starred(name), shape, _starred(str(placement))] += 1
+    for name in plan.private:
+        counts[_starred(name), "", "the Student's own"] += 1
+    return [(*kind, count) for kind, count in counts.items()]
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -102,6 +102,16 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     return nested
 
 
+def saved_plans(path: str | os.PathLike[str]) -> tuple[Plan, ...]:
+    """The plans of a saved nesting, of each Student, without its weights.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or something else.
+    """
+    folder = Path(path)
+    return _read_plans(folder, _read_description(folder))
+
+
 def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan, ...]) -> Nested:
     try:
         return nested_from_plans(modules[:-1], modules[-1], plans)

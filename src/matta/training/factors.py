@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -114,17 +115,34 @@ def load_factor(run: str | os.PathLike[str], layer: str, side: str = "output") -
     if side not in SIDES:
         raise RunError(f"received side={side!r}; expected 'output' or 'input'")
     path = _find(Path(run))
-    try:
-        verify(path.parent, FILE)
-        with safe_open(path, framework="pt") as file:
-            layers = json.loads(file.metadata()["layers"])
-            name = next((each for each in (layer, f"{layer}.weight") if f"{each}/{side}" in file.keys()), None)  # noqa: SIM118
-            blocks = None if name is None else file.get_tensor(f"{name}/{side}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # CheckpointError is a ValueError
-        raise RunError(f"{path} cannot be read: {error}; run the training again") from None
-    if name is None or blocks is None:
+    with _opened(path) as (layers, file):
+        names = set(file.keys())
+        name = next((each for each in (layer, f"{layer}.weight") if f"{each}/{side}" in names), None)
+        found = None if name is None else _best(name, side, file.get_tensor(f"{name}/{side}"), layers[name])
+    if name is None:
         raise RunError(f"{path} has no {side} factor of {layer!r}; it has: {', '.join(layers) or 'none'}")
-    return _choose(name, side, blocks.double(), layers[name])
+    if found is None:
+        raise RunError(
+            f"no block of {name} holds {side} channels both of the Student and of the TA alone; expected an axis that "
+            f"grows, and a block_size of Shampoo that spans the Student's edge"
+        )
+    return found
+
+
+def load_factors(run: str | os.PathLike[str]) -> list[Factor]:
+    """All factors in the folder of a run that hold channels both of the Student and of the TA alone; none without any.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = Path(run) / FILE
+    if not path.is_file():
+        return []
+    with _opened(path) as (layers, file):
+        names = set(file.keys())
+        pairs = [(name, side) for name in layers for side in SIDES if f"{name}/{side}" in names]
+        found = [_best(name, side, file.get_tensor(f"{name}/{side}"), layers[name]) for name, side in pairs]
+    return [each for each in found if each is not None]
 
 
 def _find(run: Path) -> Path:
@@ -137,17 +155,24 @@ def _find(run: Path) -> Path:
     return found[0]
 
 
-def _choose(name: str, side: str, blocks: Tensor, layer: Mapping[str, Any]) -> Factor:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a file says of its layers, and the file, of which only the tensors asked for are read."""
+    try:
+        verify(path.parent, FILE)
+        with safe_open(path, framework="pt") as file:
+            yield json.loads(file.metadata()["layers"]), file
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # CheckpointError is a ValueError
+        raise RunError(f"{path} cannot be read: {error}; run the training again") from None
+
+
+def _best(name: str, side: str, blocks: Tensor, layer: Mapping[str, Any]) -> Factor | None:
+    """The factor of the block in which channels of the Student and of the TA alone are most even; None without both."""
     best: Factor | None = None
-    for factor in _factors(name, side, blocks, layer):
+    for factor in _factors(name, side, blocks.double(), layer):
         balance = min(factor.num_student, len(factor.moments) - factor.num_student)
         if balance and (best is None or balance > min(best.num_student, len(best.moments) - best.num_student)):
             best = factor
-    if best is None:
-        raise RunError(
-            f"no block of {name} holds {side} channels both of the Student and of the TA alone; expected an axis that "
-            f"grows, and a block_size of Shampoo that spans the Student's edge"
-        )
     return best
 
 

@@ -134,6 +134,20 @@ def tensorboard(run: Path, step: int) -> GeneralTracker:
     return tracker
 
 
+def recorded(run: Path) -> dict[str, list[tuple[float, float]]]:
+    """What TensorBoard's files in the folder of a run hold: by name, the steps and values; nothing without files."""
+    if not (run / "tensorboard").is_dir():
+        return {}
+    require_installed("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+    return {
+        name: [(float(each.step), float(each.value)) for each in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
 def rich_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] | None = None
 ) -> Table:
