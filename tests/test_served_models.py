@@ -1,0 +1,220 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matta
+from matta.errors import CheckpointError, ServeError
+from matta.serving.served_models import ServedModels, VersionWatch, served_specs
+
+EXAMPLE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4)
+
+
+def tower(width: int) -> nn.Module:
+    layers = nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+    return nn.Sequential(*layers)
+
+
+def pair(seed: int = 0, **options: str) -> matta.Nested:
+    torch.manual_seed(seed)
+    return matta.nest(tower(4), tower(16), **options)  # type: ignore[arg-type]
+
+
+def bytes_of(modules: dict[str, nn.Module]) -> int:
+    tensors = [each for module in modules.values() for each in (*module.parameters(), *module.buffers())]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def test_each_size_computes_what_its_extraction_computes() -> None:
+    nested = pair()
+    models = ServedModels(nested, example=EXAMPLE)
+    assert models.sizes == ("Student", "wide: 0", "TA")
+    for size, spec in models.specs.items():
+        logits, version = models.run(size, {"input_0": EXAMPLE[0]})
+        torch.testing.assert_close(logits, matta.extract(nested, spec)(EXAMPLE[0]).detach())
+        assert version == "1"
+
+
+def test_all_sizes_share_one_copy_of_the_weights() -> None:
+    nested = pair()
+    models = ServedModels(nested, example=EXAMPLE)
+    assert bytes_of(dict(models.current.modules)) == bytes_of({"TA": nested.ta})
+
+
+def test_what_no_view_can_show_is_copied_once_for_all_sizes() -> None:
+    class Gated(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 2 * width), nn.Linear(width, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(nn.functional.glu(self.up(x)))
+
+    def blocks(width: int) -> nn.Module:
+        return nn.Sequential(*(Gated(width) for _ in range(4)), nn.Linear(6, 1))
+
+    nested = matta.nest(blocks(4), blocks(16), layouts={"*.up.*": 2})
+    models = ServedModels(nested, example=EXAMPLE)
+    narrow = [each for name, each in nested.student.named_parameters() if ".up." in name]
+    copied = sum(each.numel() * each.element_size() for each in narrow)
+    assert bytes_of(dict(models.current.modules)) == bytes_of({"TA": nested.ta}) + copied
+    for size, spec in models.specs.items():
+        torch.testing.assert_close(models.run(size, {"input_0": EXAMPLE[0]})[0], matta.extract(nested, spec)(EXAMPLE[0]))
+
+
+def test_the_front_of_a_family_is_served() -> None:
+    nested = pair()
+    quality = {45 + 4: 0.3, 113: 0.4}
+    family = matta.family(
+        nested,
+        evaluate=lambda module: quality.get(sum(p.numel() for p in module.parameters()), 0.1),
+        example=EXAMPLE,
+        calls=0,
+        progress=False,
+    )
+    assert [*served_specs(nested, family)] == [each.name for each in family.pareto()]
+
+
+def test_a_plain_module_is_one_size() -> None:
+    module = tower(4).train()
+    models = ServedModels(module, example=EXAMPLE)
+    assert models.sizes == ("model",)
+    torch.testing.assert_close(models.run("model", {"input_0": EXAMPLE[0]})[0], module(EXAMPLE[0]).detach())
+    assert module.training
+
+
+def test_onnx_runtime_gives_the_same() -> None:
+    nested = pair()
+    models = ServedModels(nested, example=EXAMPLE, runtime="onnx")
+    for rows in (1, 3):
+        logits = models.run("Student", {"input_0": EXAMPLE[0][:rows]})[0]
+        torch.testing.assert_close(logits, nested.student(EXAMPLE[0][:rows]).detach())
+
+
+def test_inputs_are_named_as_the_model_takes_them() -> None:
+    class Ranker(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.items, self.out = nn.Embedding(9, width), nn.Linear(width, 1)
+
+        def forward(self, item: Tensor, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            return {"logits": scale * weight[:, None] * self.out(self.items(item))}
+
+    example = {"item": torch.arange(3), "weight": torch.ones(3), "scale": torch.tensor(2.0), "labels": torch.ones(3)}
+    models = ServedModels(matta.nest(Ranker(2), Ranker(4)), example=example)
+    assert [(each.name, each.datatype, each.shape) for each in models.inputs] == [
+        ("item", "INT64", (-1,)),
+        ("weight", "FP32", (-1,)),
+    ]
+    logits = models.run("TA", {"item": torch.arange(2), "weight": torch.ones(2)})[0]
+    assert logits.shape == (2, 1)
+
+
+def test_a_model_whose_answers_have_no_rows_is_refused() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean()
+
+    with pytest.raises(ServeError, match="a row for each example"):
+        ServedModels(Mean(), example=EXAMPLE)
+
+
+class Told:
+    def __init__(self) -> None:
+        self.swapped: list[str] = []
+        self.refused: list[tuple[str, str]] = []
+
+    def watch(self, models: ServedModels, folder: Path) -> VersionWatch:
+        return VersionWatch(
+            models, folder, swapped=self.swapped.append, refused=lambda name, why: self.refused.append((name, why))
+        )
+
+
+def published(folder: Path, nested: matta.Nested) -> matta.Snapshots:
+    snapshots = matta.Snapshots(folder, every_s=1e9, models={"ta": matta.wide(nested), "student": None}, keep=9)
+    snapshots.publish(nested)
+    return snapshots
+
+
+@pytest.mark.parametrize("share", ["all", "none"])
+def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path, share: str) -> None:
+    nested, other = pair(0, share=share), pair(1, share=share)
+    models, told = ServedModels(nested, example=EXAMPLE), Told()
+    watch = told.watch(models, tmp_path)
+    watch.look()
+    assert told.swapped == []  # there is none yet
+    snapshots = published(tmp_path, other)
+    watch.look()
+    watch.look()
+    assert told.swapped == ["1"]
+    for size, module in {"Student": other.student, "TA": other.ta}.items():
+        logits, version = models.run(size, {"input_0": EXAMPLE[0]})
+        torch.testing.assert_close(logits, module(EXAMPLE[0]).detach())
+        assert version == "1"
+    snapshots.publish(nested)
+    watch.look()
+    assert models.current.name == "2"
+    torch.testing.assert_close(models.run("TA", {"input_0": EXAMPLE[0]})[0], nested.ta(EXAMPLE[0]).detach())
+
+
+def spoil(version: Path, how: str) -> None:
+    if how == "a bit":
+        file = version / "ta.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+    elif how == "a file":
+        (version / "ta.safetensors").unlink()
+    else:
+        shutil.rmtree(version)
+
+
+@pytest.mark.parametrize("how", ["a bit", "a file", "all", "NaN", "another nesting"])
+def test_a_broken_version_is_refused_once_and_the_old_one_stays(tmp_path: Path, how: str) -> None:
+    nested, told = pair(), Told()
+    snapshots = published(tmp_path, nested)
+    models = ServedModels(pair(), example=EXAMPLE)
+    watch = told.watch(models, tmp_path)
+    watch.look()
+    before = models.current
+    if how == "NaN":
+        nested.ta[0].weight.data.fill_(float("nan"))  # type: ignore[index]
+    if how == "another nesting":
+        torch.manual_seed(0)
+        nested = matta.nest(tower(4), tower(18))
+    snapshots.publish(nested)
+    if how not in ("NaN", "another nesting"):
+        spoil(tmp_path / "00000002", how)
+    watch.look()
+    watch.look()
+    assert models.current is before
+    assert [name for name, _ in told.refused] == ["00000002"]
+    assert told.refused[0][1]
+    snapshots.publish(pair(2))
+    watch.look()
+    assert models.current.name == "3"
+
+
+def test_versions_can_be_pinned(tmp_path: Path) -> None:
+    first, second = pair(1), pair(2)
+    published(tmp_path, first).publish(second)
+    models = ServedModels(pair(), example=EXAMPLE)
+    models.pin(tmp_path, 1)
+    Told().watch(models, tmp_path).look()
+    logits, version = models.run("TA", {"input_0": EXAMPLE[0]}, "1")
+    torch.testing.assert_close(logits, first.ta(EXAMPLE[0]).detach())
+    assert version == "1"
+    assert models.current.name == "2"
+    with pytest.raises(CheckpointError, match="has no version 7; it has: 1, 2"):
+        models.pin(tmp_path, 7)
+
+
+def test_times_grow_with_rows_and_sizes() -> None:
+    def wide_tower(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    models = ServedModels(matta.nest(wide_tower(8), wide_tower(1024)), example=EXAMPLE, max_rows=256)
+    assert models.times["TA"].seconds(256) > models.times["TA"].seconds(1)
+    assert models.times["TA"].seconds(256) > models.times["Student"].seconds(256)
