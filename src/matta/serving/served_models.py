@@ -251,14 +251,15 @@ class VersionWatch:
     ) -> None:
         self.models, self.folder = models, folder
         self._swapped, self._refused = swapped, refused
-        self._seen, self._retry_at = "", 0.0
+        self._seen, self._retry_at = (0, ""), 0.0  # time and name
         self._lock = threading.Lock()
 
     def look(self) -> None:
         """Swap a new version in, if there is one; it may take as long as loading takes."""
         with self._lock:
             try:
-                latest = (self.folder / LATEST).read_text(encoding="utf-8").strip()
+                pointer = self.folder / LATEST
+                latest = pointer.stat().st_mtime_ns, pointer.read_text(encoding="utf-8").strip()
             except OSError:
                 return
             is_again = latest == self._seen
@@ -270,7 +271,7 @@ class VersionWatch:
             except (MattaError, OSError, RuntimeError, ValueError) as error:
                 self._retry_at = time.monotonic() + self.RETRY_S
                 if not is_again:
-                    self._refused(latest, " ".join(str(error).split()))
+                    self._refused(latest[1], " ".join(str(error).split()))
                 return
             self._retry_at = math.inf
             self.models.current = version
