@@ -122,6 +122,17 @@ class ExportError(MattaError):
     """
 
 
+class AbError(MattaError):
+    """A split, a log of answers or a comparison of arms cannot be made as asked.
+
+    Example:
+        >>> from matta.ab_testing import Split
+        >>> Split(shares={"Student": 1, "TA": 0})
+        Traceback (most recent call last):
+        matta.errors.AbError: received shares {'TA': 0}; expected finite numbers over zero, or no such arm
+    """
+
+
 class LabelError(MattaError):
     """Labels or logits do not fit the objective.
 
