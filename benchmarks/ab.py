@@ -9,11 +9,11 @@ before it learned from it; "stale" is a TA that stopped learning after the first
 experiment are known for every request, so the true difference over the requests so far is known at each look.
 
 `same` gives both arms the TA: any difference found is a false alarm. `stale` is the stale TA against the TA, `student`
-the Student against the TA. For each metric: `false_alarm_percent` (of `same`), `coverage_percent` (the interval holds the
-truth at all looks), `power_percent` (a difference found by the last request), `median_requests_to_stop` (None where
-less than half found it), `true_difference` at the end; `fixed_...` the same by a fixed-sample 95% interval at each look.
-`auc_loss_windows` cuts the requests into windows of 200, each with an AUROC of both arms: what was tried in place of
-the influences of all pairs.
+the Student against the TA. For each metric: `detected_percent` (the interval left zero at some look: false alarms of
+`same`, power otherwise), `coverage_percent` (the interval held the truth at all looks), `median_requests_to_stop` (None
+where less than half stopped), `half_width` and `true_difference` at the end (the median and the mean over
+experiments). `fixed_...` are those of a fixed-sample 95% interval at each look. `auc_loss_windows` cuts the requests
+into windows of 200 with an AUROC of each arm: what was tried in place of the influences of all pairs.
 """
 
 from __future__ import annotations
@@ -70,15 +70,29 @@ def looks_of_auc(
     """The same of AucLoss, by the influence of each request on all pairs so far."""
     rows = []
     for look in looks:
-        known, mine = label[:look], in_b[:look]
         arms = []
-        for scores, of_arm in ((a[:look], ~mine), (b[:look], mine)):
+        for scores, of_arm in ((a, ~in_b[:look]), (b, in_b[:look])):
             count = int(of_arm.sum())
-            arms.append(auc_loss(scores[of_arm], known[of_arm], np.arange(count), count))
-        found = auc_interval(*arms, alpha=ALPHA, tuned_for=len(a) // 2)
+            arms.append(auc_loss(scores[:look][of_arm], label[:look][of_arm], np.arange(count), count))
+        found = auc_interval(arms[0], arms[1], alpha=ALPHA, tuned_for=len(a) // 2)
         fixed = NORMAL * found.deviation / np.sqrt(look) if np.isfinite(found.half_width) else np.inf
-        rows.append((found.centre, found.half_width, fixed, true_auc(b[:look], known) - true_auc(a[:look], known)))
-    return tuple(np.array(rows).T)
+        rows.append((found.centre, found.half_width, fixed))
+    centre, half, fixed = np.array(rows).T
+    truth = np.zeros(len(looks)) if a is b else prefix_losses(b, label, looks) - prefix_losses(a, label, looks)
+    return centre, half, fixed, truth
+
+
+def prefix_losses(scores: Floats, label: Floats, looks: NDArray[np.int64]) -> Floats:
+    """AucLoss over the requests up to each look; ties, of which there are next to none, count as wrong."""
+    order = np.argsort(scores)
+    positive = label[order] == 1
+    found = []
+    for look in looks:
+        known = order < look
+        negatives = np.cumsum(known & ~positive)
+        right = negatives[known & positive]
+        found.append(1 - right.sum() / (len(right) * negatives[-1]))
+    return np.array(found)
 
 
 def looks_of_windows(
@@ -121,7 +135,8 @@ def simulate(
         rows = slice(start, start + requests)
         in_b = draw.random(requests) < 0.5
         known, units = label[rows], np.arange(requests)
-        a, b = (models[name][rows] for name in arms)
+        a = models[arms[0]][rows]
+        b = a if arms[0] == arms[1] else models[arms[1]][rows]
         for metric in MEANS:
             values = [unit_values(metric, "logit", each, known, units) for each in (a, b)]
             found.setdefault(metric, []).append(looks_of_means(values[0], values[1], in_b, looks))
@@ -164,8 +179,9 @@ def measure(*, experiments: int, requests: int) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     print(f"{found['experiments']} experiments of {found['requests']:,} requests, a look after every {EVERY}")
     print("                             sequence of intervals                       fixed-sample interval at each look")
+    heads = (("arms and metric", -28), ("found", 7), ("covered", 8), ("stop after", 11), ("±", 9), ("found", 12))
     print(
-        f"{'arms and metric':28} {'found':>7} {'covered':>8} {'stop after':>11} {'±':>9} {'found':>12} {'covered':>8}   truth"
+        *(f"{head:{'<' if width < 0 else '>'}{abs(width)}}" for head, width in (*heads, ("covered", 8), ("truth", 9)))
     )
     keys = [name.removesuffix("_true_difference") for name in found if name.endswith("_true_difference")]
     for key in keys:

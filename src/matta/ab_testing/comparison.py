@@ -308,7 +308,7 @@ def auc_interval(a: Auc, b: Auc, *, alpha: float, tuned_for: float) -> _Interval
     """
     num_units = len(a.influences) + len(b.influences)
     squares = a.variance + b.variance
-    fourths = float((a.influences**4).sum() + (b.influences**4).sum())
+    fourths = sum(float(np.square(np.square(each.influences)).sum()) for each in (a, b))
     if not math.isfinite(a.loss + b.loss) or not has_begun(num_units, squares, fourths):
         return _Interval(b.loss - a.loss)
     deviation = math.sqrt(squares * num_units)

@@ -10,6 +10,7 @@ and Boost to install, and its exact sequences are for bounded numbers, which a l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+TOLERANCE: Final = 1e-9
 MIN_UNITS: Final = 100
 MIN_EFFECTIVE: Final = 40.0
 FIRST_UNITS: Final = 5  # of each arm
@@ -34,8 +36,8 @@ def tuned_rho_squared(num_units: float, alpha: float) -> float:
         8.21...
     """
     u = 1.0
-    for _ in range(100):  # a contraction: the slope is 1 / (u + 1)
-        u = float(np.log((u + 1) / alpha**2))
+    while abs(u - (u := math.log((u + 1) / alpha**2))) > TOLERANCE * u:  # a contraction: the slope is 1 / (u + 1)
+        pass
     return u / num_units
 
 
@@ -116,7 +118,9 @@ def confidence_sequence(
     """The sequence over all prefixes of `units`, in the order of time."""
     t = np.arange(1, len(units) + 1)
     centred = units - (units[:1] if len(units) else 0.0)  # a shift near the mean, for exact sums of powers
-    first, second, third, fourth = (np.cumsum(centred**power) / t for power in (1, 2, 3, 4))
+    squared = np.square(centred)
+    powers = centred, squared, centred * squared, np.square(squared)
+    first, second, third, fourth = (np.cumsum(each) / t for each in powers)
     variances = np.maximum(second - first**2, 0.0)
     fourths = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     deviations = np.sqrt(variances)

@@ -84,16 +84,23 @@ def auc_loss(scores: Floats, outcomes: Floats, units: NDArray[np.int64], num_uni
         raise AbError("auc_loss expects outcomes of 0 or 1; for others try squared_error")
     if positive.all() or not positive.any():
         return Auc(np.nan, np.zeros(num_units))
-    above, below = scores[positive], scores[~positive]
+    order = np.argsort(scores)
+    lower = _lower(scores[order], positive[order])  # rows of the other label below each row, ties half
+    num_positive = int(positive.sum())
+    num_negative = len(scores) - num_positive
     rows = np.empty(len(scores))
-    rows[positive] = 1 - _placements(above, below)
-    rows[~positive] = _placements(below, above)
+    rows[order] = np.where(positive[order], 1 - lower / num_negative, lower / num_positive)
     loss = float(rows[positive].mean())
-    weights = np.where(positive, 1 / len(above), 1 / len(below))
+    weights = np.where(positive, 1 / num_positive, 1 / num_negative)
     return Auc(loss, np.bincount(units, weights=(rows - loss) * weights, minlength=num_units))
 
 
-def _placements(scores: Floats, others: Floats) -> Floats:
-    """The part of `others` that lie below each score, ties half."""
-    others = np.sort(others)
-    return (np.searchsorted(others, scores) + np.searchsorted(others, scores, side="right")) / (2 * len(others))
+def _lower(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
+    """How many rows of the other label are below each row, ties half; rows are sorted by score."""
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) + 1  # of groups of ties
+    starts = np.concatenate([[0], ends[:-1]])
+    group = np.repeat(np.arange(len(ends)), ends - starts)
+    positives = np.concatenate([[0], np.cumsum(positive)])
+    negatives = np.arange(len(scores) + 1) - positives
+    other = [np.where(positive, negatives[edge][group], positives[edge][group]) for edge in (starts, ends)]
+    return (other[0] + other[1]) / 2
