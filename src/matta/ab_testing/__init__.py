@@ -13,6 +13,11 @@ Read in this order:
 - `comparison`: the report. `ab_command`: `matta ab`. `ab_settings`: its options.
 
 This file loads the standard library alone, so that a server that only splits and logs stays light.
+
+Example:
+    >>> from matta.ab_testing import Split
+    >>> Split(shares={"Student": 9, "TA": 1}, salt="experiment 1").arm("request 7")
+    'Student'
 """
 
 from matta.ab_testing.traffic import AnswerLog, Split

@@ -50,8 +50,8 @@ def _show(report: AbReport) -> None:
         for pair in report.pairs
     ]
     title = f"Differences in {report.metric}, valid at all looks together ({1 - report.alpha:.4g})"
-    columns = ("arms", "difference", "interval", "decision")
-    console.print(rich_table(title, columns, pairs, left=("arms", "decision")))
+    headings = ("arms", "difference", "interval", "decision")
+    console.print(rich_table(title, headings, pairs, left=("arms", "decision")))
     for told in (*(f"warning: {each}" for each in report.warnings), *report.notes):
         console.print(told, highlight=False, markup=False)
 

@@ -70,7 +70,20 @@ class Pair:
 class AbReport:
     """What `matta ab` tells, made by `compare`.
 
-    The intervals hold at all looks and for all pairs together, at the level 1 − alpha.
+    The intervals hold at all looks and for all pairs together, at the level 1 − alpha. `warnings` cast doubt on all
+    figures; `notes` tell what was left out.
+
+    Example:
+        >>> import json, tempfile
+        >>> from matta.ab_testing.comparison import compare
+        >>> path = f"{tempfile.mkdtemp()}/log.jsonl"
+        >>> answers = [{"kind": "answer", "id": arm, "arm": arm, "predictions": [0.0]} for arm in "AB"]
+        >>> with open(path, "w") as file:
+        ...     for line in (*answers, {"kind": "outcome", "id": "A", "outcomes": [1.0]}):
+        ...         _ = file.write(f"{json.dumps(line)}\\n")
+        >>> report = compare([path])
+        >>> report.arms[0].metric, report.pairs[0].decision, report.notes
+        (0.6931471805599453, 'go on: too few outcomes yet', ('1 answers without an outcome yet',))
     """
 
     metric: str
@@ -109,8 +122,8 @@ def compare(
         alpha: Chance of a false alarm over all looks.
         margin: A difference too small to matter.
         predictions: "logit", "probability" or "value".
-        tuned_for: Requests with an outcome at which the interval is narrowest. Fix it before the experiment; ten times
-            too many or too few widen the interval by a fifth.
+        tuned_for: Requests with an outcome at which the interval is narrowest. Fix it before the experiment. After a
+            tenth of them the interval is 26% wider than it could be, after ten times as many 7%.
 
     Raises:
         AbError: a log that cannot be read, fewer than two arms, or an option out of range.

@@ -35,9 +35,9 @@ def tuned_rho_squared(num_units: float, alpha: float) -> float:
         >>> 10_000 * tuned_rho_squared(10_000, alpha=0.05)  # doctest: +ELLIPSIS
         8.21...
     """
-    u = 1.0
-    while abs(u - (u := math.log((u + 1) / alpha**2))) > TOLERANCE * u:  # a contraction: the slope is 1 / (u + 1)
-        pass
+    u, before = 1.0, 0.0
+    while abs(u - before) > TOLERANCE * u:  # a contraction: the slope is 1 / (u + 1)
+        u, before = math.log((u + 1) / alpha**2), u
     return u / num_units
 
 
@@ -89,7 +89,7 @@ def pseudo_outcomes(values: Floats, in_b: NDArray[np.bool_], share_b: float, *, 
     total = np.zeros(len(values))
     start = 0
     for is_arm, share, factor in ((in_b, share_b, 1.0), (~in_b, 1 - share_b, float(sign))):
-        counts = np.cumsum(is_arm) - is_arm
+        counts: NDArray[np.int64] = np.cumsum(is_arm) - is_arm
         own = np.where(is_arm, values, 0.0)
         before = (np.cumsum(own) - own) / np.maximum(counts, 1)
         total += factor * (before + np.where(is_arm, (values - before) / share, 0.0))
