@@ -153,7 +153,7 @@ def figures_of(centre: Floats, half: Floats, fixed: Floats, truth: Floats) -> di
         stopped = sum(each is not None for each in first)
         found |= {
             f"{name}detected_percent": 100 * stopped / len(first),
-            f"{name}coverage_percent": 100 * fmean((np.abs(centre - truth) <= width).all(axis=1)),
+            f"{name}coverage_percent": 100 * fmean(~(np.abs(centre - truth) > width).any(axis=1)),
             f"{name}median_requests_to_stop": median(each or 10**9 for each in first)
             if 2 * stopped > len(first)
             else None,

@@ -68,7 +68,7 @@ class Pair:
 @final
 @dataclass(frozen=True, kw_only=True)
 class AbReport:
-    """What `matta ab` tells, made by `compare`.
+    r"""What `matta ab` tells, made by `compare`.
 
     The intervals hold at all looks and for all pairs together, at the level 1 − alpha. `warnings` cast doubt on all
     figures; `notes` tell what was left out.
@@ -80,7 +80,7 @@ class AbReport:
         >>> answers = [{"kind": "answer", "id": arm, "arm": arm, "predictions": [0.0]} for arm in "AB"]
         >>> with open(path, "w") as file:
         ...     for line in (*answers, {"kind": "outcome", "id": "A", "outcomes": [1.0]}):
-        ...         _ = file.write(f"{json.dumps(line)}\\n")
+        ...         _ = file.write(f"{json.dumps(line)}\n")
         >>> report = compare([path])
         >>> report.arms[0].metric, report.pairs[0].decision, report.notes
         (0.6931471805599453, 'go on: too few outcomes yet', ('1 answers without an outcome yet',))
