@@ -92,8 +92,8 @@ def auc_loss(scores: Floats, outcomes: Floats, units: NDArray[np.int64], num_uni
     rows[order] = np.where(positive[order], 1 - lower / num_negative, lower / num_positive)
     loss = float(rows[positive].mean())
     weights = np.where(positive, 1 / num_positive, 1 / num_negative)
-    influences: Floats = np.bincount(units, weights=(rows - loss) * weights, minlength=num_units)
-    return Auc(loss, influences)
+    influences = np.bincount(units, weights=(rows - loss) * weights, minlength=num_units)
+    return Auc(loss, np.asarray(influences, dtype=np.float64))
 
 
 def _lower(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
