@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import matta
+import matta.ab_testing.comparison
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("pyarrow")
@@ -31,6 +32,8 @@ def public_names() -> Iterator[str]:
     yield from matta.__all__
     yield from (f"objectives.{name}" for name in OBJECTIVES)
     yield from (f"streams.{name}" for name in matta.streams.__all__)
+    yield from (f"ab_testing.{name}" for name in matta.ab_testing.__all__)
+    yield from ("ab_testing.comparison.compare", "ab_testing.comparison.AbReport")
     kinds = vars(matta.errors).items()
     yield from (
         f"errors.{name}" for name, kind in kinds if inspect.isclass(kind) and issubclass(kind, matta.MattaError)

@@ -45,9 +45,7 @@ def test_a_tensor_of_any_dtype_makes_the_round_trip_as_bytes(datatype: str) -> N
     length = headers["Inference-Header-Content-Length"]
     told = json.loads(content[: int(length)])["outputs"][0]
     asked = json.dumps({"inputs": [told]}).encode()
-    request = read_request(
-        asked + content[int(length) :], str(len(asked)), [TensorSpec("x", dtype, (-1, 2))], [LOGITS]
-    )
+    request = read_request(asked + content[int(length) :], str(len(asked)), [TensorSpec("x", dtype, (-1, 2))], [LOGITS])
     assert request.inputs["x"].dtype == dtype
     assert torch.equal(request.inputs["x"], values)
 
@@ -144,7 +142,9 @@ def test_bytes_behind_the_last_tensor_are_refused() -> None:
 @pytest.mark.parametrize(("data", "dtype"), [([300], "UINT8"), ([-1], "UINT8"), ([1.5], "INT64"), ([1], "BOOL")])
 def test_numbers_that_a_dtype_lacks_are_refused(data: list[Any], dtype: str) -> None:
     with pytest.raises(ProtocolError):
-        read_request(body(entry(datatype=dtype, shape=(1,), data=data)), None, [TensorSpec("x", DATATYPES[dtype], (-1,))], [])
+        read_request(
+            body(entry(datatype=dtype, shape=(1,), data=data)), None, [TensorSpec("x", DATATYPES[dtype], (-1,))], []
+        )
 
 
 def test_inputs_of_different_rows_are_refused() -> None:

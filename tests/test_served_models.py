@@ -61,7 +61,9 @@ def test_what_no_view_can_show_is_copied_once_for_all_sizes() -> None:
     copied = sum(each.numel() * each.element_size() for each in narrow)
     assert bytes_of(dict(models.current.modules)) == bytes_of({"TA": nested.ta}) + copied
     for size, spec in models.specs.items():
-        torch.testing.assert_close(models.run(size, {"input_0": EXAMPLE[0]})[0], matta.extract(nested, spec)(EXAMPLE[0]))
+        torch.testing.assert_close(
+            models.run(size, {"input_0": EXAMPLE[0]})[0], matta.extract(nested, spec)(EXAMPLE[0])
+        )
 
 
 def test_the_front_of_a_family_is_served() -> None:

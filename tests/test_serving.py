@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 
 import matta
 from matta.cli import main
-from matta.errors import ServeError
+from matta.errors import MattaError, ServeError
 from matta.serving.serve_settings import ServeSettings
 from matta.serving.serving_command import Serving, named_serving, serve
 
@@ -219,7 +219,12 @@ def test_two_hundred_malformed_requests_are_refused_and_the_next_one_is_answered
 
 
 def test_what_is_no_http_does_not_stop_the_server(port: int) -> None:
-    for data in (b"\x00" * 100, b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", b"POST " + INFER.encode() + b" HTTP/1.1\r\n"):
+    for data in (
+        b"\x00" * 100,
+        b"GET\r\n\r\n",
+        b"POST / HTTP/9.9\r\n\r\n",
+        b"POST " + INFER.encode() + b" HTTP/1.1\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(data)
     assert post(port, asked())[0] == 200
@@ -352,14 +357,14 @@ def test_the_size_follows_the_load() -> None:
         ({"max_queue": 3}, "max_queue=3"),
         ({"runtime": "tvm"}, "runtime='tvm'"),
         ({"runtime": "onnx", "device": "cuda"}, "device='cuda'"),
-        ({"split": "TA"}, "expected such as Student=0.9,TA=0.1"),
-        ({"split": "TA=1e"}, "the share '1e'"),
+        ({"split": "TA"}, "as in Student=0.9,TA=0.1"),
+        ({"split": "TA=1e"}, "the shares 'TA=1e'"),
         ({"split": "TA=1"}, "without a log"),
         ({"split": "TA=1", "log": Path("x"), "target_ms": 5.0}, "expected one of them"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ServeError, match=re.escape(message)):
+    with pytest.raises(MattaError, match=re.escape(message)):
         ServeSettings(**options)
 
 
@@ -406,9 +411,7 @@ def test_a_port_that_is_taken_is_told_in_a_line() -> None:
         ("math:pi", "math:pi is of type float"),
     ],
 )
-def test_a_source_that_is_none_is_told_in_a_line(
-    source: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_that_is_none_is_told_in_a_line(source: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ServeError, match=re.escape(message)):
         named_serving(source)
     assert main(["serve", source]) == 2

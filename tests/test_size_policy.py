@@ -12,9 +12,7 @@ ROWS, TARGET_S = 32, 0.15
 TA_RATE = 1 / (ROWS * TIMES["TA"].row_s)  # requests in a second that the TA can take
 
 
-def simulate(
-    rate: Callable[[float], float], seconds: float, slowness: float = 1.0
-) -> list[tuple[float, float, str]]:
+def simulate(rate: Callable[[float], float], seconds: float, slowness: float = 1.0) -> list[tuple[float, float, str]]:
     """Requests at random times through a queue under the policy: arrival, seconds to the answer, size."""
     random, policy = Random(0), SizePolicy(TIMES, TARGET_S, max_rows=256)
     arrivals, time = [], 0.0

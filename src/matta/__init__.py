@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC_MODULES = ("errors", "objectives", "streams")
+_PUBLIC_MODULES = ("ab_testing", "errors", "objectives", "streams")
 _PUBLIC_NAMES = {
     "nesting": ("Layout", "Nested", "grow", "nest", "probe", "trace_layouts"),
     "training": (
@@ -40,6 +40,7 @@ _DEFINED_IN = {name: package for package, names in _PUBLIC_NAMES.items() for nam
 __all__ = sorted((*_PUBLIC_MODULES, *_DEFINED_IN))
 
 if TYPE_CHECKING:
+    from matta import ab_testing as ab_testing
     from matta import errors as errors
     from matta import objectives as objectives
     from matta import streams as streams

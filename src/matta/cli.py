@@ -113,6 +113,13 @@ COMMANDS = (
         run="matta.lm.benchmarks:run",
         extra="eval",
     ),
+    Command(
+        words=("ab",),
+        summary="compare sizes or versions on live requests, from the logs of their answers and outcomes",
+        settings="matta.ab_testing.ab_settings:AbSettings",
+        run="matta.ab_testing.ab_command:run",
+        extra="fit",
+    ),
     _study("relevance", "rank films for users: Student, TA and all sizes between, against a tuned baseline"),
     _study("quality", "late flights, predicted online, with and without Shampoo, against a tuned baseline"),
     _study("ablations", "optimizers, sharing, weights, sizes, depth and Teachers, on both studies"),

@@ -125,7 +125,11 @@ class _Judge:
                     f"loss on held-out data"
                 )
             self.found[spec] = Size(
-                name=size_name(self.nested, spec), layers=dict(spec.choices), latencies=(), quality=quality, **asdict(cost)
+                name=size_name(self.nested, spec),
+                layers=dict(spec.choices),
+                latencies=(),
+                quality=quality,
+                **asdict(cost),
             )
         return self.found[spec]
 

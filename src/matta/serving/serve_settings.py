@@ -6,11 +6,10 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
+from matta.ab_testing.ab_settings import read_shares
 from matta.errors import ServeError
-
-_SHARE: Final = re.compile(r"\s*(.+?)=([0-9.eE+-]+)\s*(?:,|$)")
 
 
 def _setting(default: Any, help: str, metavar: str | None = None) -> Any:
@@ -22,7 +21,8 @@ class ServeSettings:
     """How sizes are served; each is an option of `matta serve`.
 
     Raises:
-        ServeError: a number out of range, a split that is none, or answers to log with nowhere to.
+        ServeError: a number out of range, or a split without a log.
+        AbError: a split that cannot be read.
 
     Example:
         >>> import matta
@@ -82,20 +82,9 @@ class ServeSettings:
         """The shares of the split by arm: a size, or SIZE@VERSION.
 
         Raises:
-            ServeError: it cannot be read.
+            AbError: it cannot be read.
         """
-        found: dict[str, float] = {}
-        at = 0
-        while self.split is not None and at < len(self.split):
-            match = _SHARE.match(self.split, at)
-            if match is None:
-                raise ServeError(f"received split={self.split!r}; expected such as Student=0.9,TA=0.1")
-            try:
-                found[match[1]] = float(match[2])
-            except ValueError:
-                raise ServeError(f"received the share {match[2]!r} of {match[1]!r}; expected a number") from None
-            at = match.end()
-        return found
+        return {} if self.split is None else read_shares(self.split)
 
 
 @final

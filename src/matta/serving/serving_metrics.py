@@ -21,7 +21,11 @@ class ServingMetrics:
         registry = self.registry
         self._requests = Counter("matta_requests", "Requests to infer", ("size", "status"), registry=registry)
         self._seconds = Histogram(
-            "matta_request_seconds", "From a request's arrival to its answer", ("size",), buckets=SECONDS, registry=registry
+            "matta_request_seconds",
+            "From a request's arrival to its answer",
+            ("size",),
+            buckets=SECONDS,
+            registry=registry,
         )
         self._batch_seconds = Histogram(
             "matta_batch_seconds", "Computing a batch", ("size",), buckets=SECONDS, registry=registry
