@@ -34,7 +34,6 @@ MOST_FLOORS = {
     "streams": 4,
     "lm": 9,
     "exporting": 3,
-    "ab_testing": 4,
     "serving": 7,
 }
 """The longest chain of imports inside a package: a new floor needs a reason."""

@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_light_load_is_the_tas() -> None:
 
 def test_sizes_do_not_flicker() -> None:
     answered = simulate(lambda _: 0.9 * TA_RATE, 20.0)
-    changes = sum(left[2] != right[2] for left, right in zip(answered, answered[1:], strict=False))
+    changes = sum(left[2] != right[2] for left, right in pairwise(answered))
     assert changes <= 2 * 20  # at most down and up in a second
 
 

@@ -121,8 +121,8 @@ class _Judge:
                 quality = float(self.evaluate(module))
             if not math.isfinite(quality):
                 raise ChoiceError(
-                    f"evaluate gave {quality} for {size_name(self.nested, spec)!r}; expected a finite number: such as a "
-                    f"loss on held-out data"
+                    f"evaluate gave {quality} for {size_name(self.nested, spec)!r}; expected a finite number: such as "
+                    f"a loss on held-out data"
                 )
             self.found[spec] = Size(
                 name=size_name(self.nested, spec),

@@ -183,7 +183,8 @@ class Batcher:
 
     def _pop(self, group: tuple[Any, ...], most: int) -> list[_Waiting]:
         """Requests of a group of so many rows, the oldest first; at least one. Clients that have left get none."""
-        queue, batch, rows = self._groups[group], [], 0
+        queue, rows = self._groups[group], 0
+        batch: list[_Waiting] = []
         while queue and (not batch or rows + queue[0].rows <= most):
             waiting = queue.popleft()
             self.rows -= waiting.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -12,8 +12,9 @@ from matta.ab_testing.ab_settings import read_shares
 from matta.errors import ServeError
 
 
-def _setting(default: Any, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": f"{help}", **({"metavar": metavar} if metavar else {})})
+def setting(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A field with what the command line says of it."""
+    return field(default=default, metadata={"help": help, **({"metavar": metavar} if metavar else {})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +27,38 @@ class ServeSettings:
 
     Example:
         >>> import matta
-        >>> matta.ServeSettings(split="Student=0.9,TA=0.1").shares
+        >>> matta.ServeSettings(split="Student=0.9,TA=0.1", log="answers.jsonl").shares
         {'Student': 0.9, 'TA': 0.1}
     """
 
-    host: str = _setting("127.0.0.1", "address to listen on (default: 127.0.0.1, this machine alone)")
-    port: int = _setting(8000, "port; 0: any that is free (default: 8000)")
-    name: str = _setting("model", "the model's name in addresses (default: model)")
-    size: str | None = _setting(None, "the size for requests that name none (default: the best)")
-    target_ms: float | None = _setting(
+    host: str = setting("127.0.0.1", "address to listen on (default: 127.0.0.1, this machine alone)")
+    port: int = setting(8000, "port; 0: any that is free (default: 8000)")
+    name: str = setting("model", "the model's name in addresses (default: model)")
+    size: str | None = setting(None, "the size for requests that name none (default: the best)")
+    target_ms: float | None = setting(
         None, "answer within so many milliseconds, by smaller sizes under load; off by default"
     )
-    max_batch: int = _setting(64, "most rows of a batch, and of a request (default: 64)")
-    max_wait_ms: float = _setting(1.0, "most milliseconds that a request waits for others (default: 1)")
-    max_queue: int = _setting(4096, "rows that wait; more are turned away with status 503 (default: 4096)")
-    timeout_s: float = _setting(30.0, "seconds until a request is given up with status 504 (default: 30)")
-    max_request_mb: float = _setting(16.0, "largest request, in 2^20 bytes (default: 16)")
-    drain_s: float = _setting(1.0, "seconds between not being ready and the end, after SIGTERM (default: 1)")
-    threads: int = _setting(1, "threads of an operation on a CPU (default: 1)")
-    device: str = _setting("cpu", "where the models compute (default: cpu)")
-    runtime: str = _setting("torch", "torch (default): views of one copy of the weights; onnx: a session for each size")
-    snapshots: Path | None = _setting(None, "folder of matta.Snapshots: newer versions are swapped in", "DIR")
-    poll_s: float = _setting(2.0, "seconds between two looks into the folder of snapshots (default: 2)")
-    split: str | None = _setting(
+    max_batch: int = setting(64, "most rows of a batch, and of a request (default: 64)")
+    max_wait_ms: float = setting(1.0, "most milliseconds that a request waits for others (default: 1)")
+    max_queue: int = setting(4096, "rows that wait; more are turned away with status 503 (default: 4096)")
+    timeout_s: float = setting(30.0, "seconds until a request is given up with status 504 (default: 30)")
+    max_request_mb: float = setting(16.0, "largest request, in 2^20 bytes (default: 16)")
+    drain_s: float = setting(1.0, "seconds between not being ready and the end, after SIGTERM (default: 1)")
+    threads: int = setting(1, "threads of an operation on a CPU (default: 1)")
+    device: str = setting("cpu", "where the models compute (default: cpu)")
+    runtime: str = setting("torch", "torch (default): views of one copy of the weights; onnx: a session for each size")
+    snapshots: Path | None = field(
+        default=None,
+        metadata={"help": "folder of matta.Snapshots: newer versions are swapped in", "metavar": "DIR"},
+    )
+    poll_s: float = setting(2.0, "seconds between two looks into the folder of snapshots (default: 2)")
+    split: str | None = setting(
         None, "A/B test by request id: SIZE=SHARE,... or SIZE@VERSION=SHARE,... of the snapshots", "SHARES"
     )
-    salt: str = _setting("", "of the split: another one is another assignment")
-    log: Path | None = _setting(None, "JSON lines of answers and outcomes, for matta ab", "FILE")
+    salt: str = setting("", "of the split: another one is another assignment")
+    log: Path | None = field(
+        default=None, metadata={"help": "JSON lines of answers and outcomes, for matta ab", "metavar": "FILE"}
+    )
 
     def __post_init__(self) -> None:
         over = ("max_batch", "max_queue", "timeout_s", "max_request_mb", "poll_s", "threads")
@@ -98,6 +104,10 @@ class ServeCommandSettings(ServeSettings):
             "positional": True,
         }
     )
-    family: Path | None = _setting(
-        None, "table of sizes (family.json), whose front is served (default: that of the source)", "FILE"
+    family: Path | None = field(
+        default=None,
+        metadata={
+            "help": "table of sizes (family.json), whose front is served (default: that of the source)",
+            "metavar": "FILE",
+        },
     )

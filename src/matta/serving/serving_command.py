@@ -1,4 +1,4 @@
-"""`matta.serve` and `matta serve`: from a nesting, or the name of one, to a server that runs until it is told to stop."""
+"""`matta.serve` and `matta serve`: a server for a nesting, or for what a name stands for."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Which size answers a batch, so that a latency target holds: the best that the present load allows.
 
-A size's time for a batch is a + b * rows, measured at the start, and fitted to its batches as they come; while a size is
-not used, what was learnt of it is forgotten, so that it is tried again. Two things decide: the time to work off all that waits, and the share of time that the rows coming in would take.
-Falling to a smaller size is at once; a larger one has to look possible, with a margin, for a while.
+A size's time for a batch is a + b * rows, measured at the start, and fitted to its batches as they come; while a size
+is not used, what was learnt of it is forgotten, so that it is tried again. Two things decide: the time to work off all
+that waits, and the share of time that the rows coming in would take. Falling to a smaller size is at once; a larger one
+has to look possible, with a margin, for a while.
 """
 
 from __future__ import annotations

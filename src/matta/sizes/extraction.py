@@ -47,9 +47,10 @@ def share(nested: Nested, specs: Mapping[str, SubModel | None]) -> dict[str, nn.
 
     Example:
         >>> import matta
-        >>> nested = matta.nest(nn.Linear(3, 1), nn.Linear(4, 1))
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8))
         >>> sizes = share(nested, {"Student": None, "TA": matta.wide(nested)})
-        >>> sizes["Student"].weight.data_ptr() == sizes["TA"].weight.data_ptr()
+        >>> sizes["Student"][0].weight.data_ptr() == sizes["TA"][0].weight.data_ptr()
         True
     """
     shown: dict[object, nn.Parameter] = {}
