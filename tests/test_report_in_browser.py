@@ -31,10 +31,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 HAS_BROWSER = bool(CHROMIUM and DRIVER)
 
-pytestmark = [
-    pytest.mark.skipif(not HAS_BROWSER and os.environ.get("CI") != "true", reason="no chromium, or no chromedriver"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(
+    not HAS_BROWSER and os.environ.get("CI") != "true", reason="no chromium, or no chromedriver"
+)
 
 Open = Callable[..., Any]
 
