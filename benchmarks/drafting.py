@@ -6,8 +6,8 @@
     python benchmarks/drafting.py --run RUN      the pair of a run of matta train
 
 With --json one JSON object and nothing else: for each pair, greedily and sampled, `speed` is tokens per second over
-those of the TA alone, in turn, `acceptance` the share of drafted tokens that the TA keeps, `tokens_per_pass` tokens to a
-forward pass of the TA, `is_equal` whether greedy text is the TA's own. One thread.
+those of the TA alone, in turn, `acceptance` the share of drafted tokens that the TA keeps, `tokens_per_pass` tokens to
+a forward pass of the TA, `is_equal` whether greedy text is the TA's own. One thread.
 """
 
 from __future__ import annotations

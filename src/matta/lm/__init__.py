@@ -10,5 +10,6 @@ Read in this order:
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
 - `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
 - `choosing_sizes`: `matta choose`. `run_report`: `matta report`.
+- `drafting`: the Student drafts and the TA verifies, in Transformers' assisted generation.
 - `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.
 """

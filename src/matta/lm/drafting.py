@@ -1,7 +1,7 @@
 """The Student drafts and the TA verifies: Transformers' assisted generation with two models from one set of weights.
 
-Text is the TA's own: greedily token for token, sampled from the same distribution (Leviathan et al., "Fast Inference from
-Transformers via Speculative Decoding", ICML 2023).
+Text is the TA's own: greedily token for token, sampled from the same distribution (Leviathan et al., "Fast Inference
+from Transformers via Speculative Decoding", ICML 2023).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class DraftPair:
 class Drafting:
     """What drafting came to: tokens per second with it and without, of the same prompts in turn.
 
-    `acceptance` is the share of drafted tokens that the TA kept, and `tokens_per_pass` how many tokens came of a forward
-    pass of the TA. `is_equal` says whether all texts are those of the TA alone; sampled ones differ by chance.
+    `acceptance` is the share of drafted tokens that the TA kept, and `tokens_per_pass` how many tokens came of a
+    forward pass of the TA. `is_equal` says whether all texts are those of the TA alone; sampled ones differ by chance.
     """
 
     tokens: int
