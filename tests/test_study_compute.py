@@ -271,7 +271,9 @@ def test_the_whole_study_on_made_tuples(
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
     assert ("Processor seconds of the shared runs" in told) == (short == "compute")
-    assert f"{short} short" in told and "less is better" in capsys.readouterr().out
+    assert (
+        "compute short" if short == "compute" else "128 examples"
+    ) in told and "less is better" in capsys.readouterr().out
 
 
 def test_settings_become_a_plan() -> None:
@@ -279,6 +281,10 @@ def test_settings_become_a_plan() -> None:
     assert plan_of(ComputeSettings(quick=True)).num_runs < plan_of(ComputeSettings()).num_runs
     few = plan_of(ComputeSettings(data="text", short="data", examples=500))
     assert (few.task, few.regime, few.with_short_data().setting) == ("text", "data", 500)
+    tenth = plan_of(ComputeSettings(short="data", examples=10_000))
+    whole = plan_of(ComputeSettings(short="data"))
+    decays = [[decay for _, decay in plan.grid.short_trials] for plan in (tenth, whole)]
+    assert decays[0] == [pytest.approx(10 * decay) for decay in decays[1]]
 
 
 @pytest.mark.parametrize(

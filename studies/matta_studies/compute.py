@@ -94,6 +94,12 @@ class Grid:
     short_trials: tuple[tuple[float, float], ...]
     short_alone: float = 0.4
 
+    def with_examples(self, num_examples: int) -> Grid:
+        """The same for another number of short data: fewer steps to a pass take more weight decay in a step."""
+        scale = self.short_examples / num_examples
+        trials = tuple((passes, _two_digits(decay * scale)) for passes, decay in self.short_trials)
+        return replace(self, short_examples=num_examples, short_trials=trials)
+
     @property
     def batches(self) -> tuple[int, ...]:
         """All batch sizes, each once."""
@@ -289,7 +295,7 @@ def plan_of(settings: ComputeSettings) -> ComputePlan:
     """The plan behind the settings of the command line."""
     grid = GRIDS[settings.data]
     if settings.examples is not None:
-        grid = replace(grid, short_examples=settings.examples)
+        grid = grid.with_examples(settings.examples)
     plan = ComputePlan(task=settings.data, regime=settings.short, num_seeds=settings.num_seeds, grid=grid)
     if not settings.quick:
         return plan
@@ -490,9 +496,11 @@ def told(results: Mapping[str, Any]) -> list[Part]:
         f"decay that are best for it."
     )
     metric, _ = METRICS[results["data"]]
-    command = f"matta study compute --data {results['data']} --short {results['short']}"
+    examples = "" if is_compute else f" --examples {results['examples']}"
+    command = f"matta study compute --data {results['data']} --short {results['short']}{examples}"
+    short = "compute short" if is_compute else f"{results['examples']:,} examples"
     return [
-        f"## The family against its sizes alone: {TITLES[results['data']]}, {results['short']} short",
+        f"## The family against its sizes alone: {TITLES[results['data']]}, {short}",
         f"`{command} --seeds {results['num_seeds']}`; {told_machine(results['machine'])}. {regime}",
         Table(
             title=f"{metric} by size (less is better)",
