@@ -33,6 +33,7 @@ from matta_studies.compute import (
     dominated,
     family,
     measure_costs,
+    notes,
     plan_of,
     run_job,
     run_study,
@@ -299,3 +300,21 @@ def test_settings_become_a_plan() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         ComputeSettings(**wrong)
+
+
+def test_a_peer_without_hypervolume_gives_no_ratio() -> None:
+    """With short data all sizes of the best peer can be worse than the Student alone."""
+    told = notes(
+        {
+            "best_peer": ALONE,
+            "hypervolume_change": {},
+            "seconds": {TOGETHER: 1.0},
+            "sizes": {},
+            "worse_than_smaller": {"a": [], "b": []},
+            "family_vs_alone_mean_percent": {},
+            "together_vs_alone_mean_percent": {},
+            "num_seeds": 2,
+            "short": DATA,
+        }
+    )
+    assert told[0].startswith("Hypervolume: with some seed nothing")

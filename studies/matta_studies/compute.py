@@ -403,13 +403,15 @@ def results_of(plan: ComputePlan, found: Found, costs: Costs) -> dict[str, Any]:
     }
     volumes = {name: hypervolumes(found, name) for name in (whole, *WAYS, ALONE)}
     best = max(PEERS, key=lambda name: fmean(volumes[name]))
-    ratios = {name: relative_change(volumes[name], volumes[best]) for name in (whole, TOGETHER)}
+    # With some seed even the best peer may have nothing that is better than the Student alone: then there is no ratio.
+    compared = (whole, TOGETHER) if min(volumes[best]) > 0 else ()
+    ratios = {name: relative_change(volumes[name], volumes[best]) for name in compared}
     task = {"data": plan.task, "short": plan.regime, "examples": plan.grid.short_examples}
     results = {
         **task,
         "family_vs_alone_percent": changes,
         **means,
-        "hypervolume_ratio": 1.0 + ratios[whole].mean / 100.0,
+        "hypervolume_ratio": 1.0 + ratios[whole].mean / 100.0 if ratios else None,
         "hypervolume_change": _told(ratios),
         "best_peer": best,
         "hypervolume": {name: fmean(each) for name, each in volumes.items()},
@@ -536,6 +538,17 @@ def _row(results: Mapping[str, Any], size: str, arms: Sequence[str]) -> tuple[st
     return (results["sizes"][size], f"{results['parameters'][size]:,}", *cells)
 
 
+def _hypervolume_told(results: Mapping[str, Any]) -> str:
+    peer, changes = WAYS.get(results["best_peer"], "each alone"), results["hypervolume_change"]
+    if not changes:
+        return f"Hypervolume: with some seed nothing of any peer's, of {peer} either, is better than the Student alone."
+    told = [Change.told(changes[arm]) for arm in (family(len(SIZES)), TOGETHER)]
+    return (
+        f"Hypervolume of loss and log size against the best peer's ({peer}): in turns {told[0]}, all in every step "
+        f"{told[1]} (more is better)."
+    )
+
+
 def _change_row(results: Mapping[str, Any], size: str) -> tuple[str, ...]:
     changes = [each.get(size) for each in results["family_vs_alone_percent"].values()]
     return (results["sizes"][size], *("–" if each is None else str(Change.told(each)) for each in changes))
@@ -547,7 +560,6 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         {count: Change.told(each) for count, each in results[f"{name}_vs_alone_mean_percent"].items()}
         for name in (FAMILY, TOGETHER)
     )
-    volumes = [Change.told(results["hypervolume_change"][arm]) for arm in (family(len(SIZES)), TOGETHER)]
     shares = [each / results["seconds"][TOGETHER] for arm, each in results["seconds"].items() if ALONE not in arm]
     worse = [
         "; ".join(results["sizes"][size] for size in sizes) or "none"
@@ -559,8 +571,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
             f"{together[count]}."
             for count, each in in_turns.items()
         ),
-        f"Hypervolume of loss and log size against the best peer's ({WAYS.get(results['best_peer'], 'each alone')}): "
-        f"in turns {volumes[0]}, all in every step {volumes[1]} (more is better).",
+        _hypervolume_told(results),
         f"Sizes that are worse than a smaller one beyond the interval: in turns {worse[0]}; all in every step "
         f"{worse[1]}.",
         f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds.",
