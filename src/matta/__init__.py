@@ -31,7 +31,8 @@ _PUBLIC_NAMES = {
     ),
     "choosing": ("Family", "family"),
     "exporting": ("OnnxModule", "export"),
-    "serving": ("ServeSettings", "Serving", "serve"),
+    "serving": ("ServeSettings",),
+    "serving.serving_command": ("Serving", "serve"),
     "optim": ("Shampoo", "shampoo_groups"),
     "errors": ("MattaError",),
 }
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from matta.optim import Shampoo as Shampoo
     from matta.optim import shampoo_groups as shampoo_groups
     from matta.serving import ServeSettings as ServeSettings
-    from matta.serving import Serving as Serving
-    from matta.serving import serve as serve
+    from matta.serving.serving_command import Serving as Serving
+    from matta.serving.serving_command import serve as serve
     from matta.sizes import SubModel as SubModel
     from matta.sizes import extract as extract
     from matta.sizes import layer_names as layer_names

@@ -8,9 +8,10 @@ Read in this order:
 - `size_policy`: which size answers, so that a latency target holds.
 - `batching`: requests that wait together are computed together.
 - `application`: the addresses. `serving_metrics`: what Prometheus reads. `http_server`: the process, and its end.
+
+This file loads the settings alone, so that the command line answers without torch.
 """
 
 from matta.serving.serve_settings import ServeSettings
-from matta.serving.serving_command import Serving, serve
 
-__all__ = ["ServeSettings", "Serving", "serve"]
+__all__ = ["ServeSettings"]
