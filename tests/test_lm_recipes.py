@@ -412,7 +412,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+KILLED = [pytest.param(each, marks=() if each == "gpt2" else pytest.mark.stress) for each in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", KILLED)
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,7 +101,7 @@ def torchrun(world: int, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.stress)])
 def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: Path) -> None:
     ended = torchrun(world, tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -328,6 +328,7 @@ def test_the_whole_command_on_made_data(bench: Bench, tmp_path: Path) -> None:
     assert text == markdown(told(results)) and "`matta study ablations`" in text and "-8.05%" in text
 
 
+@pytest.mark.stress  # the same harness as that of test_studies
 def test_worker_processes_give_what_this_process_gives(bench: Bench, tmp_path: Path) -> None:
     save_data(bench.tuples, tmp_path / "tuples.safetensors")
     save_stream(bench.stream, tmp_path / "stream.safetensors")
