@@ -1,7 +1,7 @@
 """`matta serve` under load, on this machine alone: throughput, latency, a spike, swaps of version, and its end.
 
     python benchmarks/serve.py            about five minutes
-    python benchmarks/serve.py --quick    the same, shorter, in under a minute
+    python benchmarks/serve.py --quick    shorter, the spike with sizes by load alone, in under a minute
 
 With --json one JSON object and nothing else. The model is a ranker (an MLP); a request has 32 rows. Server and clients
 are processes on the same processor cores, each model with one thread.
@@ -254,11 +254,14 @@ def throughput(weights: Path, ta: nn.Module, seconds: float) -> dict[str, float]
     }
 
 
-def spike(weights: Path, losses: dict[str, float], rate: float, seconds: float, around_s: float) -> dict[str, Any]:
+def spike(
+    weights: Path, losses: dict[str, float], rate: float, seconds: float, around_s: float, num_ways: int
+) -> dict[str, Any]:
     """Four times what the TA can take, with sizes by load, with the TA alone and with the Student alone."""
     target = ("--target-ms", str(TARGET_MS))
     found: dict[str, Any] = {}
-    for name, options in {"elastic": target, "ta": ("--size", "TA"), "student": ("--size", "Student")}.items():
+    ways = {"elastic": target, "ta": ("--size", "TA"), "student": ("--size", "Student")}
+    for name, options in [*ways.items()][:num_ways]:
         with server(weights, *options) as (_, port):
             asyncio.run(open_loop(port, around_s, request(), rate / 8))
             load = asyncio.run(open_loop(port, seconds, request(), rate))
@@ -356,7 +359,7 @@ def main() -> None:
         weights = matta.save(nested, Path(folder, "pair"))
         results: dict[str, Any] = throughput(weights, models.current.modules["TA"], 2.0 if quick else 20.0)
         most = 4.0 * results["bare_rows_per_s"] / ROWS
-        results["spike"] = spike(weights, losses, most, *((2.0, 1.0) if quick else (30.0, 3.0)))
+        results["spike"] = spike(weights, losses, most, *((2.0, 1.0, 1) if quick else (30.0, 3.0, 3)))
         results["spike_requests_per_s"] = most
         results["spike_p99_ratio"] = results["spike"]["elastic"]["p99_ratio"]
         results["memory_ratio"] = memory_ratio(models)
