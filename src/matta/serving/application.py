@@ -252,16 +252,19 @@ class Application:
             raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
 
     def _write(self, identity: str, arm: str, answer: Answer, seconds: float) -> None:
+        """Log an answer; what cannot be logged (a full disk, values that are not finite) does not keep it back."""
         assert self.log is not None
-        self.log.answer(
-            identity,
-            arm=arm,
-            model=answer.size,
-            version=answer.version,
-            predictions=answer.logits.flatten().tolist(),
-            latency_ms=1e3 * seconds,
-            time_s=time.time(),
-        )
+        try:
+            self.log.answer(
+                identity,
+                arm=arm,
+                model=answer.size,
+                version=answer.version,
+                predictions=answer.logits.flatten().tolist(),
+                latency_ms=1e3 * seconds,
+            )
+        except (AbError, OSError) as error:
+            LOG.error("the answer to %r is not logged: %s", identity, error)
 
     async def _outcomes(self, request: Request) -> Response:
         """Outcomes by id, as JSON lines: {"id": ..., "outcomes": [...]}."""

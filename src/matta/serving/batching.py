@@ -34,12 +34,11 @@ class QueueFull(Exception):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The rows of one request, which size and version gave them, and the batch that they were computed in."""
+    """The rows of one request, and which size and version gave them."""
 
     logits: Tensor
     size: str
     version: str
-    batch_rows: int
 
 
 @final
@@ -210,7 +209,7 @@ class Batcher:
                 return [error]
             return [answer for each in batch for answer in self._compute([each], size)]
         parts = logits.split([each.rows for each in batch])
-        return [Answer(logits=part, size=size, version=version, batch_rows=len(logits)) for part in parts]
+        return [Answer(logits=part, size=size, version=version) for part in parts]
 
     def _deliver(self, batch: list[_Waiting], answers: list[Answer | Exception], ran: Ran) -> None:
         if batch:

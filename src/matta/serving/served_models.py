@@ -37,7 +37,7 @@ from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, read_snapshot
 
 OUTPUT, MODEL = "logits", "model"
-TORCH, ONNX = "torch", "onnx"
+TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
 TIMED_CALLS: Final = 5
 MOST_BETWEEN: Final = 3  # sizes between Student and TA, where no family says which

@@ -42,7 +42,6 @@ class FittedTime:
     """A `BatchTime` that follows what batches take: least squares of relative errors, older batches count less."""
 
     def __init__(self, start: BatchTime, max_rows: int) -> None:
-        self._start = start
         points = ((rows, start.seconds(rows)) for rows in (1, max(2, max_rows)))
         self._prior = [PRIOR * sum(each) for each in zip(*(_moments(*point) for point in points), strict=True)]
         self._learnt, self._learnt_at = [0.0] * len(self._prior), -math.inf
