@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from starlette.testclient import TestClient
 from torch import Tensor, nn
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
@@ -27,7 +28,9 @@ from tritonclient.utils import InferenceServerException
 import matta
 from matta.cli import main
 from matta.errors import MattaError, ServeError
+from matta.serving.application import Application
 from matta.serving.serve_settings import ServeSettings
+from matta.serving.served_models import ServedModels
 from matta.serving.serving_command import Serving, named_serving, serve
 
 EXAMPLE = {"item": torch.tensor([1, 2]), "x": torch.ones(2, 6), "labels": torch.ones(2)}
@@ -386,6 +389,15 @@ def test_what_is_not_served_is_refused_at_the_start(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ServeError, match=re.escape(message)):
         serve(make(), ServeSettings(**settings))
+
+
+def test_an_answer_that_cannot_be_logged_is_still_given(tmp_path: Path) -> None:
+    models = ServedModels(pair(), example=EXAMPLE)
+    application = Application(models, ServeSettings(split="TA=1", log=tmp_path / "log", name="ranker"))
+    assert application.log is not None
+    application.log.close()  # what is written then is refused
+    with TestClient(application.asgi) as client:
+        assert client.post(INFER, json=asked()).status_code == 200
 
 
 def test_a_log_needs_one_value_for_each_row(tmp_path: Path) -> None:
