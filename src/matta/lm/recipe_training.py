@@ -32,14 +32,15 @@ from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import read_run_recipe, write_recipe, write_run
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 from matta.sizes.submodels import random_sub_model
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.fitting import fit
 from matta.training.loop import FitResult
 from matta.training.loss_schedule import Ramp, Weights
 from matta.training.processes import make_accelerator
 from matta.training.run_folder import MARKER, RunFolder
+from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

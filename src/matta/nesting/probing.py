@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
-from matta.nesting.batches import Batch, call, logits_of, split_labels
+from matta.nesting.batches import Batch, call, predictions_of, split_labels
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
@@ -154,7 +154,7 @@ def _run(module: nn.Module, inputs: Any) -> tuple[Tensor, _Trace]:
     handles = [part.register_forward_hook(hook(name)) for name, part in module.named_modules() if _is_leaf(part)]
     try:
         with _StudentScales(trace.scales, record=True):
-            return logits_of(call(module, inputs)).detach(), trace
+            return predictions_of(call(module, inputs)).detach(), trace
     finally:
         for handle in handles:
             handle.remove()

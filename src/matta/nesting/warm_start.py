@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.nesting.batches import Batch, call, eval_mode, predictions_of, split_labels
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role
 from matta.nesting.plan import Placement, Plan
@@ -168,7 +168,7 @@ def _warn_of_unknown_inputs(student: nn.Module, plan: Plan) -> None:
 def _warn_if_different(student: nn.Module, ta: nn.Module, example: Batch) -> None:
     inputs = split_labels(example)[0]
     with eval_mode(student, ta):
-        logits = [logits_of(call(module, inputs)) for module in (student, ta)]
+        logits = [predictions_of(call(module, inputs)) for module in (student, ta)]
     error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-12))
     if not error <= _TOLERANCE:
         warnings.warn(

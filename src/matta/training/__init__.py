@@ -3,7 +3,8 @@
 Read in this order:
 
 - `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
-- `cotraining`: the forward of a step (section 3.1).
+- `cotraining`: the forward of a step (section 3.1). `step_labels`: its labels, with weights, or from Teachers.
+  `step_output`: what it gives.
 - `fitting`: `fit` and its arguments. `loop`: what happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
@@ -14,13 +15,14 @@ Read in this order:
 - `snapshots`: extracted models, published while training continues.
 """
 
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
 from matta.training.loop import FitResult, Observer
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
 from matta.training.snapshots import Snapshots, read_snapshot
+from matta.training.step_output import CoTrainingOutput
 
 __all__ = [
     "CoTraining",
