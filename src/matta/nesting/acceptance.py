@@ -14,7 +14,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
-from matta.nesting.plan import Placement
 from matta.nesting.slicing import deep_copy, graph_tensors, is_live
 
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -93,18 +92,3 @@ def require_real_buffers(student: nn.Module, ta: nn.Module) -> None:
                 f"the Student's buffer {name} is on the meta device and has no values; expected real buffers, which "
                 f"each model keeps for itself; build the Student on a real device"
             )
-
-
-def refuse_sparse_gradients(student: nn.Module, placement: Placement) -> None:
-    """Refuse an embedding whose sparse gradient would have to pass through a slice.
-
-    Raises:
-        NestingError: with the embedding, and the argument to change.
-    """
-    owner = student.get_submodule(placement.student.rpartition(".")[0])
-    trains = student.get_parameter(placement.student).requires_grad
-    if placement.grows and trains and getattr(owner, "sparse", False) is True:
-        raise NestingError(
-            f"{placement.student} has sparse gradients and grows in the TA; they cannot pass through a slice; build "
-            f"the Student with sparse=False, or keep it apart with private=[{placement.student!r}]"
-        )

@@ -127,7 +127,7 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
-            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients, not to be copied).
+            that cannot be nested (lazy, compiled, scripted, live, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 

@@ -7,7 +7,8 @@ gradients flow to the owner, and a block that activation checkpointing computes 
 wrong gradients). The optimizer, DDP and FSDP see the owner's parameters alone.
 
 In training the slices are views. Outside training they are contiguous copies, since products with
-strided weights can differ in the last bit from those of an extracted module.
+strided weights can differ in the last bit from those of an extracted module. Tables with sparse gradients
+are never copied: `sparse_tables` has their slices.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.layout import Axis
+from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
 
 _SLICES = "_live_slices"
 
@@ -42,9 +44,12 @@ class LiveSlice:
         """What two slices share when they are the same part of the same parameter, be it a tied one."""
         return id(getattr(self.owner, self.name)), self.axes
 
-    def read(self, *, contiguous: bool) -> Tensor:
-        """The present weights: a view in training, a contiguous copy otherwise."""
+    def read(self, *, contiguous: bool, sparse: bool = False) -> Tensor:
+        """The present weights: a view in training, a contiguous copy otherwise; of a `sparse` table always a view."""
         tensor: Tensor = getattr(self.owner, self.name)
+        if sparse and self._growing:
+            tensor = SparseSlice.apply(tensor, self.axes)
+            return tensor.detach() if self.detach else tensor
         for dim, axis in self._growing:
             tensor = axis.take(tensor, dim)
         if self.detach:
@@ -244,9 +249,18 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        in_training = self.training and torch.is_grad_enabled()
+        return live.read(contiguous=not in_training, sparse=is_sparse_table(self))
 
     return read
+
+
+def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
+    live: LiveSlice | None = self.__dict__[_SLICES].get("weight")
+    if live is None or not self.sparse:
+        return nn.EmbeddingBag.forward(self, *args, **options)
+    table: Tensor = getattr(live.owner, live.name)
+    return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -260,6 +274,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
+        if base.forward is nn.EmbeddingBag.forward:
+            body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)

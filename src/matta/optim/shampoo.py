@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, Literal, final, overload
 
 import torch
@@ -12,34 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.optim.first_order import GRAFTS, Entry, FirstOrder
+from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
+from matta.optim.parameter_groups import (
+    check_group,
+    distinct,
+    expand_modules,
+    is_preconditioned,
+    matrix_shape,
+    refuse_sparse_matrices,
+)
 from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
 from matta.optim.stacking import Grid, Stack
 
 Graft = Literal["adam", "adagrad", "sgd"]
-
-
-def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of a module that keep embeddings (and weights tied to one) out of the preconditioner.
-
-    `Shampoo(module)` uses them by itself. Call this to give the groups their own settings; a table that is no
-    `nn.Embedding` belongs in a group with `"precondition": False` too.
-
-    Example:
-        >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
-        >>> [(len(group["params"]), group["precondition"]) for group in shampoo_groups(module)]
-        [(2, True), (1, False)]
-    """
-    tables = {
-        id(parameter)
-        for each in module.modules()
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag)
-        for parameter in each.parameters(recurse=False)
-    }
-    embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
-    others = [parameter for parameter in module.parameters() if id(parameter) not in tables]
-    groups = [{"params": others, "precondition": True}, {"params": embedded, "precondition": False}]
-    return [group for group in groups if group["params"]]
 
 
 @final
@@ -49,7 +33,8 @@ class Shampoo(torch.optim.Optimizer):
     Section 3.3; Gupta et al. 2018, with the factors of equal blocks of at most `block_size` a side. A block's
     step is as long as that of the graft: AdamW (averaged statistics, Nesterov's momentum, p = 1/2), Adagrad
     (summed statistics, no momentum, p = 1/4: for streams) or SGD with momentum (p = 1/4). Embeddings, vectors
-    and matrices with a side over `max_dim` get the graft's own step.
+    and matrices with a side over `max_dim` get the graft's own step. A sparse gradient, of `nn.Embedding(sparse=True)`,
+    moves the rows that it has and their state alone, weight decay included, at a cost without regard to the others.
 
     Give it the module: a list of parameters does not tell which of them are embeddings (see
     `shampoo_groups`). State is float32 at least. A step with a non-finite gradient, or one too large to be
@@ -121,7 +106,7 @@ class Shampoo(torch.optim.Optimizer):
         self.num_skipped = 0
         self.process_group = process_group
         self._parts: dict[int, _Part] = {}
-        super().__init__(_expand_modules(params), defaults)
+        super().__init__(expand_modules(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, with settings of their own where the group holds any; a repeated one counts once.
@@ -131,10 +116,10 @@ class Shampoo(torch.optim.Optimizer):
         """
         params = param_group["params"]
         if not isinstance(params, Tensor):
-            params = _distinct(params)
+            params = distinct(params)
         super().add_param_group({**param_group, "params": params})
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except OptimizerError:
             self.param_groups.pop()
             raise
@@ -149,12 +134,14 @@ class Shampoo(torch.optim.Optimizer):
         """One step of every parameter that has a gradient, or of none if any gradient is not finite.
 
         Raises:
-            OptimizerError: a gradient is sparse.
+            OptimizerError: a gradient of a matrix that is preconditioned is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            refuse_sparse_matrices(group)
         if not _all_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
             self.num_skipped += 1
             return loss
@@ -224,8 +211,8 @@ class _Part:
         for parameter in group["params"]:
             key = (parameter.device, _state_dtype(parameter))
             place = places.setdefault(key, _Place(state, self.graft, key[1]))
-            if _is_preconditioned(parameter, group):
-                grid = Grid.of(*_matrix_shape(parameter), block_size=group["block_size"])
+            if is_preconditioned(parameter, group):
+                grid = Grid.of(*matrix_shape(parameter), block_size=group["block_size"])
                 grids.setdefault(key, {}).setdefault(grid.block_shape, []).append((parameter, grid))
             elif parameter.numel():
                 place.plain.append(parameter)
@@ -272,10 +259,14 @@ class _Place:
         """One step of the graft, along the preconditioned direction where there is one."""
         parameters = [each for each in self.plain if each.grad is not None]
         weight_decay = group["lr"] * group["weight_decay"]
-        if weight_decay and parameters:
-            torch._foreach_mul_(parameters, 1.0 - weight_decay)
+        sparse = [self._rows(each) for each in parameters if each.grad.is_sparse and each.grad._nnz()]  # type: ignore[union-attr]
+        parameters = [each for each in parameters if not each.grad.is_sparse]  # type: ignore[union-attr]
+        decayed = [*parameters, *(rows.target for rows in sparse)]
+        if weight_decay and decayed:
+            torch._foreach_mul_(decayed, 1.0 - weight_decay)
         plain = [self._plain_entry(each) for each in parameters]
         entries = [entry for stack in self.stacks for entry in stack.graft_entries()] + plain
+        entries += [rows.entry for rows in sparse]
         if not entries:
             return
         targets, gradients, states = (list(each) for each in zip(*entries, strict=True))
@@ -284,30 +275,27 @@ class _Place:
         for parameter, (target, _, _) in zip(parameters, plain, strict=True):
             if target is not parameter:
                 parameter.copy_(target)
+        for rows in sparse:
+            rows.write()
         for stack in self.stacks:
             stack.move(momentum=group["betas"][0], weight_decay=weight_decay)
 
     def _plain_entry(self, parameter: Tensor) -> Entry:
         """The parameter itself where it is contiguous and as precise as its state, else a copy."""
         assert parameter.grad is not None
+        gradient = parameter.grad.to(self.dtype).contiguous()
+        return parameter.to(self.dtype).contiguous(), gradient, self._state_of(parameter)
+
+    def _rows(self, parameter: Tensor) -> TouchedRows:
+        return TouchedRows(parameter, self._state_of(parameter), self.dtype)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in self.graft.state_names:
                 state[name] = torch.zeros(parameter.shape, dtype=self.dtype, device=parameter.device)
-        gradient = parameter.grad.to(self.dtype).contiguous()
-        return parameter.to(self.dtype).contiguous(), gradient, state
-
-
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """A convolution is the matrix (out, in * k * k)."""
-    return parameter.shape[0], parameter.numel() // max(parameter.shape[0], 1)
-
-
-def _is_preconditioned(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    if not group["precondition"] or parameter.ndim < 2 or parameter.numel() == 0:
-        return False
-    return max(_matrix_shape(parameter)) <= group["max_dim"]
+        return state
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
@@ -315,12 +303,7 @@ def _state_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
-    for gradient in gradients:
-        if gradient.is_sparse:
-            raise OptimizerError(
-                "received a sparse gradient; expected dense ones: build the embedding with sparse=False, "
-                "or leave it to an optimizer of its own"
-            )
+    gradients = [each._values() if each.is_sparse else each for each in gradients]
     if not gradients:
         return True
     # float16 would overflow in its own norm
@@ -329,64 +312,3 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
     if any(norm.dtype != norms[0].dtype or norm.device != norms[0].device for norm in norms):
         norms = [norm.to(norms[0]) for norm in norms]
     return math.isfinite(torch.stack(norms).sum())
-
-
-def _distinct(params: Iterable[Any]) -> list[Any]:
-    """Each parameter once, in order; entries may be (name, parameter)."""
-    return list({id(each[1] if isinstance(each, tuple) else each): each for each in params}.values())
-
-
-def _expand_modules(params: nn.Module | Iterable[Any]) -> Iterable[Any]:
-    """Parameters or groups as torch takes them: a module or a group's module becomes its `shampoo_groups`."""
-    if isinstance(params, nn.Module):
-        return shampoo_groups(params)
-    expanded: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and isinstance(entry["params"], nn.Module):
-            groups = shampoo_groups(entry["params"])
-            expanded += [{**group, **entry, "params": group["params"]} for group in groups]
-        else:
-            expanded.append(entry)
-    return expanded
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name, expected, holds in _RANGES:
-        try:
-            is_right = holds(group[name])
-        except TypeError:
-            is_right = False
-        if not is_right:
-            raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
-    for parameter in group["params"]:
-        if hasattr(parameter, "placements"):
-            raise OptimizerError(
-                f"received a parameter sharded over processes (DTensor of shape {tuple(parameter.shape)}); "
-                "expected whole ones, since a shard's factors miss the rest of the matrix: use "
-                "DistributedDataParallel, or AdamW with FSDP"
-            )
-        if not parameter.is_floating_point():
-            raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral)
-
-
-_RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
-    ("lr", "a number from 0 up", lambda value: value >= 0),
-    (
-        "betas",
-        "two numbers from 0 to below 1",
-        lambda value: len(value) == 2 and 0 <= min(value) <= max(value) < 1,
-    ),
-    ("eps", "a number from 0 up", lambda value: value >= 0),
-    ("weight_decay", "a number from 0 up", lambda value: value >= 0),
-    ("graft", " or ".join(map(repr, GRAFTS)), lambda value: value in GRAFTS),
-    ("block_size", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("max_dim", "a whole number from 0 up", lambda value: _is_whole(value) and value >= 0),
-    ("statistics_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("refresh_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("root_eps", "a number over 0", lambda value: value > 0),
-    ("young_eps", "a number from 0 up", lambda value: value >= 0),
-)

@@ -14,9 +14,10 @@ from torch import Tensor
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
+from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
@@ -24,6 +25,7 @@ from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import Interrupt, RunFolder
+from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -228,7 +230,7 @@ class Training:
         """The optimizer step, unless something is not finite."""
         norm = None
         if self.settings.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
         if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
             self.optimizer.step()
