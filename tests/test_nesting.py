@@ -342,6 +342,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: matta.nest(matta.nest(_tower(4), _tower(6)).student, _tower(8)),
         r"Student cannot be nested: it is live, .*; expected a module of its own: matta.extract it first",
     ),
+    "sparse": (
+        lambda: matta.nest(Embedded(4, sparse=True, max_norm=1.0), Embedded(6, sparse=True, max_norm=1.0)),
+        r"embedding.weight has sparse gradients and max_norm=1.0.*build the Student with sparse=False or .*private",
+    ),
     "listed": (
         lambda: matta.nest(Listed(4), Listed(6)),
         r"Listed keeps parameters in its attribute 'gains', where they cannot be replaced.*ParameterList",

@@ -14,7 +14,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
+from matta.nesting.plan import Placement
 from matta.nesting.slicing import deep_copy, graph_tensors, is_live
+from matta.nesting.sparse_tables import is_sparse_table
 
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -92,3 +94,18 @@ def require_real_buffers(student: nn.Module, ta: nn.Module) -> None:
                 f"the Student's buffer {name} is on the meta device and has no values; expected real buffers, which "
                 f"each model keeps for itself; build the Student on a real device"
             )
+
+
+def refuse_renormalised_tables(student: nn.Module, placement: Placement) -> None:
+    """Refuse a table with sparse gradients whose rows are scaled in place as they are looked up.
+
+    Raises:
+        NestingError: with the embedding, and the arguments to change.
+    """
+    owner = student.get_submodule(placement.student.rpartition(".")[0])
+    if placement.grows and is_sparse_table(owner) and owner.max_norm is not None:
+        raise NestingError(
+            f"{placement.student} has sparse gradients and max_norm={owner.max_norm}, which scales in place what is a "
+            f"slice of the TA; expected one of the two: build the Student with sparse=False or max_norm=None, or keep "
+            f"it apart with private=[{placement.student!r}]"
+        )
