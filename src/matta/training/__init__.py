@@ -10,7 +10,7 @@ Read in this order:
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
 - `processes`: what a run on several processes shares.
 - `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
-- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: Shampoo's factors beside a run.
+- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
 """
