@@ -60,10 +60,8 @@ def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
 def test_a_batch_without_a_label_that_counts_moves_nothing(optimizer: str) -> None:
     nested = _nested_towers()
     before = _weights(nested)
-    make = {
-        "adamw": lambda: torch.optim.AdamW(nested.parameters(), weight_decay=0.0),
-        "shampoo": lambda: matta.Shampoo(nested),
-    }
+    adamw = torch.optim.AdamW(nested.parameters(), weight_decay=0.0)
+    trained = adamw if optimizer == "adamw" else matta.Shampoo(nested)
     cotrain = matta.CoTraining(nested, Classification())
     ignored = (torch.randn(4, 2), torch.full((4,), -100))
     result = matta.fit(cotrain, [ignored] * 2, trained, steps=2, progress=False)

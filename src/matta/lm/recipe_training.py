@@ -1,6 +1,6 @@
 """`matta train`: co-train the language models of a recipe, then extract the family and judge it.
 
-In one process, or in several: `accelerate launch -m matta train RECIPE`.
+In one process, or in several: `matta train RECIPE --processes 2`, or by torchrun, accelerate launch or srun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from matta.errors import RunError
+from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
 from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
@@ -36,10 +36,12 @@ from matta.objectives import CausalLM
 from matta.sizes.submodels import random_sub_model
 from matta.training.cotraining import CoTraining
 from matta.training.fitting import fit
-from matta.training.loop import FitResult
+from matta.training.interrupts import restated
+from matta.training.launching import in_processes
 from matta.training.loss_schedule import Ramp, Weights
-from matta.training.processes import make_accelerator
+from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
+from matta.training.run_settings import FitResult
 from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
@@ -64,6 +66,10 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         KeyboardInterrupt: it was stopped; a checkpoint was written before that.
     """
     recipe = read_recipe(settings.recipe, settings.overrides)
+    if settings.processes > 1 and num_launched() == 1:
+        return in_processes(run, settings, num_processes=settings.processes)
+    if settings.processes not in (1, num_launched()):
+        raise RunError(f"--processes {settings.processes} in a launcher's {num_launched()}; leave --processes out")
     accelerator = make_accelerator()
     path = _agreed_path(settings.out, recipe.name, accelerator)
     _require_free(path, resume=settings.resume)
@@ -317,9 +323,9 @@ def _train(session: _Session, path: Path) -> FitResult:
                 checkpoint_every=part.checkpoint_every,
                 accelerator=session.accelerator,
             )
-    except KeyboardInterrupt as interrupt:
-        step = str(interrupt).partition(";")[0] or "stopped"
-        raise KeyboardInterrupt(f"{step}; resume with the same command and --resume --out {path}") from None
+    except (KeyboardInterrupt, Terminated) as ended:
+        step = str(ended).partition(";")[0] or "stopped"
+        raise restated(ended, f"{step}; resume with the same command and --resume --out {path}") from None
     finally:
         session.seconds = time.perf_counter() - start
 
