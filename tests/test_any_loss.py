@@ -14,6 +14,7 @@ from torch.nn import functional
 import matta
 from matta.errors import LabelError, MattaError, RunError
 from matta.objectives import (
+    CTC,
     Binary,
     CausalLM,
     Classification,
@@ -526,3 +527,20 @@ def test_another_setting_does_not_resume_a_run(tmp_path: Any, other: dict[str, A
     run()
     with pytest.raises(RunError, match=message):
         run(**other)
+
+
+def test_transcriptions_have_the_loss_of_torch() -> None:
+    student, ta = _randn(3, 6, 4, seed=1).requires_grad_(), _randn(3, 6, 4, seed=2)
+    labels = torch.tensor([[1, 2, 2], [3, -100, -100], [-100, -100, -100]])
+    found = CTC().losses([student], ta, labels)
+    for logits, loss in ((student, found.students[0]), (ta, found.ta)):
+        log_probs, lengths = logits[:2].log_softmax(-1).transpose(0, 1), torch.tensor([3, 1])
+        expected = nn.CTCLoss()(log_probs, labels[:2].clamp(min=0), torch.tensor([6, 6]), lengths)
+        torch.testing.assert_close(loss, expected)
+    frames = functional.cross_entropy(student[:2].flatten(0, 1), ta[:2].softmax(-1).flatten(0, 1))
+    torch.testing.assert_close(found.distill[0], frames)
+    assert torch.isfinite(torch.autograd.grad(found.students[0], student)[0]).all()
+    weighed = CTC().losses([student], ta, Weighted(labels, torch.tensor([0.0, 0.3, 1.0])))
+    torch.testing.assert_close(weighed.ta, CTC().cross_entropy(ta[1:2], labels[1:2]))
+    with pytest.raises(LabelError, match="a Teacher makes no labels for CTC"):
+        CTC().cross_entropy(ta, CTC().teach(ta, None))

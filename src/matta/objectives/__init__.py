@@ -6,10 +6,10 @@ Read in this order:
 - `labels`: hard and soft labels, a Teacher's likeliest classes (`TopK`), which are ignored, and what each weighs.
 - `objective`: the interface `Objective`.
 - `classification`: one of several classes: `Classification` and `CausalLM`.
-- `elementwise`: what the next three share.
+- `elementwise`: what the next four share.
 - `yes_or_no`: `Binary` and `MultiLabel`.
 - `regression`: `SquaredError`, `Huber` and `Quantiles`.
-- `ranking`: `Listwise` and `Pairwise`.
+- `ranking`: `Listwise` and `Pairwise`. `transcription`: `CTC`.
 - `custom` and `several_heads`: functions of your own, and several outputs.
 - `heads` and `fused_losses`: large linear heads, computed with their losses over chunks of rows.
 
@@ -28,9 +28,11 @@ from matta.objectives.objective import Joint, Losses, Objective
 from matta.objectives.ranking import Listwise, Pairwise
 from matta.objectives.regression import Huber, Quantiles, SquaredError
 from matta.objectives.several_heads import Heads
+from matta.objectives.transcription import CTC
 from matta.objectives.yes_or_no import Binary, MultiLabel
 
 __all__ = [
+    "CTC",
     "Binary",
     "CausalLM",
     "Classification",
