@@ -121,6 +121,7 @@ COMMANDS = (
         extra="fit",
     ),
     _study("relevance", "rank films for users: Student, TA and all sizes between, against a tuned baseline"),
+    _study("ranking", "films in lists of users, ranked by a listwise loss: NDCG@10 against a tuned baseline"),
     _study("quality", "late flights, predicted online, with and without Shampoo, against a tuned baseline"),
     _study("ablations", "optimizers, sharing, weights, sizes, depth and Teachers, on both studies"),
     _study(
