@@ -9,7 +9,7 @@ Read in this order:
 - `elementwise`: what the next four share.
 - `yes_or_no`: `Binary` and `MultiLabel`.
 - `regression`: `SquaredError`, `Huber` and `Quantiles`.
-- `ranking`: `Listwise` and `Pairwise`. `transcription`: `CTC`.
+- `ranked_lists`: `Listwise` and `Pairwise`. `transcription`: `CTC`.
 - `custom` and `several_heads`: functions of your own, and several outputs.
 - `heads` and `fused_losses`: large linear heads, computed with their losses over chunks of rows.
 
@@ -25,7 +25,7 @@ from matta.objectives.classification import CausalLM, Classification
 from matta.objectives.custom import Custom
 from matta.objectives.labels import Labels, TopK, Weighted, top_k
 from matta.objectives.objective import Joint, Losses, Objective
-from matta.objectives.ranking import Listwise, Pairwise
+from matta.objectives.ranked_lists import Listwise, Pairwise
 from matta.objectives.regression import Huber, Quantiles, SquaredError
 from matta.objectives.several_heads import Heads
 from matta.objectives.transcription import CTC

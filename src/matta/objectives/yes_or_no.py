@@ -39,6 +39,7 @@ class Binary(_Sigmoid):
         weights: The field of the batch that says what each example weighs in the mean; None: all the same.
 
     Example:
+        >>> import torch
         >>> loss = Binary().cross_entropy(torch.zeros(2), torch.tensor([0.0, 0.8]))
         >>> round(loss.item(), 4)
         0.6931
@@ -67,6 +68,7 @@ class MultiLabel(_Sigmoid):
         weights: The field of the batch that says what each example weighs in the mean; None: all the same.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([[1, 0, -100]])
         >>> round(MultiLabel().cross_entropy(torch.tensor([[0.0, 0.0, 9.0]]), labels).item(), 4)
         0.6931
