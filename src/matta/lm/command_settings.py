@@ -141,6 +141,16 @@ class EvaluateSettings:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class RunsSettings:
+    """Settings of `matta runs`."""
+
+    folder: Path = field(
+        default=Path("runs"), metadata={"help": "folder below which the runs are (default: runs)", "metavar": "DIR"}
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class ChooseSettings:
     """Settings of `matta choose`.
 

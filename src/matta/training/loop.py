@@ -25,7 +25,7 @@ from matta.training.processes import gathered_by_main
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import RunFolder
+from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
 from matta.training.step_times import StepTimes
 
@@ -237,7 +237,7 @@ class Training:
         self._save()
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.wait()
-            save(self.cotrain.nested, self.folder.path / "nested")
+            save(self.cotrain.nested, self.folder.path / NESTED)
             if isinstance(self.optimizer, Shampoo):
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
