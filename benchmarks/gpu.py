@@ -8,7 +8,7 @@ co-training the pair, its Student alone and its TA alone, each with AdamW; then 
 | `tests_passed`, `tests_failed` | of `tests/test_gpu.py` |
 | `pair_tokens_per_s` | of co-training, median over the rounds |
 | `pair_over_separate` | time of a co-training step over those of the Student's and the TA's alone |
-| `mfu_percent` | FLOPs of matrix products (three times the forward's) of what the card does in bf16; null: unknown card |
+| `mfu_percent` | FLOPs of matrix products (three times the forward's), of what the card does in bf16; null: unknown |
 | `peak_gib` | largest memory of co-training with AdamW |
 | `shampoo_overhead_percent` | of a co-training step, against AdamW |
 | `waits_per_step` | times that the host waits for the device in a step of co-training |
