@@ -8,6 +8,7 @@ Read in this order:
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
 - `processes`: what a run on several processes shares.
+- `sharding`: FSDP2, whole and by block.
 - `run_folder`: checkpoints, and Ctrl-C that lets the step end.
 - `reporting`: progress bar, trackers, tables. `factors`: Shampoo's factors beside a run.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
@@ -20,6 +21,7 @@ from matta.training.fitting import fit
 from matta.training.loop import FitResult, Observer
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
+from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "Weights",
     "fit",
     "read_snapshot",
+    "shard",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import is_sharded
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining, CoTrainingOutput
@@ -24,6 +25,7 @@ from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import Interrupt, RunFolder
+from matta.training.sharding import clip_gradients, no_sync
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -206,7 +208,8 @@ class Training:
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
 
     def _distributed(self) -> torch.nn.Module:
-        return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
+        is_plain = self.accelerator.num_processes == 1 or is_sharded(self.cotrain)
+        return self.cotrain if is_plain else self.accelerator.prepare_model(self.cotrain)
 
     def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
         """The gradient of the mean over all labels of the step, of every batch and process."""
@@ -215,7 +218,7 @@ class Training:
         outputs: list[CoTrainingOutput] = []
         for batch in batches:
             is_last = len(outputs) + 1 == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if is_last else no_sync(model, self.accelerator):
                 with self.settings.autocast(self.feed.device):
                     out: CoTrainingOutput = model(batch, **of_step)
                 out.loss.backward()
@@ -228,7 +231,7 @@ class Training:
         """The optimizer step, unless something is not finite."""
         norm = None
         if self.settings.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
         if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
             self.optimizer.step()
