@@ -353,11 +353,14 @@ class CoTraining(nn.Module):
             return torch.full((), self.weights.distill, dtype=dtype, device=logits.device)
         return self.weights.distill * self.ramp.at_tensor(self.step // self.accumulate, dtype)
 
-    @torch.compiler.disable  # it reads the step, and draws
     def _cast(self) -> _Cast:
         """What this step trains; the same in all its batches and on every process, and again after a resume."""
         if not self.training or (self.sample is None and self.turns is None):
             return _Cast()
+        return self._draw()
+
+    @torch.compiler.disable  # it reads the step and makes modules; what it gives is compiled, one graph for each
+    def _draw(self) -> _Cast:
         step = int(self.step) // self.accumulate
         if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)
