@@ -29,14 +29,14 @@ def is_sharded(module: nn.Module) -> bool:
     return is_available() and is_initialized() and any(is_unit(part) for part in module.modules())
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Any) -> Tensor:
     """A tensor that may be sharded, whole: on the main process in memory, on the others without its contents.
 
     All processes must call this.
     """
-    if not isinstance(tensor, Tensor) or not hasattr(tensor, "full_tensor"):
+    if not hasattr(tensor, "full_tensor"):
         return tensor
-    full = tensor.detach().full_tensor()
+    full: Tensor = tensor.detach().full_tensor()
     return full.to("cpu" if get_rank() == 0 else "meta")
 
 
@@ -44,13 +44,12 @@ def placed(values: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
     """A state of whole tensors as the module holds it: where it is sharded, this process's shards."""
     from torch.distributed.tensor import distribute_tensor
 
-    targets = module.state_dict(keep_vars=True)
-    return {
-        name: distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        if hasattr(target := targets.get(name), "placements")
-        else value
-        for name, value in values.items()
-    }
+    targets: dict[str, Any] = module.state_dict(keep_vars=True)
+    found = dict(values)
+    for name, target in targets.items():
+        if name in found and hasattr(target, "placements"):
+            found[name] = distribute_tensor(found[name], target.device_mesh, target.placements, src_data_rank=None)
+    return found
 
 
 def follow_shards(models: Iterable[nn.Module], ta: nn.Module) -> None:
@@ -97,7 +96,7 @@ def _run_inside(block: nn.Module, unit: nn.Module) -> None:
         return run(forward, *args, **kwargs)
 
     setattr(inside, FOLLOWS, True)
-    block.forward = inside  # type: ignore[method-assign]
+    block.forward = inside
 
 
 def _runner(unit: nn.Module) -> Callable[..., Any]:
@@ -106,4 +105,4 @@ def _runner(unit: nn.Module) -> Callable[..., Any]:
 
     setattr(unit, _RUN, lambda function, *args, **kwargs: function(*args, **kwargs))
     register_fsdp_forward_method(unit, _RUN)
-    return unit.__dict__.pop(_RUN)  # type: ignore[no-any-return]
+    return unit.__dict__.pop(_RUN)

@@ -91,7 +91,7 @@ class LiveSlice:
         return nn.Parameter(value.contiguous() if value.ndim > 2 else value, requires_grad=False)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Tensor:
     """The tensor, gathered from all processes if it is sharded.
 
     Raises:
@@ -104,7 +104,7 @@ def _whole(tensor: Tensor) -> Tensor:
             f"a live slice of a sharded parameter of shape {tuple(tensor.shape)} is read while nothing gathers it; "
             f"expected to run the CoTraining that was sharded (fully_shard or matta.shard), and not the Student alone"
         )
-    return tensor.full_tensor()  # type: ignore[no-any-return]
+    return tensor.full_tensor()
 
 
 def _adding_at_once(parameter: Tensor) -> Tensor:
@@ -114,7 +114,10 @@ def _adding_at_once(parameter: Tensor) -> Tensor:
     """
 
     def add(leaf: Tensor) -> None:
-        parameter.grad = leaf.grad if parameter.grad is None else parameter.grad.add_(leaf.grad)
+        if parameter.grad is None:
+            parameter.grad = leaf.grad
+        elif leaf.grad is not None:
+            parameter.grad += leaf.grad
         leaf.grad = None
 
     leaf = parameter.detach().requires_grad_()
@@ -168,8 +171,9 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 @contextmanager
 def _without_fsdp(module: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
     """For a while, modules of FSDP2 as they were before: of the user's class, without its hooks; parameters whole."""
-    for parameter in (each for part in module.modules() for each in part._parameters.values()):
-        if isinstance(parameter, nn.Parameter) and hasattr(parameter, "full_tensor") and id(parameter) not in memo:
+    held: list[Any] = [each for part in module.modules() for each in part._parameters.values()]
+    for parameter in held:
+        if hasattr(parameter, "full_tensor") and id(parameter) not in memo:
             whole = parameter.detach().full_tensor()
             memo[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
     kept = [(part, part.__class__, dict(part.__dict__)) for part in module.modules()]

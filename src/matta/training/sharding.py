@@ -94,4 +94,4 @@ def no_sync(model: nn.Module, accelerator: Accelerator) -> AbstractContextManage
 def clip_gradients(parameters: list[Tensor], most: float) -> Tensor:
     """Clip to a norm of all gradients of all processes together; what the norm was."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, most)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
