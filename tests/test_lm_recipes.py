@@ -569,5 +569,9 @@ def test_processes_and_micro_batches_train_as_one_whatever_labels_are_masked(tmp
     assert [process.returncode for process in started] == [0, 0], [err[-2000:] for _, err in outputs]
     assert json.loads(outputs[0][0])["processes"] == 2
     assert outputs[1][0] == ""
-    for other in ("two", "small"):
+    begun_by_two = tmp_path / "two" / "checkpoint-00000002"
+    assert begun_by_two.is_dir()
+    shutil.copytree(tmp_path / "two", tmp_path / "changed", ignore=shutil.ignore_patterns("*00004", "nested", "models"))
+    run(TrainSettings(recipe=path, out=tmp_path / "changed", resume=True))
+    for other in ("two", "small", "changed"):
         torch.testing.assert_close(weights(tmp_path / other), weights(tmp_path / "one"), atol=1e-5, rtol=1e-4)

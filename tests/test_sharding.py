@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,7 @@ def work(rank: int, folder: str) -> None:
         check_gradients(rank, folder)
         check_mixed_precision(rank, folder)
         check_what_is_taken_out(cotrain, folder, rank)
+        check_fit(rank, folder)
     finally:
         distributed.destroy_process_group()
 
@@ -151,6 +153,25 @@ def check_what_is_taken_out(cotrain: matta.CoTraining, folder: str, rank: int) -
         torch.save(pickle.loads(pickle.dumps(module)).state_dict(), f"{folder}/{name}-{rank}.pt")
     matta.save(nested, f"{folder}/saved")
     distributed.barrier()
+
+
+def fit(cotrain: matta.CoTraining, steps: int, *, accumulate: int = 1, **changes: Any) -> matta.training.FitResult:
+    optimizer = matta.Shampoo(cotrain.nested, lr=0.01, refresh_every=3, statistics_every=1)
+    data = [tuple(each[:2] for each in batch(step)) for step in range(8)]
+    evaluate = matta.Evaluation(data=data[:2], objective=CausalLM())
+    settings = {"clip_norm": 0.5, "evaluate": evaluate, "progress": False, "tensorboard": False, **changes}
+    return matta.fit(cotrain, data, optimizer, steps=steps, accumulate=accumulate, **settings)
+
+
+def check_fit(rank: int, folder: str) -> None:
+    """A run by block, stopped, and resumed by a pair that is sharded as a whole."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "1"}
+    fit(matta.shard(make()), 3, run=f"{folder}/run")
+    cotrain = matta.shard(make(), by="whole")
+    result = fit(cotrain, 6, run=f"{folder}/run", resume=True)
+    weights = whole(cotrain)
+    torch.save({"weights": weights, "evaluation": result.evaluations[-1].values}, f"{folder}/fit-{rank}.pt")
 
 
 LEAVES = (nn.Linear, nn.LayerNorm, nn.Embedding)
@@ -196,6 +217,18 @@ def test_extracted_and_saved_models_are_plain_and_exact(folder: Path) -> None:
         for rank in range(NUM_PROCESSES):
             found = torch.load(folder / f"{name}-{rank}.pt")
             torch.testing.assert_close(found, dict(expected), rtol=0, atol=0)
+
+
+def test_fit_by_block_resumed_as_a_whole_equals_one_process(folder: Path) -> None:
+    cotrain = make()
+    result = fit(cotrain, 6, accumulate=NUM_PROCESSES)
+    for rank in range(NUM_PROCESSES):
+        found = torch.load(folder / f"fit-{rank}.pt")
+        torch.testing.assert_close(found["weights"], whole(cotrain), **TOLERANCE)
+        assert found["evaluation"] == pytest.approx(result.evaluations[-1].values, rel=1e-9)
+    saved = matta.load(folder / "run" / "nested", make().nested)
+    expected = dict(cotrain.nested.ta.named_parameters())
+    torch.testing.assert_close(dict(saved.ta.named_parameters()), expected, **TOLERANCE)
 
 
 def test_what_cannot_be_sharded_by_block() -> None:

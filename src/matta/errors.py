@@ -189,6 +189,26 @@ class RunError(MattaError):
     """
 
 
+class Terminated(SystemExit):
+    """A run ended its step and wrote a checkpoint since a signal came; the exit code is 128 and the signal's number.
+
+    It is no error of the user's: uncaught, the process ends with the code, and without a traceback.
+
+    Example:
+        >>> import signal
+        >>> ended = Terminated(signal.SIGTERM, "stopped after step 12")
+        >>> ended.code, str(ended)
+        (143, 'stopped after step 12')
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(128 + signal_number)
+        self.signal_number, self.message = int(signal_number), message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for one of ours."""
     return str(error).strip().split("\n")[0][:200]

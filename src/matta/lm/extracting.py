@@ -25,8 +25,8 @@ from matta.nesting.nested import Nested
 from matta.sizes.extraction import extract
 from matta.sizes.storage import write_json
 from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
-from matta.training.loop import FitResult
 from matta.training.reporting import rich_table
+from matta.training.run_settings import FitResult
 
 STUDENT: Final = "student"
 TA: Final = "ta"

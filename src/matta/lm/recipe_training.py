@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from matta.errors import RunError
+from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
 from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
@@ -36,10 +36,11 @@ from matta.objectives.objective import CausalLM
 from matta.sizes.submodels import random_sub_model
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.fitting import fit
-from matta.training.loop import FitResult
+from matta.training.interrupts import restated
 from matta.training.loss_schedule import Ramp, Weights
 from matta.training.processes import make_accelerator
 from matta.training.run_folder import MARKER, RunFolder
+from matta.training.run_settings import FitResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -316,9 +317,9 @@ def _train(session: _Session, path: Path) -> FitResult:
                 checkpoint_every=part.checkpoint_every,
                 accelerator=session.accelerator,
             )
-    except KeyboardInterrupt as interrupt:
-        step = str(interrupt).partition(";")[0] or "stopped"
-        raise KeyboardInterrupt(f"{step}; resume with the same command and --resume --out {path}") from None
+    except (KeyboardInterrupt, Terminated) as ended:
+        step = str(ended).partition(";")[0] or "stopped"
+        raise restated(ended, f"{step}; resume with the same command and --resume --out {path}") from None
     finally:
         session.seconds = time.perf_counter() - start
 

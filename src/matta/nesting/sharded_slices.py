@@ -20,13 +20,13 @@ _RUN: Final = "_run_a_student_block"
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the module, or a part of it, over processes.
+    """Whether FSDP2 has sharded the module, a part of it, or something that it is a part of.
 
     Example:
         >>> is_sharded(nn.Linear(2, 1))
         False
     """
-    return is_available() and is_initialized() and any(is_unit(part) for part in module.modules())
+    return any("_is_fsdp_managed_module" in part.__dict__ for part in module.modules())
 
 
 def gathered(tensor: Any) -> Tensor:
@@ -57,11 +57,11 @@ def follow_shards(models: Iterable[nn.Module], ta: nn.Module) -> None:
 
     Parameters that the whole pair gathers (`fully_shard(cotrain)`) are there while the pair runs.
     """
-    if not is_sharded(ta):
+    if not (is_available() and is_initialized()):
         return
     units = {id(part): unit for unit in ta.modules() if is_unit(unit) for part in unit.modules()}  # innermost last
     by_id = {id(unit): unit for unit in units.values()}
-    for model in models:
+    for model in models if units else ():
         readers: dict[int, list[str]] = {}
         for name, live in slices_of(model).items() if FOLLOWS not in model.__dict__ else ():
             if id(live.owner) in units:

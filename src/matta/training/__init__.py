@@ -4,13 +4,14 @@ Read in this order:
 
 - `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
 - `cotraining`: the forward of a step (section 3.1).
-- `fitting`: `fit` and its arguments. `loop`: what happens in each step.
+- `fitting`: `fit` and its arguments. `run_settings`: those that are plain values, and the result. `loop`: what
+  happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
 - `processes`: what a run on several processes shares.
 - `sharding`: FSDP2, whole and by block.
-- `run_folder`: checkpoints, and Ctrl-C that lets the step end.
-- `reporting`: progress bar, trackers, tables. `factors`: Shampoo's factors beside a run.
+- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
+- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: Shampoo's factors.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
 """
@@ -18,9 +19,9 @@ Read in this order:
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
-from matta.training.loop import FitResult, Observer
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
+from matta.training.run_settings import FitResult, Observer
 from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
 

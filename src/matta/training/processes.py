@@ -45,6 +45,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_by_main(value: Any) -> list[Any]:
+    """The value of each process, for the main process alone (elsewhere nothing); all must call this."""
+    if num_processes() == 1:
+        return [value]
+    values = [None] * num_processes() if is_main_process() else None
+    distributed.gather_object(value, values)
+    return values or []
+
+
 def is_shared_out(data: Any) -> bool:
     """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
     is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1

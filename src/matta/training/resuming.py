@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from matta.errors import RunError
 from matta.training.cotraining import CoTraining
+from matta.training.sharding import divided_state
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -42,16 +43,28 @@ def arguments_of(
     return found | _plain(settings)
 
 
-def require_same_shape(state: dict[str, Any], present: Mapping[str, int]) -> None:
-    """Refuse a resumption, prolonged or not, with other numbers of batches to a step, processes or observers.
+def require_same_shape(state: Mapping[str, Any], present: Mapping[str, int]) -> None:
+    """Refuse a resumption, prolonged or not, with another number of observers, or of batches to a step.
+
+    The batches of a step are those of all processes: half as many may accumulate twice as many each. Where the data
+    can share its samples out in batches of another size (`step_size`), the samples of a step are compared instead.
 
     Raises:
         RunError: one differs.
     """
-    saved = {**state, "number of observers": len(state.setdefault("observers", []))}  # old checkpoints have none
-    for name, value in present.items():
-        if saved[name] != value:
-            raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+    saved = {**state, "number of observers": len(state["observers"])}
+    now = dict(present)
+    if saved["step_size"] != now["step_size"]:
+        difference = _differences(saved, now, ("accumulate", "num_processes")) or _differences(saved, now, ("batch",))
+        raise RunError(
+            f"the run was begun with {difference}; expected as many batches in a step of all processes together"
+        )
+    if difference := _differences(saved, now, ("number of observers",)):
+        raise RunError(f"the run was begun with {difference}; expected the same")
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={saved[name]}, and now it is {now[name]}" for name in names if saved[name] != now[name])
 
 
 def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], scheduler: LRScheduler | None) -> None:
@@ -102,7 +115,7 @@ def load_optimizer(
     """
     saved = _with_new_values(optimizer, state["optimizer"]) if prolong else state["optimizer"]
     try:
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(divided_state(optimizer, saved))
         if scheduler is not None and not prolong:
             scheduler.load_state_dict(state["scheduler"])
     except (ValueError, KeyError) as error:

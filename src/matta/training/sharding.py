@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.nesting.slicing import is_unit
+from matta.nesting.batches import map_tensors
+from matta.nesting.nested import Nested, nested_from_plans
+from matta.nesting.sharded_slices import gathered
+from matta.nesting.slicing import deep_copy, is_unit, materialize
+from matta.optim.shampoo import Shampoo
 from matta.training.cotraining import CoTraining
 
 if TYPE_CHECKING:
@@ -95,3 +99,36 @@ def clip_gradients(parameters: list[Tensor], most: float) -> Tensor:
     """Clip to a norm of all gradients of all processes together; what the norm was."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, most)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def whole_nested(nested: Nested) -> Nested:
+    """A copy of a sharded nesting with whole parameters, for one process to evaluate; all must call this."""
+    students = [materialize(student) for student in nested.students]
+    return nested_from_plans(students, deep_copy(nested.ta), nested.plans)
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer as one process would have it; with sharded parameters, on the main process."""
+    state = optimizer.state_dict()
+    return {**state, "state": map_tensors(state["state"], gathered)}
+
+
+def divided_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of one process as this process of a sharded run holds it."""
+    parameters: list[Any] = [each for group in optimizer.param_groups for each in group["params"]]
+    if isinstance(optimizer, Shampoo) or not any(hasattr(each, "placements") for each in parameters):
+        return state
+    from torch.distributed.tensor import distribute_tensor
+
+    def divided(value: Any, like: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    like = dict(zip(numbers, parameters, strict=True))
+    found = {
+        number: {name: divided(value, like[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": found}
