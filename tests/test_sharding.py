@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import matta
 from matta.errors import NestingError, RunError
 from matta.objectives import CausalLM
+from matta.optim.exchange import local
 
 NUM_PROCESSES = 2
 VOCABULARY, LENGTH, NUM_STEPS = 11, 6, 3
@@ -116,6 +117,7 @@ def work(rank: int, folder: str) -> None:
         check_mixed_precision(rank, folder)
         check_what_is_taken_out(cotrain, folder, rank)
         check_fit(rank, folder)
+        measure_memory(rank, folder)
     finally:
         distributed.destroy_process_group()
 
@@ -174,6 +176,32 @@ def check_fit(rank: int, folder: str) -> None:
     torch.save({"weights": weights, "evaluation": result.evaluations[-1].values}, f"{folder}/fit-{rank}.pt")
 
 
+def measure_memory(rank: int, folder: str) -> None:
+    """What a process keeps of weights, gradients and optimizer state."""
+    found = {}
+    for by in ("whole", "block"):
+        for kind in ("adamw", "shampoo"):
+            cotrain = matta.shard(make(dtype=torch.float32), by=by)
+            optimizer = adamw(cotrain) if kind == "adamw" else matta.Shampoo(cotrain.nested)
+            cotrain.train()(batch(0, rank, NUM_PROCESSES)).loss.backward()
+            optimizer.step()
+            parameters = list(cotrain.nested.parameters())
+            kept = [[local(each) for each in parameters], [local(each.grad) for each in parameters]]
+            figures = [sum(4 * each.numel() for each in tensors) for tensors in kept]
+            found[by, kind] = [*figures, held_by(optimizer)]
+    torch.save(found, f"{folder}/memory-{rank}.pt")
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of its state without the counters of steps; of Shampoo with the two working copies."""
+    if isinstance(optimizer, matta.Shampoo):
+        stacks = [stack for part in optimizer._parts.values() for stack in part.stacks]
+        counters = sum(len(part.kept) for part in optimizer._parts.values()) + len(optimizer.state)
+        return optimizer.state_bytes() - 4 * counters + sum(8 * stack.gradient.numel() for stack in stacks)
+    states = list(optimizer.state.values())
+    return sum(4 * local(value).numel() for state in states for name, value in state.items() if name != "step")
+
+
 LEAVES = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
@@ -229,6 +257,23 @@ def test_fit_by_block_resumed_as_a_whole_equals_one_process(folder: Path) -> Non
     saved = matta.load(folder / "run" / "nested", make().nested)
     expected = dict(cotrain.nested.ta.named_parameters())
     torch.testing.assert_close(dict(saved.ta.named_parameters()), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "shampoo"])
+@pytest.mark.parametrize("by", ["whole", "block"])
+def test_planned_memory_is_what_a_process_keeps(by: Any, optimizer: Any, folder: Path) -> None:
+    from matta.lm.costs import StepMemory
+    from matta.lm.gpu_memory import memory_of
+    from matta.lm.recipe import TrainPart
+
+    part = TrainPart(steps=1, batch=4, learning_rate=0.01, optimizer=optimizer)
+    nothing = StepMemory(weights=0, gradients=0, optimizer=0, activations=0, heads=0)
+    nested = make(dtype=torch.float32).nested
+    plan = memory_of(nested, part, nothing, sharding=by, num_gpus=NUM_PROCESSES)
+    measured = [torch.load(folder / f"memory-{rank}.pt")[by, optimizer] for rank in range(NUM_PROCESSES)]
+    weights, gradients, state = (max(each) for each in zip(*measured, strict=True))
+    assert (weights, gradients) == (plan.weights, plan.gradients)
+    assert state == pytest.approx(plan.optimizer, rel=0.02)
 
 
 def test_what_cannot_be_sharded_by_block() -> None:

@@ -51,9 +51,10 @@ class Strip(Piece):
     `gradient` is there for the owner during a step, and so is `step`, what is to be added to the matrix.
     """
 
-    def __init__(self, parameter: Tensor, grid: Grid, index: int, start: int, owner: int, *, is_mine: bool) -> None:
+    def __init__(self, parameter: Tensor, index: int, grid: Grid, owner: int, *, is_mine: bool) -> None:
         self.parameter, self.grid, self.index, self.owner, self.is_mine = parameter, grid, index, owner, is_mine
-        self.start, self.stop = start, start + grid.shape[0] * grid.shape[1]
+        self.start = index * grid.block_shape[0] * grid.shape[1]
+        self.stop = self.start + grid.shape[0] * grid.shape[1]
         self.received: Tensor | None = None
         self.step: Tensor | None = None
 
@@ -70,30 +71,33 @@ class Strip(Piece):
 
 def strips_of(parameters: Sequence[tuple[Tensor, Grid]]) -> list[Strip]:
     """The strips of sharded matrices, in order; owners are chosen so that all have about as much state."""
-    made: list[tuple[Tensor, Grid, int, int]] = []
+    made: list[Strip] = []
+    by_group: dict[Any, list[tuple[Tensor, Grid]]] = {}
     for parameter, grid in parameters:
-        rows, columns = grid.block_shape[0], grid.shape[1]
-        for index in range(grid.counts[0]):
-            height = max(0, min(rows, grid.shape[0] - index * rows))
-            strip = Grid(shape=(height, columns), counts=(1, grid.counts[1]), block_shape=grid.block_shape)
-            made.append((parameter, strip, index, index * rows * columns))
-    loads: dict[Any, list[int]] = {}
-    owners = [0] * len(made)
-    for number in sorted(range(len(made)), key=lambda number: -_weight(made[number][1])):
-        group = sharding_group(made[number][0])
-        load = loads.setdefault(group, [0] * dist.get_world_size(group))
+        by_group.setdefault(sharding_group(parameter), []).append((parameter, grid))
+    for group, own in by_group.items():
+        rows = [(parameter, index, strip) for parameter, grid in own for index, strip in enumerate(grid.strips())]
+        owners = owners_of([strip for _, _, strip in rows], dist.get_world_size(group))
+        rank = dist.get_rank(group)
+        made += [
+            Strip(*row, owner, is_mine=owner == rank)  # of one group, in the order of the parameters
+            for row, owner in zip(rows, owners, strict=True)
+        ]
+    return made
+
+
+def owners_of(strips: Sequence[Grid], num_processes: int) -> list[int]:
+    """The process that owns each strip: the largest first, to the one that has least.
+
+    Example:
+        >>> owners_of([Grid.of(4, 4, block_size=4), Grid.of(2, 4, block_size=4), Grid.of(2, 4, block_size=4)], 2)
+        [0, 1, 1]
+    """
+    load, owners = [0] * num_processes, [0] * len(strips)
+    for number in sorted(range(len(strips)), key=lambda number: -strips[number].state_size):
         owners[number] = load.index(min(load))
-        load[owners[number]] += _weight(made[number][1])
-    return [
-        Strip(*each, owner, is_mine=owner == dist.get_rank(sharding_group(each[0])))
-        for each, owner in zip(made, owners, strict=True)
-    ]
-
-
-def _weight(grid: Grid) -> int:
-    """What the state of a strip takes, about: averages, factors and roots."""
-    rows, columns = grid.block_shape
-    return grid.num_blocks * (rows * columns + rows * rows + columns * columns)
+        load[owners[number]] += strips[number].state_size
+    return owners
 
 
 @dataclass(frozen=True, kw_only=True)

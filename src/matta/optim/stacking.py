@@ -51,6 +51,23 @@ class Grid:
         return self.counts[0] * self.counts[1]
 
     @property
+    def state_size(self) -> int:
+        """Numbers of the state: two averages, and a factor and its root on each side that is longer than 1."""
+        rows, columns = self.block_shape
+        return self.num_blocks * (2 * rows * columns + sum(2 * side * side for side in (rows, columns) if side > 1))
+
+    def strips(self) -> list[Grid]:
+        """The rows of blocks, each as a grid of its own.
+
+        Example:
+            >>> [strip.shape for strip in Grid.of(5, 4, block_size=3).strips()]
+            [(3, 4), (2, 4)]
+        """
+        rows, columns = self.block_shape[0], self.shape[1]
+        heights = [min(rows, self.shape[0] - index * rows) for index in range(self.counts[0])]
+        return [Grid(shape=(h, columns), counts=(1, self.counts[1]), block_shape=self.block_shape) for h in heights]
+
+    @property
     def padded(self) -> bool:
         """Whether the blocks cover more than the matrix."""
         (down, across), (rows, columns) = self.counts, self.block_shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +59,7 @@ def shard(
     """
     if by not in ("block", "whole"):
         raise RunError(f"received by={by!r}; expected 'block' or 'whole'")
-    blocks = _blocks(cotrain.nested.ta) if by == "block" else []
+    blocks = blocks_of(cotrain.nested.ta) if by == "block" else []
     if by == "block" and not blocks:
         raise RunError(
             "received by='block' for a TA without a module list of blocks; expected by='whole', or fully_shard on the "
@@ -72,11 +72,16 @@ def shard(
     return cotrain
 
 
-def _blocks(ta: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists, each once."""
+def blocks_of(ta: nn.Module) -> list[nn.Module]:
+    """The entries of the outermost module lists, each once: what `shard(by="block")` gathers together.
+
+    Example:
+        >>> blocks_of(nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Identity()])))
+        [Linear(in_features=2, out_features=2, bias=True)]
+    """
     found: dict[int, nn.Module] = {}
     for part in ta.children():
-        entries = part.children() if isinstance(part, nn.ModuleList) else _blocks(part)
+        entries = part.children() if isinstance(part, nn.ModuleList) else blocks_of(part)
         found |= {id(each): each for each in entries if next(each.parameters(), None) is not None}
     return list(found.values())
 
@@ -113,7 +118,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": map_tensors(state["state"], gathered)}
 
 
-def divided_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Mapping[str, Any]:
+def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """The state of one process as this process of a sharded run holds it."""
     parameters: list[Any] = [each for group in optimizer.param_groups for each in group["params"]]
     if isinstance(optimizer, Shampoo) or not any(hasattr(each, "placements") for each in parameters):
