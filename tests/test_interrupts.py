@@ -73,10 +73,10 @@ class Parsed:
 
 
 def work(rank: int, port: int, folder: Path) -> None:
-    """A process of two, of which the second has the signal."""
+    """A process of two, as srun starts them, of which the second has the signal."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+    os.environ |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "77", "MASTER_PORT": str(port)}
     whole, stopped, resumed = Setup(), Setup(), Setup()
     whole.fit(shuffled(), steps=9)
     stop_at(5, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank else None)(stopped)

@@ -12,6 +12,8 @@ Example:
     received Ramp(start=-1, steps=1000); expected start and steps of zero or more
 """
 
+from __future__ import annotations
+
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
@@ -207,6 +209,9 @@ class Terminated(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> tuple[type[Terminated], tuple[int, str]]:
+        return Terminated, (self.signal_number, self.message)
 
 
 def first_line(error: BaseException) -> str:

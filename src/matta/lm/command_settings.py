@@ -30,9 +30,14 @@ class TrainSettings:
         default=None, metadata={"help": "new folder of the run (default: runs/<recipe>-<date>)", "metavar": "DIR"}
     )
     resume: bool = field(default=False, metadata={"help": "resume the run in --out"})
+    processes: int = field(
+        default=1, metadata={"help": "of this machine, that train together (default: 1, or those of a launcher)"}
+    )
 
     def __post_init__(self) -> None:
-        """Refuse a resume of nothing."""
+        """Refuse a resume of nothing, and no process."""
+        if self.processes < 1:
+            raise RunError(f"--processes {self.processes}; expected at least 1")
         if self.resume and self.out is None:
             raise RunError("--resume without --out; expected the folder of the run to resume")
 
@@ -147,6 +152,16 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name}={value}: expected at least 1")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunsSettings:
+    """Settings of `matta runs`."""
+
+    folder: Path = field(
+        default=Path("runs"), metadata={"help": "folder below which the runs are (default: runs)", "metavar": "DIR"}
+    )
 
 
 @final

@@ -1,6 +1,6 @@
 """`matta train`: co-train the language models of a recipe, then extract the family and judge it.
 
-In one process, or in several: `accelerate launch -m matta train RECIPE`.
+In one process, or in several: `matta train RECIPE --processes 2`, or by torchrun, accelerate launch or srun.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from matta.sizes.submodels import random_sub_model
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.fitting import fit
 from matta.training.interrupts import restated
+from matta.training.launching import in_processes
 from matta.training.loss_schedule import Ramp, Weights
-from matta.training.processes import make_accelerator
+from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
 from matta.training.run_settings import FitResult
 from matta.training.sharding import shard, whole_nested
@@ -68,6 +69,10 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         KeyboardInterrupt: it was stopped; a checkpoint was written before that.
     """
     recipe = read_recipe(settings.recipe, settings.overrides)
+    if settings.processes > 1 and num_launched() == 1:
+        return in_processes(run, settings, num_processes=settings.processes)
+    if settings.processes not in (1, num_launched()):
+        raise RunError(f"--processes {settings.processes} in a launcher's {num_launched()}; leave --processes out")
     accelerator = make_accelerator()
     path = _agreed_path(settings.out, recipe.name, accelerator)
     _require_free(path, resume=settings.resume)

@@ -11,7 +11,7 @@ Read in this order:
 - `processes`: what a run on several processes shares.
 - `sharding`: FSDP2, whole and by block.
 - `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
-- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: Shampoo's factors.
+- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
 """

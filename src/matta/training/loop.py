@@ -26,7 +26,7 @@ from matta.training.processes import gathered_by_main
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import RunFolder
+from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
 from matta.training.sharding import clip_gradients, no_sync, whole_nested, whole_state
 from matta.training.step_times import StepTimes
@@ -242,7 +242,7 @@ class Training:
         self._save()
         if self.folder is not None and self.takes_part:
             self.folder.wait()
-            save(self.cotrain.nested, self.folder.path / "nested")
+            save(self.cotrain.nested, self.folder.path / NESTED)
             if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()

@@ -46,6 +46,7 @@ MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"
 TRAINING: Final = "training"
 LOCK: Final = "lock"
+NESTED: Final = "nested"
 FORMAT: Final = {"format": "matta.fit", "version": 2}
 NUM_KEPT: Final = 3
 ASIDE: Final = "nonfinite"
@@ -100,7 +101,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.path.glob("checkpoint-*"))
+        return checkpoints_in(self.path)
 
     def _lock(self) -> None:
         from filelock import FileLock, Timeout
@@ -207,6 +208,26 @@ class RunFolder:
                 f"that folder and begin the run afresh"
             )
         return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True
+    except NotImplementedError:
+        return False
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
