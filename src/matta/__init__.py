@@ -24,6 +24,7 @@ _PUBLIC_NAMES = {
         "Weights",
         "fit",
         "read_snapshot",
+        "shard",
     ),
     "sizes": (
         *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from matta.training import Weights as Weights
     from matta.training import fit as fit
     from matta.training import read_snapshot as read_snapshot
+    from matta.training import shard as shard
 else:
 
     def __getattr__(name):

@@ -45,10 +45,25 @@ class TrainSettings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """Settings of `matta plan`."""
+    """Settings of `matta plan`.
+
+    Raises:
+        RunError: no GPU, or no memory.
+    """
 
     recipe: Path = field(metadata=_RECIPE)
     overrides: tuple[str, ...] = field(default=(), metadata=_OVERRIDES)
+    gpus: int | None = field(default=None, metadata={"help": "plan the memory of each of so many GPUs, by sharding"})
+    memory_gb: float | None = field(
+        default=None, metadata={"help": "memory of a GPU in GB (10^9 bytes): tells which way of sharding fits"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse to plan for nothing."""
+        if self.gpus is not None and self.gpus < 1:
+            raise RunError(f"gpus={self.gpus}: expected at least 1")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise RunError(f"memory_gb={self.memory_gb}: expected a number over 0")
 
 
 @final

@@ -16,12 +16,14 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import get_rank
 
 from matta.errors import CheckpointError, NestingError
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
+from matta.nesting.sharded_slices import gathered, is_sharded, placed
 from matta.sizes.storage import has_checksums, verify, whole_folder
 
 WEIGHTS: Final = "nested.safetensors"
@@ -34,7 +36,8 @@ VERSION: Final = 2
 def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     """Write the TA, the Students' own parameters, all buffers and the plans into the folder `path`.
 
-    An earlier nesting at `path` is replaced as a whole.
+    An earlier nesting at `path` is replaced as a whole. Of a sharded nesting all processes must call this; the main
+    one writes.
 
     Raises:
         CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
@@ -52,6 +55,8 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
     tensors, extra = split_state(nested)
     _require_json(extra)
+    if is_sharded(nested) and get_rank() != 0:
+        return target
     with whole_folder(target) as made:
         save_file(apart(tensors), made / WEIGHTS)
         students = [_plan_to_json(plan) for plan in nested.plans]
@@ -98,7 +103,8 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
             f"load(path, student, ..., ta)"
         )
     require_fit(folder, tensors, split_state(nested)[0])
-    nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
+    state = placed(tensors, nested) if is_sharded(nested) else tensors
+    nested.load_state_dict({**state, **description.get("extra_state", {})}, strict=False)
     return nested
 
 
@@ -120,7 +126,10 @@ def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan,
 
 
 def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state by name: tensors (of tied names the first), and what else modules keep in their state."""
+    """The state by name: tensors (of tied names the first), and what else modules keep in their state.
+
+    Of a sharded module the main process has it whole; all must call this.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     seen: set[int] = set()
@@ -129,7 +138,7 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             others[name] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            tensors[name] = value.detach()
+            tensors[name] = gathered(value.detach())
     return tensors, others
 
 

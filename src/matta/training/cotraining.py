@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from matta.errors import LabelError, MattaError
 from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import follow_shards
 from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
 from matta.objectives.labels import Labels, TopK
 from matta.objectives.losses import LossWeights
@@ -269,6 +270,7 @@ class CoTraining(nn.Module):
         cast = self._cast()
         own = list(self.nested.students)
         models = [*([self.nested.ta] if cast.ta else []), *(own if cast.students else []), *cast.sampled]
+        follow_shards(models, self.nested.ta)
         logits = self._logits(models, inputs, labels)
         weight = self._distill_weight(logits[0])
         joint = self._joint(cast, logits, labels, weight)
@@ -301,7 +303,8 @@ class CoTraining(nn.Module):
             losses = Losses(students=tuple(each.losses.ta for each in alone), ta=alone[0].losses.ta, distill=())
             joint = Joint(loss=torch.stack([each.loss for each in alone]).sum(), losses=losses)
         idle = self._idle_parameters(cast)
-        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in idle)) if idle else joint
+        here = [each.to_local() if hasattr(each, "to_local") else each for each in idle]
+        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in here)) if idle else joint
 
     def _idle_parameters(self, cast: _Cast) -> list[nn.Parameter]:
         """Trainable parameters that no model of the step has: DDP expects a gradient for each."""
@@ -354,6 +357,10 @@ class CoTraining(nn.Module):
         """What this step trains; the same in all its batches and on every process, and again after a resume."""
         if not self.training or (self.sample is None and self.turns is None):
             return _Cast()
+        return self._draw()
+
+    @torch.compiler.disable  # it reads the step and makes modules; what it gives is compiled, one graph for each
+    def _draw(self) -> _Cast:
         step = int(self.step) // self.accumulate
         if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)

@@ -171,7 +171,9 @@ def _check_arguments(
 ) -> None:
     own = {id(parameter) for parameter in cotrain.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise RunError("the optimizer holds no parameter of the nesting; expected nested.parameters() in it")
+        raise RunError(
+            "the optimizer holds no parameter of the nesting; expected nested.parameters() in it, made after sharding"
+        )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")
     if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
+from matta.nesting.sharded_slices import is_sharded
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining, CoTrainingOutput
@@ -27,6 +28,7 @@ from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
+from matta.training.sharding import clip_gradients, no_sync, whole_nested, whole_state
 from matta.training.step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.evaluate, self.observers = settings, evaluate, observers
         self.folder, self.accelerator = folder, accelerator
+        self.is_sharded = is_sharded(cotrain)
+        self.takes_part = accelerator.is_main_process or self.is_sharded  # in what the main process writes
         self.arguments = arguments_of(
             cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
         )
@@ -121,7 +125,8 @@ class Training:
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
 
     def _distributed(self) -> torch.nn.Module:
-        return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
+        is_plain = self.accelerator.num_processes == 1 or self.is_sharded
+        return self.cotrain if is_plain else self.accelerator.prepare_model(self.cotrain)
 
     def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
         """The gradient of the mean over all labels of the step, of every batch and process."""
@@ -130,7 +135,7 @@ class Training:
         outputs: list[CoTrainingOutput] = []
         for batch in batches:
             is_last = len(outputs) + 1 == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if is_last else no_sync(model, self.accelerator):
                 with self.settings.autocast(self.feed.device):
                     out: CoTrainingOutput = model(batch, **of_step)
                 self.times.add("forward")
@@ -145,7 +150,7 @@ class Training:
     def _move(self, outputs: Sequence[CoTrainingOutput], batches: Sequence[Batch]) -> None:
         """The optimizer step, unless something is not finite."""
         if self.settings.clip_norm is not None:
-            self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
         if self.settings.max_nonfinite is None or self._is_finite(outputs):
             self.optimizer.step()
@@ -235,10 +240,10 @@ class Training:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.takes_part:
             self.folder.wait()
             save(self.cotrain.nested, self.folder.path / NESTED)
-            if isinstance(self.optimizer, Shampoo):
+            if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
@@ -255,9 +260,10 @@ class Training:
         if self.evaluate is None:
             return
         values: list[Any] = [None]
+        nested = whole_nested(self.cotrain.nested) if self.is_sharded else self.cotrain.nested
         if self.accelerator.is_main_process:
-            with random_state_kept(), evaluating(self.cotrain):
-                values[0] = {name: float(value) for name, value in self.evaluate(self.cotrain.nested).items()}
+            with random_state_kept(), evaluating(nested):
+                values[0] = {name: float(value) for name, value in self.evaluate(nested).items()}
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -277,7 +283,7 @@ class Training:
         if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
             return
         self.best = latest
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.takes_part:
             save(self.cotrain.nested, self.folder.path / "best")
 
     def _log(self, distill_weight: Tensor) -> None:
@@ -329,8 +335,9 @@ class Training:
         feeds = [self.feed.state()]
         if self.accelerator.num_processes > 1:
             feeds = gathered_by_main(feeds[0])
-        if self.accelerator.is_main_process:
-            self.folder.save(self.step, self.cotrain, self._state(feeds))
+        if self.takes_part:
+            state, is_main = self._state(feeds), self.accelerator.is_main_process
+            self.folder.save(self.step, self.cotrain, state, writes=is_main)
         self.saved_step = self.step
 
     def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -339,7 +346,7 @@ class Training:
             **self._shape(),
             "arguments": self.arguments,
             "feeds": feeds,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,

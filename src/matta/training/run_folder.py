@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
 from matta.nesting.batches import Batch
+from matta.nesting.sharded_slices import is_sharded, placed
 from matta.sizes.saving import require_fit, split_state
 from matta.sizes.storage import verify, whole_folder, write_json
 from matta.training.plain_state import PackedState, cpu_copy, read_state
@@ -118,8 +119,10 @@ class RunFolder:
         except NotImplementedError:  # a file system without locks
             self._held = None
 
-    def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
+    def save(self, step: int, module: nn.Module, training: Mapping[str, Any], *, writes: bool = True) -> None:
         """Copy a checkpoint, to be written while training continues, in place of any of this step.
+
+        Of a sharded module all processes call this, and one `writes`.
 
         Raises:
             RunError: the checkpoint before could not be written.
@@ -127,6 +130,8 @@ class RunFolder:
         """
         self.wait()
         tensors, others = split_state(module)
+        if not writes:
+            return
         copies = {name: cpu_copy(tensor) for name, tensor in tensors.items()}
         packed = PackedState({**training, "extra_state": others})
         self._writing = self._writer.submit(self._write, step, copies, packed)
@@ -194,7 +199,8 @@ class RunFolder:
             require_fit(path, tensors, split_state(module)[0])
             if damaged:
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
-            module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
+            present = placed(tensors, module) if is_sharded(module) else tensors
+            module.load_state_dict({**present, **training.pop("extra_state")}, strict=False)
             return training
         if damaged:
             raise CheckpointError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from matta.errors import CheckpointError, RunError
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import is_sharded
 from matta.objectives.labels import num_examples
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify, whole_file, whole_folder
@@ -127,7 +128,16 @@ class Snapshots:
             self.publish(cotrain.nested)
 
     def publish(self, nested: Nested) -> int:
-        """Publish now; the number of the version. Of several processes, only one may call it."""
+        """Publish now; the number of the version. Of several processes, only one may call it.
+
+        Raises:
+            RunError: the nesting is sharded over processes.
+        """
+        if is_sharded(nested):
+            raise RunError(
+                "received a nesting that is sharded over processes to publish; expected a whole one: leave Snapshots "
+                "out, and take models from the checkpoints of the run"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
         with whole_folder(self.folder / f"{version:08d}") as made:
