@@ -81,22 +81,10 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
         True
     """
     folder = Path(path)
+    verify(folder)
     description = _read_description(folder)
-    plans = _read_plans(folder, description)
     tensors = _read_weights(folder, description)
-    if len(modules) == 1 and isinstance(modules[0], Nested):
-        nested = modules[0]
-        if nested.plans != plans:
-            raise CheckpointError(
-                f"{folder} holds another nesting than the one given: {_first_difference(nested, plans)}"
-            )
-    elif len(modules) == len(plans) + 1:
-        nested = _nest_fresh(folder, modules, plans)
-    else:
-        raise CheckpointError(
-            f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
-            f"load(path, student, ..., ta)"
-        )
+    nested = _nest(folder, _read_plans(folder, description), modules)
     require_fit(folder, tensors, split_state(nested)[0])
     nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
     return nested
@@ -112,7 +100,26 @@ def saved_plans(path: str | os.PathLike[str]) -> tuple[Plan, ...]:
     return _read_plans(folder, _read_description(folder))
 
 
-def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan, ...]) -> Nested:
+def nest_saved(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
+    """The modules, as `load` takes them, nested as the saved ones; their weights stay as they are.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or something else, or does not fit the modules.
+    """
+    return _nest(Path(path), saved_plans(path), modules)
+
+
+def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...]) -> Nested:
+    if len(modules) == 1 and isinstance(modules[0], Nested):
+        if modules[0].plans != plans:
+            difference = _first_difference(modules[0], plans)
+            raise CheckpointError(f"{folder} holds another nesting than the one given: {difference}")
+        return modules[0]
+    if len(modules) != len(plans) + 1:
+        raise CheckpointError(
+            f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
+            f"load(path, student, ..., ta)"
+        )
     try:
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
@@ -169,7 +176,7 @@ def _digest(weights: Path, description: Mapping[str, Any]) -> str:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    verify(folder)
+    verify(folder, DESCRIPTION)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
