@@ -144,7 +144,7 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError, AssertionError) as error:
         raise RunError(
-            f"{config.model_type} cannot be built: {_first_sentence(error)}; change the values, or name a decoder of "
+            f"{config.model_type} cannot be built: {first_sentence(error)}; change the values, or name a decoder of "
             f"Transformers (AutoModelForCausalLM)"
         ) from None
 
@@ -166,7 +166,7 @@ def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> Pre
         )
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         raise RunError(
-            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"{who} cannot be loaded: {first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
             f"name on the hub"
         ) from None
     if missing := sorted(loaded["missing_keys"]):
@@ -186,7 +186,7 @@ def _pretrained(name: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"{who} cannot be loaded: {first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
             f"name on the hub"
         ) from None
     return from_config(config)
@@ -196,7 +196,7 @@ def _fresh(architecture: str, values: Mapping[str, Any], table: str) -> PreTrain
     try:
         config = CONFIG_MAPPING[architecture](**values)
     except Exception as error:  # configurations check themselves with errors of many kinds
-        raise RunError(f"{table}: {_first_sentence(error)}; change the values") from None
+        raise RunError(f"{table}: {first_sentence(error)}; change the values") from None
     _require_shared_heads(config, table)
     return from_config(config)
 
@@ -246,7 +246,7 @@ def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[None]}
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """An error of others in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (" ".join(lines[:2]) or type(error).__name__).rstrip(".")

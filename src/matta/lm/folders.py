@@ -3,16 +3,15 @@
 A model that the stock class of its architecture builds from some configuration is loaded by that class. One whose
 blocks have different sizes is loaded by the code that goes along in the folder (`modeling_matta.py`), which needs
 Transformers alone. A folder is written under another name, loaded again, compared with the model by what both compute,
-and only then moved into place.
+and only then moved into place. A model without weights is written from the file that has them, and is compared by its
+operators.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
@@ -29,8 +29,11 @@ from transformers.utils import logging as transformers_logging
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
 from matta.lm.configurations import Fit, build, fit_configuration, signature
+from matta.lm.streamed_folders import require_same_operators, save_streamed
 from matta.nesting.batches import eval_mode
 from matta.nesting.slicing import is_live, materialize
+from matta.sizes.storage import whole_folder
+from matta.sizes.streamed_extraction import SavedWeights
 
 CODE: Final = "modeling_matta.py"
 _LENGTH: Final = 128  # tokens on which a folder is compared with its model
@@ -45,6 +48,7 @@ def export(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: ModelCard | None = None,
+    weights: SavedWeights | None = None,
 ) -> Path:
     """Write a model of Transformers as the new folder `path`, and give the path back.
 
@@ -54,6 +58,7 @@ def export(
         path: Where nothing is yet.
         tokenizer: Goes along; its special tokens are those at which generation ends.
         card: What README.md says beyond the model itself.
+        weights: Where those of a live model on the meta device are.
 
     Raises:
         RunError: there is something at `path`, or the tokenizer has more entries than the model.
@@ -67,16 +72,18 @@ def export(
         _require_vocabulary(model, tokenizer)
     made, code = _rebuilt(model, fit_configuration(model))
     _set_special_tokens(made, tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
-        _require_equal(model, _loaded(folder, type(made), model))
-        folder.chmod(0o755)
+    if weights is not None:
+        require_same_operators(model, _without_weights(made), _batch(model))
+    with whole_folder(target) as folder:
+        with _without_progress_bars():
+            if weights is None:
+                made.save_pretrained(folder)
+            else:
+                save_streamed(made, folder, weights.tensors(module))
+        _add_to(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
+        if weights is None:
+            _require_equal(model, _loaded(folder, type(made), model))
         require_new(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -163,6 +170,14 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     return made, code
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a folder loads as, with its buffers alone."""
+    with init_empty_weights(include_buffers=False):
+        made = type(model)(copy.deepcopy(model.config))
+    made.tie_weights()
+    return made.to(model.dtype)
 
 
 def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
@@ -267,7 +282,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                 setattr(model.generation_config, name, value)
 
 
-def _write(
+def _add_to(
     folder: Path,
     model: PreTrainedModel,
     code: str | None,
@@ -275,8 +290,7 @@ def _write(
     card: ModelCard,
     auto: str,
 ) -> None:
-    with _without_progress_bars():
-        model.save_pretrained(folder)
+    """Put everything but the weights into a folder."""
     if code is not None:
         (folder / CODE).write_text(code, encoding="utf-8")
     if tokenizer is not None:

@@ -54,11 +54,20 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     _require_json(extra)
     with whole_folder(target) as made:
         save_file(apart(tensors), made / WEIGHTS)
-        students = [_plan_to_json(plan) for plan in nested.plans]
-        described = {"students": students, **({"extra_state": extra} if extra else {})}
-        description = {"format": FORMAT, "version": VERSION, **described}
-        (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        _write_description(made, nested, {"extra_state": extra} if extra else {})
     return target
+
+
+def save_plans(nested: Nested, target: Path) -> None:
+    """Write the plans alone, without weights, for `nest_saved` and `saved_plans`."""
+    with whole_folder(target) as made:
+        _write_description(made, nested, {})
+
+
+def _write_description(folder: Path, nested: Nested, more: Mapping[str, Any]) -> None:
+    students = [_plan_to_json(plan) for plan in nested.plans]
+    description = {"format": FORMAT, "version": VERSION, "students": students, **more}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
