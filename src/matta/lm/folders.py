@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -72,17 +73,17 @@ def export(
         _require_vocabulary(model, tokenizer)
     made, code = _rebuilt(model, fit_configuration(model))
     _set_special_tokens(made, tokenizer)
-    if weights is not None:
-        require_same_operators(model, _without_weights(made), _batch(model))
     with whole_folder(target) as folder:
         with _without_progress_bars():
+            _add_to(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
             if weights is None:
                 made.save_pretrained(folder)
+                _require_equal(model, _loaded(folder, type(made), model))
             else:
-                save_streamed(made, folder, weights.tensors(module))
-        _add_to(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
-        if weights is None:
-            _require_equal(model, _loaded(folder, type(made), model))
+                compare = partial(_require_same_operators, model, made)
+                save_streamed(made, folder, weights.tensors(module), meanwhile=compare)
+        for file in folder.iterdir():  # safetensors makes files that only their owner reads
+            file.chmod(0o644)
         require_new(target)
     return target
 
@@ -172,12 +173,12 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
     return made, code
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that a folder loads as, with its buffers alone."""
+def _require_same_operators(model: PreTrainedModel, made: PreTrainedModel) -> None:
+    """Compare a model without weights with the one that its folder will be loaded as."""
     with init_empty_weights(include_buffers=False):
-        made = type(model)(copy.deepcopy(model.config))
-    made.tie_weights()
-    return made.to(model.dtype)
+        loaded = type(made)(copy.deepcopy(made.config))
+    loaded.tie_weights()
+    require_same_operators(model, loaded.to(model.dtype), _batch(model))
 
 
 def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
@@ -297,8 +298,6 @@ def _add_to(
         tokenizer.save_pretrained(folder)
     text = render(card, model, auto_class=auto, own_code=code is not None, has_tokenizer=tokenizer is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    for file in folder.iterdir():  # safetensors makes files that only their owner reads
-        file.chmod(0o644)
 
 
 @contextmanager

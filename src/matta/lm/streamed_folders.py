@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, final
@@ -17,14 +18,19 @@ from transformers import PreTrainedModel
 
 from matta.errors import SubModelError
 from matta.nesting.batches import eval_mode
+from matta.sizes.storage import enter_checksum
 from matta.sizes.streamed_extraction import Pieces
 from matta.sizes.weight_files import WeightFile, write_weights
 
 WEIGHTS: Final = "model.safetensors"
 
 
-def save_streamed(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Pieces]) -> None:
+def save_streamed(
+    model: PreTrainedModel, folder: Path, tensors: Mapping[str, Pieces], meanwhile: Callable[[], None]
+) -> None:
     """Do what `model.save_pretrained(folder)` does, for a model without weights; `tensors` are those of its state.
+
+    While the disk writes, `meanwhile` runs.
 
     Which tensors Transformers writes, and under which names, it is asked with a number in the place of each. Where
     it writes other tensors than the model has, this model is filled, and saved as usual.
@@ -43,9 +49,14 @@ def save_streamed(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Pi
         model.load_state_dict({name: _filled(*each) for name, each in tensors.items()}, assign=True)
         model.tie_weights()
         model.save_pretrained(folder)
+        meanwhile()
         return
     metadata = WeightFile(folder / WEIGHTS).metadata
-    write_weights(folder / WEIGHTS, {key: tensors[names[int(number)]] for key, number in written.items()}, metadata)
+    found = {key: tensors[names[int(number)]] for key, number in written.items()}
+    with ThreadPoolExecutor(1) as beside:
+        written_sum = beside.submit(write_weights, folder / WEIGHTS, found, metadata)
+        meanwhile()
+        enter_checksum(folder / WEIGHTS, written_sum.result())
 
 
 def _filled(like: Tensor, pieces: Any) -> Tensor:

@@ -6,8 +6,10 @@ What is written is byte for byte what `safetensors` writes of the same tensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from matta.errors import CheckpointError
 from matta.nesting.layout import Axis
 
-PIECE: Final = 1 << 24
+PIECE: Final = 1 << 22
 """Bytes read at a time."""
 _TYPES: Final[Mapping[str, torch.dtype]] = {  # in the order in which a file has its tensors, the last first
     "BOOL": torch.bool,
@@ -103,8 +105,11 @@ class WeightFile:
 
 def write_weights(
     path: Path, tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces."""
+) -> str:
+    """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces.
+
+    Gives the file's checksum, which is computed while the disk writes.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     order = sorted(tensors, key=lambda name: (-_RANKS[_NAMES[tensors[name][0].dtype]], name))
@@ -114,21 +119,33 @@ def write_weights(
         header[name] = {"dtype": _NAMES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    start = len(text).to_bytes(8, "little") + text
+    checksum = hashlib.sha256(start)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        file.write(start)
+        hashed = beside.submit(checksum.update, b"")
         for name in order:
             like, pieces = tensors[name]
             for piece in pieces:
-                file.write(piece.to(like.dtype).view(-1).view(torch.uint8).numpy())
-        assert file.tell() == 8 + len(text) + end, "pieces make up their tensors"
+                data = piece.to(like.dtype).view(-1).view(torch.uint8).numpy()
+                hashed.result()  # one piece at a time: no more than two are in memory
+                hashed = beside.submit(checksum.update, data)
+                file.write(data)
+        hashed.result()
+        assert file.tell() == len(start) + end, "pieces make up their tensors"
+    return checksum.hexdigest()
 
 
 def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:
     """Stretches of the larger axis that hold the indices of the smaller one, in order, each of at most so many."""
-    runs: list[Any] = [range(axis.student_size)]
-    if axis.grows:
-        positions = np.array(axis.positions(), dtype=int)
-        runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-    for run in runs:
-        for first in range(0, len(run), most):
-            yield int(run[0]) + first, int(run[0]) + min(first + most, len(run))
+    offset = 0
+    for segment in axis.segments:
+        runs = [range(segment.student_size)]
+        if segment.grows and len(segment.ta) > 1:
+            positions = np.array(segment.positions(), dtype=int)
+            runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+        for run in runs:
+            for first in range(0, len(run), most):
+                start = offset + int(run[0]) + first
+                yield start, start + min(most, len(run) - first)
+        offset += segment.ta_size
