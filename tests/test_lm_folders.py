@@ -556,7 +556,9 @@ def test_models_are_compared_without_weights() -> None:
     made, same, other = (_plain_gpt2().to("meta") for _ in range(3))
     require_same_operators(made, same, {"input_ids": IDS})  # type: ignore[arg-type]
     other.transformer.h[1].attn.scaling = 7.0  # type: ignore[union-attr, index]
-    with pytest.raises(SubModelError, match=r"operator \d+ is aten.mul.Scalar, and another, or of other values, when it"):
+    with pytest.raises(
+        SubModelError, match=r"operator \d+ is aten.mul.Scalar, and another, or of other values, when it"
+    ):
         require_same_operators(made, other, {"input_ids": IDS})  # type: ignore[arg-type]
     llama, turned = (_extract(NESTINGS["llama"](), "student") for _ in range(2))
     turned.model.rotary_emb.inv_freq.mul_(2)

@@ -189,6 +189,10 @@ class RunError(MattaError):
     """
 
 
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for one of ours."""
     return str(error).strip().split("\n")[0][:200]

@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 
 from bad_cases import Case, Damage, cut, nothing, write
+
 from matta.errors import RunError
 from matta.lm.documents import TextSource, held_out_documents
 from matta.streams import Folder, Numeric, Rows, Schema, Stream
@@ -61,7 +62,7 @@ CASES = [
     _text("Parquet without text", "text.parquet", lambda w: _parquet(w / "data/text.parquet", body=["a"]), r"without text"),
     _text("Parquet of numbers", "text.parquet", lambda w: _parquet(w / "data/text.parquet", text=[1, 2]), r"text is no string"),
     _text("Parquet of nothing", "text.parquet", lambda w: _parquet(w / "data/text.parquet", text=[]), r"gave no document"),
-    Case("a folder of damaged texts", lambda w: [cut(f"data/text.{each}", 0.0)(w) for each in ("txt", "jsonl", "parquet")], lambda w: held_out_documents(TextSource(path=w / "data"), 9), r"and 2 more gave no document"),
+    Case("a folder of damaged texts", lambda w: [cut(f"data/text.{each}", 0.0)(w) for each in ("txt", "jsonl", "parquet")], lambda w: held_out_documents(TextSource(path=w / "data"), 9), r"and 3 more gave no document"),
     _events("no header", "1.csv", b"\xff\xff\n1,2\n", r"no CSV header"),
     _events("empty CSV", "1.csv", "", r"the file is empty"),
     _events("other columns", "1.csv", "y,z\n1,2\n", r"without the columns x, label; it has y, z"),

@@ -104,7 +104,7 @@ CASES = [
         "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"cannot be loaded",
     ),
     Case("student with code", unlisted("model", _both(edit("model/config.json", auto_map=CODE, model_type="hostile"), write("model/hostile.py", HOSTILE))),
-        "plan {w}/recipe.toml model.pretrained={w}/model model.student={} model.ta={}", r"cannot be loaded"),
+        "plan {w}/recipe.toml model.pretrained={w}/model model.student={} model.ta={n_layer=2}", r"cannot be loaded"),
     Case("judged model with code", write("model/hostile.py", HOSTILE), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"not run unasked"),
     Case("judged model is a list", unlisted("model", write("model/config.json", "[]")), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"config.json"),
     Case("judged model cut off", unlisted("model", cut("model/config.json")), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"config.json is damaged"),

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from bad_cases import Case, Damage, cut, edit, flip, remove, unlisted, weights, write
+from good_inputs import tower
 from safetensors.numpy import save_file
 
 import matta
-from bad_cases import Case, Damage, cut, edit, flip, remove, unlisted, weights, write
-from good_inputs import tower
 from matta.lm.teacher_labels import StoredTeacher
 
 

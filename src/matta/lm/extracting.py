@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, final
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matta.errors import MattaError, RunError, SubModelError
+from matta.errors import DAMAGE, MattaError, RunError, SubModelError
 from matta.lm.benchmark_tables import with_error
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
@@ -330,7 +330,7 @@ def _results(path: Path) -> _Results:
         rows = [row for row in values["models"] if row[keys[0]] is not None]
         scores = {row["name"]: held_out_scores(*(row[key] for key in keys)) for row in rows}
         return _Results(int(values["steps"]), scores)
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise RunError(f"{file} is damaged: {error!r}; remove it to extract models without figures") from None
 
 

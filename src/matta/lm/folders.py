@@ -13,7 +13,6 @@ import copy
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +24,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging as transformers_logging
 
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
 from matta.lm.configurations import Fit, build, fit_configuration, signature
+from matta.lm.decoders import without_progress_bars
 from matta.lm.streamed_folders import require_same_operators, save_streamed
 from matta.nesting.batches import eval_mode
 from matta.nesting.slicing import is_live, materialize
@@ -74,7 +73,7 @@ def export(
     made, code = _rebuilt(model, fit_configuration(model))
     _set_special_tokens(made, tokenizer)
     with whole_folder(target) as folder:
-        with _without_progress_bars():
+        with without_progress_bars():
             _add_to(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
             if weights is None:
                 made.save_pretrained(folder)
@@ -183,7 +182,7 @@ def _require_same_operators(model: PreTrainedModel, made: PreTrainedModel) -> No
 
 def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
     """What was written, as loaded by a user of the folder, on the device of `model`."""
-    with _without_progress_bars():
+    with without_progress_bars():
         loaded = kind.from_pretrained(
             folder, dtype=model.dtype, attn_implementation=getattr(model.config, "_attn_implementation", None)
         )
@@ -298,14 +297,3 @@ def _add_to(
         tokenizer.save_pretrained(folder)
     text = render(card, model, auto_class=auto, own_code=code is not None, has_tokenizer=tokenizer is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

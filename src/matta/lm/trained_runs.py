@@ -24,7 +24,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from matta.errors import CheckpointError, RunError
+from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.lm.decoders import first_sentence, from_config
 from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
@@ -144,7 +144,7 @@ def read_run_recipe(path: Path) -> Recipe:
         raise RunError(f"{path} holds no run of matta train: there is no {RECIPE}; expected the folder of one")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except DAMAGE as error:
         raise RunError(f"{file} is damaged: {error}") from None
     return recipe_from_values(values, str(file))
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matta.errors import CheckpointError, NestingError
+from matta.errors import DAMAGE, CheckpointError, NestingError
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
@@ -190,7 +190,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{folder} holds no saved nesting: {error.strerror} ({DESCRIPTION})") from None
-    except ValueError as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; take another copy of the folder") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{folder / DESCRIPTION} was not written by matta.save; expected format {FORMAT!r}")
@@ -204,7 +204,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...]:
     try:
         return tuple(_plan_from_json(plan) for plan in description["students"])
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION} is damaged: {error!r}; take another copy of the folder"
         ) from None

@@ -106,6 +106,15 @@ def verify(folder: Path, *names: str) -> None:
             )
 
 
+def verify_weights(folder: Path) -> None:
+    """Compare the weights in a folder with their checksums, whatever else in it has been edited since.
+
+    Raises:
+        CheckpointError: a file is not the one written.
+    """
+    verify(folder, *sorted(each.name for each in folder.glob("*.safetensors")) or [SUMS])
+
+
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -115,8 +124,10 @@ def _read_checksums(folder: Path) -> dict[str, str]:
     """Checksums by name; none without the file."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        pairs = [line.split("  ", 1) for line in lines]
-        return {name: checksum for checksum, name in pairs}
+        found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
+        if any(name != Path(name).name for name in found):
+            raise ValueError("a name that leads out of the folder")
+        return found
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
