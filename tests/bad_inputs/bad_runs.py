@@ -42,19 +42,27 @@ CASES = [
     _extract("tokenizer cut off, unlisted", _tokenizer(cut("run/tokenizer/tokenizer.json")), r"tokenizer is damaged"),
     _extract("its settings cut off", cut("run/tokenizer/tokenizer_config.json"), r"tokenizer_config.json is damaged"),
     _extract(
-        "its settings cut off, unlisted", _tokenizer(cut("run/tokenizer/tokenizer_config.json")), r"tokenizer is damaged"
+        "its settings cut off, unlisted",
+        _tokenizer(cut("run/tokenizer/tokenizer_config.json")),
+        r"tokenizer is damaged",
     ),
     _extract("tokenizer gone", remove("run/tokenizer/tokenizer.json"), r"tokenizer.json cannot be read"),
     _extract("tokenizer gone, unlisted", _tokenizer(remove("run/tokenizer/tokenizer.json")), r"tokenizer"),
     _extract("tokenizer is a list", _tokenizer(write("run/tokenizer/tokenizer.json", "[]")), r"tokenizer is damaged"),
     _extract(
-        "its settings are a list", _tokenizer(write("run/tokenizer/tokenizer_config.json", "[]")), r"tokenizer is damaged"
+        "its settings are a list",
+        _tokenizer(write("run/tokenizer/tokenizer_config.json", "[]")),
+        r"tokenizer is damaged",
     ),
     _extract(
         "tokenizer with code",
         _tokenizer(
             _both(
-                edit("run/tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["hostile.T", None]}, tokenizer_class="T"),
+                edit(
+                    "run/tokenizer/tokenizer_config.json",
+                    auto_map={"AutoTokenizer": ["hostile.T", None]},
+                    tokenizer_class="T",
+                ),
                 write("run/tokenizer/hostile.py", HOSTILE),
             )
         ),
@@ -85,28 +93,85 @@ CASES = [
     _extract("weights gone", remove("run/nested/nested.safetensors"), r"nested.safetensors cannot be read"),
     _extract("results cut off", cut("run/results.json"), r"results.json is damaged"),
     _extract("results are a number", write("run/results.json", "7"), r"results.json is damaged"),
-    Case("export of damaged weights", flip("run/nested/nested.safetensors"), "export {w}/run ta --out {w}/m", r"damaged"),
+    Case(
+        "export of damaged weights", flip("run/nested/nested.safetensors"), "export {w}/run ta --out {w}/m", r"damaged"
+    ),
     Case("serve of damaged weights", flip("run/nested/nested.safetensors"), "serve {w}/run", r"damaged"),
     Case("serve of a damaged tokenizer", cut("run/tokenizer/tokenizer.json"), "serve {w}/run", r"damaged"),
-    Case("figure without factors", write("run/nothing", ""), "figure preconditioner {w}/run --layer h", r"preconditioner"),
     Case(
-        "figure of damaged factors", write("run/preconditioner.safetensors", b"\xff" * 99),
-        "figure preconditioner {w}/run --layer h", r"preconditioner.safetensors",
+        "figure without factors", write("run/nothing", ""), "figure preconditioner {w}/run --layer h", r"preconditioner"
+    ),
+    Case(
+        "figure of damaged factors",
+        write("run/preconditioner.safetensors", b"\xff" * 99),
+        "figure preconditioner {w}/run --layer h",
+        r"preconditioner.safetensors",
     ),
     # --- folders of extracted models
-    Case("model flipped", flip("model/model.safetensors", 0.9), "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"model.safetensors is damaged"),
-    Case("model cut off", unlisted("model", cut("model/model.safetensors")), "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"cannot be loaded"),
-    Case("model without weights", unlisted("model", remove("model/model.safetensors")), "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"cannot be loaded"),
-    Case("model of another class", unlisted("model", edit("model/config.json", model_type="vit")), "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"cannot be loaded"),
+    Case(
+        "model flipped",
+        flip("model/model.safetensors", 0.9),
+        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t",
+        r"model.safetensors is damaged",
+    ),
+    Case(
+        "model cut off",
+        unlisted("model", cut("model/model.safetensors")),
+        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t",
+        r"cannot be loaded",
+    ),
+    Case(
+        "model without weights",
+        unlisted("model", remove("model/model.safetensors")),
+        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t",
+        r"cannot be loaded",
+    ),
+    Case(
+        "model of another class",
+        unlisted("model", edit("model/config.json", model_type="vit")),
+        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t",
+        r"cannot be loaded",
+    ),
     Case(
         "model with code",
-        unlisted("model", _both(edit("model/config.json", auto_map=CODE, model_type="hostile"), write("model/hostile.py", HOSTILE))),
-        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t", r"cannot be loaded",
+        unlisted(
+            "model",
+            _both(edit("model/config.json", auto_map=CODE, model_type="hostile"), write("model/hostile.py", HOSTILE)),
+        ),
+        "teach {w}/recipe.toml --teacher {w}/model --out {w}/t",
+        r"cannot be loaded",
     ),
-    Case("student with code", unlisted("model", _both(edit("model/config.json", auto_map=CODE, model_type="hostile"), write("model/hostile.py", HOSTILE))),
-        "plan {w}/recipe.toml model.pretrained={w}/model model.student={} model.ta={n_layer=2}", r"cannot be loaded"),
-    Case("judged model with code", write("model/hostile.py", HOSTILE), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"not run unasked"),
-    Case("judged model is a list", unlisted("model", write("model/config.json", "[]")), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"config.json"),
-    Case("judged model cut off", unlisted("model", cut("model/config.json")), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"config.json is damaged"),
-    Case("judged model flipped", flip("model/model.safetensors", 0.9), "evaluate {w}/model --tasks none --text {w}/data/text.txt", r"model.safetensors is damaged"),
-]  # fmt: skip
+    Case(
+        "student with code",
+        unlisted(
+            "model",
+            _both(edit("model/config.json", auto_map=CODE, model_type="hostile"), write("model/hostile.py", HOSTILE)),
+        ),
+        "plan {w}/recipe.toml model.pretrained={w}/model model.student={} model.ta={n_layer=2}",
+        r"cannot be loaded",
+    ),
+    Case(
+        "judged model with code",
+        write("model/hostile.py", HOSTILE),
+        "evaluate {w}/model --tasks none --text {w}/data/text.txt",
+        r"not run unasked",
+    ),
+    Case(
+        "judged model is a list",
+        unlisted("model", write("model/config.json", "[]")),
+        "evaluate {w}/model --tasks none --text {w}/data/text.txt",
+        r"config.json",
+    ),
+    Case(
+        "judged model cut off",
+        unlisted("model", cut("model/config.json")),
+        "evaluate {w}/model --tasks none --text {w}/data/text.txt",
+        r"config.json is damaged",
+    ),
+    Case(
+        "judged model flipped",
+        flip("model/model.safetensors", 0.9),
+        "evaluate {w}/model --tasks none --text {w}/data/text.txt",
+        r"model.safetensors is damaged",
+    ),
+]

@@ -76,9 +76,17 @@ def _write_run(folder: Path) -> None:
 
 def _write_labels(folder: Path) -> None:
     about = teacher_labels.About(
-        teacher="T", top=2, vocabulary=257, tokenizer="t", data="d", context=4, num_samples=3, samples_per_shard=2,
-        precision="no", matta="0",
-    )  # fmt: skip
+        teacher="T",
+        top=2,
+        vocabulary=257,
+        tokenizer="t",
+        data="d",
+        context=4,
+        num_samples=3,
+        samples_per_shard=2,
+        precision="no",
+        matta="0",
+    )
     teacher_labels.begin(folder, about)
     for shard in range(2):
         samples = np.arange(2 * shard, 2 * shard + about.rows_of(shard))

@@ -208,8 +208,8 @@ def run(settings: ExtractSettings) -> dict[str, Any]:
     never in memory.
 
     Raises:
-        RunError: the folder is no run or has no weights yet, a model is none of its, or one of the folders of --out is there already; or
-            models could not be written, once the others are.
+        RunError: the folder is no run or has no weights yet, a model is none of its, or one of the folders of --out
+            is there already; or models could not be written, once the others are.
         SubModelError: a sub-model that the nesting does not hold.
     """
     mapped = map_run(settings.run, check=settings.check)

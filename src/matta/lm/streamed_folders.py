@@ -85,9 +85,9 @@ def require_same_operators(model: PreTrainedModel, loaded: PreTrainedModel, batc
     for place, (expected, found) in enumerate(zip_longest(*calls, fillvalue=("none", None))):
         if found != expected:
             raise SubModelError(
-                f"the folder of this {type(model).__name__} would not hold the model: operator {place} is {expected[0]}, "
-                f"and another, or of other values, when it is loaded; expected a model that its configuration and its "
-                f"weights describe"
+                f"the folder of this {type(model).__name__} would not hold the model: operator {place} is "
+                f"{expected[0]}, and another, or of other values, when it is loaded; expected a model that its "
+                f"configuration and its weights describe"
             )
 
 

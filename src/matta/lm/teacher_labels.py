@@ -173,7 +173,7 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
     arrays["checks"] = np.array(checks, dtype=np.uint32)
     try:
         with whole_file(file) as made:
-            save_file(arrays, made)
+            save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, made)
     except SafetensorError as error:  # also of a disk that is full
         raise RunError(
             f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which continues "
@@ -246,7 +246,8 @@ class StoredTeacher:
         token_type = {"u1": "U8", "u2": "U16", "i4": "I32"}[self.about.token_type.str[1:]]
         if found != expected or kinds != ["I64", token_type, "F16", "U32"]:
             raise RunError(
-                f"{file} holds {found} of {', '.join(kinds)}, and {MANIFEST} says {expected}; delete it, and run matta teach again"
+                f"{file} holds {found} of {', '.join(kinds)}, and {MANIFEST} says {expected}; delete it, and run matta "
+                f"teach again"
             )
         return opened
 

@@ -94,8 +94,10 @@ def verify(folder: Path, *names: str) -> None:
     """
     listed = _read_checksums(folder)
     for name in names or listed:
-        if name not in listed:
+        if name not in listed and not (listed and (folder / name).exists()):
             continue
+        if name not in listed:
+            raise CheckpointError(f"{folder / SUMS} is damaged: it lacks {name}; take another copy of the folder")
         try:
             found = _checksum(folder / name)
         except OSError as error:
@@ -112,7 +114,9 @@ def verify_weights(folder: Path) -> None:
     Raises:
         CheckpointError: a file is not the one written.
     """
-    verify(folder, *sorted(each.name for each in folder.glob("*.safetensors")) or [SUMS])
+    listed = [name for name in _read_checksums(folder) if name.endswith(".safetensors")]
+    if listed:
+        verify(folder, *listed)
 
 
 def _checksum(file: Path) -> str:

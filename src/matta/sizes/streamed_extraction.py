@@ -1,4 +1,4 @@
-"""Sub-models from the file of a nesting, slice by slice: no model is built, and no more is read than the slices need."""
+"""Sub-models from the file of a nesting, slice by slice: no model is built, nothing is read that no slice needs."""
 
 from __future__ import annotations
 
