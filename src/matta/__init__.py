@@ -27,8 +27,8 @@ _PUBLIC_NAMES = {
         "shard",
     ),
     "sizes": (
-        *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
-        *("wide", "wide_narrow_wide"),
+        *("SubModel", "extract", "extract_saved", "layer_names", "live", "load", "narrow", "random_sub_model"),
+        *("recalibrate", "save", "wide", "wide_narrow_wide"),
     ),
     "choosing": ("Family", "family"),
     "exporting": ("OnnxModule", "export"),
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from matta.serving.serving_command import serve as serve
     from matta.sizes import SubModel as SubModel
     from matta.sizes import extract as extract
+    from matta.sizes import extract_saved as extract_saved
     from matta.sizes import layer_names as layer_names
     from matta.sizes import live as live
     from matta.sizes import load as load
