@@ -16,7 +16,9 @@ from cases import Case, places
 from matta.errors import TracingError
 from matta.nesting.channels import Channels
 from matta.nesting.layout import Segment
-from matta.nesting.tracing import Part, Trace, trace, trace_layouts
+from matta.nesting.dimensions import Part, Trace
+from matta.nesting.matching import trace_layouts
+from matta.nesting.tracing import trace
 from zoo import CASES
 
 

@@ -12,16 +12,16 @@ from typing import Any, final
 
 from torch import nn
 
-from matta.errors import NestingError, TracingError
+from matta.errors import NestingError
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
+from matta.nesting.matching import shown_layouts
 from matta.nesting.placing import plan_nesting, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
-from matta.nesting.probing import probe_pair
+from matta.nesting.probing import probe_pair, settle_pair
 from matta.nesting.slicing import LiveSlice, bind, copy_module
-from matta.nesting.tracing import trace_layouts
 from matta.nesting.warm_start import warm_start_pair
 
 
@@ -145,11 +145,12 @@ def nest(
     for each in students:
         require_real_buffers(each, ta)
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
-    plans = [plan_nesting(each, ta, rules, _trace(each, ta, example)) for each in students]
+    shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
+    plans = [plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)]
     rules.require_all_used()
     if example is not None:
-        for each, plan in zip(students, plans, strict=True):
-            probe_pair(each, ta, plan, example)
+        together = zip(students, plans, shown, strict=True)
+        plans = [settle_pair(each, ta, plan, example, seen, rules.declares) for each, plan, seen in together if seen]
     if warm_start:
         for each, plan in zip(students, plans, strict=True):
             warm_start_pair(each, ta, plan, example)
@@ -176,16 +177,6 @@ def nested_from_plans(students: Sequence[nn.Module], ta: nn.Module, plans: Seque
                     f"{tuple(named[name].shape)} of {tuple(target.shape)}"
                 )
     return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
-
-
-def _trace(student: nn.Module, ta: nn.Module, example: Batch | None) -> Mapping[str, Layout] | None:
-    """The layouts that running both on an example shows; None without an example."""
-    if example is None:
-        return None
-    try:
-        return trace_layouts(student, ta, example)
-    except TracingError:  # the probe has the last word
-        return {}
 
 
 def _live(student: nn.Module, ta: nn.Module, plan: Plan) -> nn.Module:

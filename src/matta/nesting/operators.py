@@ -155,6 +155,28 @@ def _add_product(known: Known, call: Call) -> None:
     known.put(call.result, known.tie_all([*rows.items(), *added.items()]))
 
 
+def _grouped_product(known: Known, call: Call) -> None:
+    """Rows of data times the matrix of the group (the expert) that each belongs to."""
+    data, weight = call.args[0], call.args[1]
+    left, right = known.rows(data), known.rows(weight)
+    if (data.ndim, weight.ndim) != (2, 3):
+        _unknown(known, call)
+        return
+    known.tie_all([(0, rows[1]) for rows in (left, right) if 1 in rows])
+    known.put(call.result, {1: right[2]} if 2 in right else {})
+
+
+def _restride(known: Known, call: Call) -> None:
+    """The same shape in another order of memory."""
+    (_keep if call.result.shape == call.shape else _unknown)(known, call)
+
+
+def _as_complex(known: Known, call: Call) -> None:
+    """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
+    axes = min(call.first.ndim, call.result.ndim)
+    known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
+
+
 def _convolution(known: Known, call: Call) -> None:
     """Channels in and out; a depthwise one ties them, another grouped one is refused."""
     data, weight = known.rows(call["input"]), known.rows(call["weight"])
@@ -286,6 +308,9 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
     **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    "_grouped_mm": _grouped_product,
+    "as_strided": _restride,
+    **dict.fromkeys(["view_as_complex", "view_as_real"], _as_complex),
     "glu": _glu,
     "cat": _cat,
     "stack": _stack,
