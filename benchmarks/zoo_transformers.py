@@ -120,9 +120,7 @@ def _experts() -> list[Model]:
         _model("Jamba", "expert width", jamba, _WIDER),
         _model("Olmoe", "expert width", {**_LM, "num_experts": 4, "num_experts_per_tok": 2}, _WIDER),
         _model("GptOss", "expert width", {**_LM, **local, "head_dim": 4}, _WIDER),
-        _model("Llama4", "expert width", {**_LM, **local, "head_dim": 4, "intermediate_size_mlp": 24}, _WIDER,
-               name="Llama4ForCausalLM"),
-        _model("PhiMoE", "expert width", {**_LM, **local}, _WIDER, name="PhimoeForCausalLM"),
+        _model("Phimoe", "expert width", {**_LM, **local}, _WIDER),
     ]
 
 
@@ -138,8 +136,8 @@ def _decoders() -> list[Model]:
         _model("StableLm", "hidden size, heads", _LM, _HEADS),
         _model("Olmo2", "hidden size, heads", _LM, _HEADS),
         _model("Falcon", "hidden size, heads kept", {**_ENCODER, "num_kv_heads": 2}, _HIDDEN),
-        _model("MPT", "hidden size, heads", {**_IDS, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
-               {"d_model": 32, "n_heads": 8}, name="MptForCausalLM"),
+        _model("Mpt", "hidden size, heads", {**_IDS, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
+               {"d_model": 32, "n_heads": 8}),
         _model("CodeGen", "hidden size, heads kept",
                {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4}, {"n_embd": 64}),
         _model("GPTBigCode", "hidden size, heads",

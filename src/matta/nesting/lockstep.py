@@ -53,15 +53,18 @@ class Lockstep(TorchDispatchMode):
         steps.append(step)
         model = [] if self.model is None else self.model.steps.get(self.place[-1], [])
         other = model[len(steps) - 1] if len(model) >= len(steps) else None
-        floating = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
-        if not floating or other is None or other == step or other[0] != step[0] or len(other[1]) != len(step[1]):
-            return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if other is None or other == step or other[0] != step[0] or len(other[1]) != len(step[1]):
+            return out
+        if not (isinstance(out, Tensor) and out.is_floating_point()):
+            return out
         if name_of(func) == "lift_fresh":
-            return torch.full_like(args[0], other[2])
+            return out if other[2] is None else torch.full_like(out, other[2])
         numbers = iter(other[1])
         args = tuple(next(numbers) if _is_number(each) else each for each in args)
-        out = func(*args, **(kwargs or {}))
-        return out * (step[2] / other[2]) if name_of(func) == "mean" else out
+        if name_of(func) == "mean":
+            return out * (step[2] / other[2])
+        return out if func._schema.is_mutable else func(*args, **(kwargs or {}))
 
 
 def _step(func: Any, args: tuple[Any, ...]) -> Step:

@@ -58,9 +58,36 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
     except TracingError:  # the probe has the last word
         return Shown()
     return Shown(
-        parameters=match_layouts(one, other, strict=False),
+        parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta),
         buffers=match_layouts(one, other, strict=False, buffers=True),
     )
+
+
+def _of_their_kind(layouts: dict[str, Layout], student: nn.Module, ta: nn.Module) -> dict[str, Layout]:
+    """The layouts, and for parameters of which a run shows nothing those of the same sizes in other blocks.
+
+    An expert that no token of the example goes to is cut as the others are.
+    """
+    shapes = {name: parameter.shape for name, parameter in ta.named_parameters()}
+    kinds = {
+        name: (family(name), parameter.shape, shapes[name])
+        for name, parameter in student.named_parameters()
+        if name in shapes and parameter.shape != shapes[name]
+    }
+    shown: dict[object, Layout] = {}
+    for name, layout in layouts.items():
+        shown.setdefault(kinds.get(name), layout)
+    return {name: shown[kind] for name, kind in kinds.items() if kind in shown} | layouts
+
+
+def family(name: str) -> str:
+    """The name of a parameter with a star for each number in it: the same in every block.
+
+    Example:
+        >>> family("blocks.3.up.weight")
+        'blocks.*.up.weight'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def match_layouts(student: Trace, ta: Trace, *, strict: bool = True, buffers: bool = False) -> dict[str, Layout]:

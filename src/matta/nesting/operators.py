@@ -155,6 +155,17 @@ def _add_product(known: Known, call: Call) -> None:
     known.put(call.result, known.tie_all([*rows.items(), *added.items()]))
 
 
+def _trilinear(known: Known, call: Call) -> None:
+    """A product of three tensors, each with new axes of length 1, of which some axes are summed."""
+    found = []
+    for tensor, expand in zip(call.args[:3], call.args[3:6], strict=True):
+        axes = [axis for axis in range(tensor.ndim + len(expand)) if axis not in expand]
+        found += [(axes[axis], row) for axis, row in known.rows(tensor).items()]
+    summed = set(call["sumdim"])
+    rows = {axis: row for axis, row in known.tie_all(found).items() if axis not in summed}
+    known.put(call.result, {axis - sum(gone < axis for gone in summed): row for axis, row in rows.items()})
+
+
 def _grouped_product(known: Known, call: Call) -> None:
     """Rows of data times the matrix of the group (the expert) that each belongs to."""
     data, weight = call.args[0], call.args[1]
@@ -308,6 +319,7 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
     **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    "_trilinear": _trilinear,
     "_grouped_mm": _grouped_product,
     "as_strided": _restride,
     **dict.fromkeys(["view_as_complex", "view_as_real"], _as_complex),

@@ -21,7 +21,7 @@ from matta.nesting.ambiguity import refuse_ambiguous_axes
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.nesting.known_modules import output_axis
 from matta.nesting.layout import Layout
-from matta.nesting.matching import Shown, shown_layouts
+from matta.nesting.matching import Shown, family, shown_layouts
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.silencing import CannotRunError, Difference, SilencedPair, silenced_pair
 from matta.nesting.slicing import is_live, materialize
@@ -109,11 +109,11 @@ def _with_unread(
     reached: dict[tuple[str, tuple[tuple[int, int], ...]], Placement] = {}
     for name, each in plan.placements.items():
         if name not in hidden:
-            reached.setdefault((_pattern(name), _sizes(each)), each)
+            reached.setdefault((family(name), _sizes(each)), each)
     cut, alone = {}, set()
     for name in hidden:
         each = plan.placements[name]
-        like = reached.get((_pattern(name), _sizes(each)))
+        like = reached.get((family(name), _sizes(each)))
         if like is None:
             alone.add(name)
         elif not declares(name) and each.axes != like.axes:
@@ -199,7 +199,7 @@ def _candidates(
     families: dict[str, list[str]] = {}
     for name, placement in placements.items():
         if placement.grows and len(placement.axes) > 1 and placement.ta not in told:
-            families.setdefault(_pattern(name), []).append(name)
+            families.setdefault(family(name), []).append(name)
     for pattern, names in families.items():
         first = placements[names[0]]
         for axis, shape in enumerate(first.axes):
@@ -235,10 +235,6 @@ def _recut(
                 return None
             tried[target] = replace(placements[target], axes=tuple(axes))
     return None if tried == placements else tried
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _message(found: Difference, mend: Mend) -> str:

@@ -238,7 +238,7 @@ def _narrow_norms(student: nn.Module, ta: nn.Module, placements: Mapping[str, Pl
     for name, part in list(student.named_modules()):
         axis = _channels(name, part, ta, placements)
         if axis is not None and (axis.grows or isinstance(part, _BatchNorm)):
-            ta.get_submodule(name).forward = _on_slice(part, axis)
+            ta.get_submodule(name).forward = _on_slice(part, axis, ta.get_submodule(name).forward)
 
 
 def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> Axis | None:
@@ -258,11 +258,13 @@ def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str
     return None
 
 
-def _on_slice(module: nn.Module, axis: Axis) -> Callable[..., Tensor]:
+def _on_slice(module: nn.Module, axis: Axis, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The Student's module on the Student's channels of a wider input; zeros in the others."""
     is_second = isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU)  # the last axis may be as long by chance
 
-    def forward(wide: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(wide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(wide, Tensor):  # no norm, but a token that is expanded to a shape
+            return plain(wide, *args, **kwargs)
         dim = 1 if is_second or wide.shape[-1] != axis.ta_size else -1
         positions = torch.tensor(axis.positions(), device=wide.device)
 
