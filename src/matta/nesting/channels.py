@@ -186,12 +186,18 @@ def _key(row: Row) -> bytes:
 
 @final
 class Known:
-    """The rows of tensors that are known so far, and `place`, the names of the modules that are running."""
+    """The rows of tensors that are known so far; `place`, the modules that are running; `read`, what operators got.
+
+    `summed` are rows of weights that a product with data has summed over: the inputs of a layer.
+    """
 
     def __init__(self) -> None:
         self.channels = Channels()
         self.place: list[str] = []
+        self.read: set[int] = set()
+        self.summed: list[Row] = []
         self._rows: Any = WeakTensorKeyDictionary()
+        self._weights: Any = WeakTensorKeyDictionary()
 
     def rows(self, tensor: object) -> Rows:
         """The rows known of a tensor."""
@@ -209,6 +215,15 @@ class Known:
         rows = {axis: self.channels.new(tensor.shape[axis], is_input=is_input) for axis in axes}
         self.put(tensor, rows)
         return self.rows(tensor)
+
+    def mark_weights(self, tensors: Iterable[Tensor]) -> None:
+        """Note that tensors are weights, or made of weights alone."""
+        for tensor in tensors:
+            self._weights[tensor] = True
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of weights alone, so that a product with it sums over inputs of a layer."""
+        return tensor in self._weights
 
     def tie_all(self, found: Iterable[tuple[int, Row]]) -> Rows:
         """The rows of one tensor from those of several; what falls on the same axis is tied."""

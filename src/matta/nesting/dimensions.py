@@ -57,7 +57,8 @@ class Trace:
     Legend: `axes` gives the parts of each axis longer than 1, by (parameter or buffer, axis), of which
     `buffers` are no parameters;
     `outputs` the parts of what each module computes; `output_shapes` the shapes that the whole
-    module returned.
+    module returned; `unread` the parameters that the run did not come to, and
+    `summed` the axes of parameters that products with data sum over: the inputs of layers.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -65,6 +66,8 @@ class Trace:
     buffers: frozenset[str]
     outputs: Mapping[str, tuple[Part, ...]]
     output_shapes: tuple[torch.Size, ...]
+    unread: frozenset[str] = frozenset()
+    summed: frozenset[tuple[str, int]] = frozenset()
 
     def describe(self, dimension: int) -> str:
         """The axes of a dimension, for a message."""
@@ -170,8 +173,9 @@ class Atlas:
         for whole, factors in self._channels.products:
             parts = self.parts(whole)
             if len(parts) != 1 or parts[0].repeat != 1 or parts[0].size != len(whole):
-                broken.update(part.dimension for part in parts)
-                continue
+                if {(part.size, part.repeat) for part in parts} != {(len(whole) // len(factors[0]), 1)}:
+                    broken.update(part.dimension for part in parts)
+                continue  # the slowest factor is laid out as so many parts, as rotary halves are
             made = tuple(self.parts(factor) for factor in factors)
             before = found.setdefault(parts[0].dimension, made)
             if len(made) > len(before):

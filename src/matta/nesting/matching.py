@@ -45,10 +45,16 @@ def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The layouts of parameters and of buffers that running both models has shown, by name."""
+    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs."""
 
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
+    inputs: frozenset[tuple[str, int]] = frozenset()
+
+    def input_axes(self, name: str) -> list[int]:
+        """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
+        kind = family(name)
+        return sorted({axis for other, axis in self.inputs if other == name or family(other) == kind})
 
 
 def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
@@ -60,6 +66,7 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
     return Shown(
         parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta),
         buffers=match_layouts(one, other, strict=False, buffers=True),
+        inputs=one.summed | other.summed,
     )
 
 
@@ -111,6 +118,7 @@ def _growing(student: Trace, ta: Trace, buffers: bool) -> dict[str, list[int]]:
     """The axes that differ in length, of each parameter that both have."""
     found: dict[str, list[int]] = {}
     shared = {name for name, _ in student.axes if (name in student.buffers) == buffers}
+    shared -= student.unread | ta.unread
     for (name, axis), parts in ta.axes.items():
         if name in shared and _length(parts) != (_length(student.axes.get((name, axis), ())) or 1):
             found.setdefault(name, []).append(axis)

@@ -17,7 +17,7 @@ from matta.nesting.acceptance import require_copies, require_nestable, require_r
 from matta.nesting.batches import Batch
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
-from matta.nesting.matching import shown_layouts
+from matta.nesting.matching import Shown, shown_layouts
 from matta.nesting.placing import plan_nesting, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
 from matta.nesting.probing import probe_pair, settle_pair
@@ -119,7 +119,7 @@ def nest(
         private: Patterns of Student parameters that the Student keeps for itself.
         share: "all", "embeddings" (section 4.3.2), "none", or patterns of what is shared.
         warm_start: Put the Student's present weights into the TA, and silence what the TA has
-            beyond them, so that both start as good as that Student.
+            beyond them, so that both start as good as that Student; refused where the TA cannot.
         example: A batch. With it both modules are run: axes that shapes leave ambiguous (embeddings
             one after the other, flattened images, halves of a gate) are laid out as the flow of the
             data shows, and the whole nesting is probed.
@@ -152,8 +152,8 @@ def nest(
         together = zip(students, plans, shown, strict=True)
         plans = [settle_pair(each, ta, plan, example, seen, rules.declares) for each, plan, seen in together if seen]
     if warm_start:
-        for each, plan in zip(students, plans, strict=True):
-            warm_start_pair(each, ta, plan, example)
+        for each, plan, seen in zip(students, plans, shown, strict=True):
+            warm_start_pair(each, ta, plan, example, seen or Shown())
     return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
 
 

@@ -44,6 +44,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     owners: dict[str, Rows] = {}
     for name, tensor in _state(module):
         owners[name] = known.label(tensor)
+    known.mark_weights(module.parameters())
     seen: dict[str, Rows] = {}
     _watch(module, known, seen)
     result = _run(module, known, split_labels(example)[0])
@@ -58,7 +59,17 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         buffers=frozenset(name for name, _ in module.named_buffers()),
         outputs={name: atlas.parts(row) for name, row in atlas.own_axes(seen, own)},
         output_shapes=tuple(tensor.shape for tensor in returned),
+        summed=_summed(known, rows),
+        unread=frozenset(name for name, tensor in _state(module) if id(tensor) not in known.read),
     )
+
+
+def _summed(known: Known, rows: dict[tuple[str, int], Row]) -> frozenset[tuple[str, int]]:
+    """The axes of parameters that products with data have summed over."""
+    marked = torch.zeros(len(known.channels), dtype=torch.bool)
+    for row in known.summed:
+        marked[row[row != 0]] = True
+    return frozenset(key for key, row in rows.items() if bool(marked[row].any()))
 
 
 def _copied(module: nn.Module) -> nn.Module:
