@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.nesting.batches import Batch, call, logits_of, split_labels
+from matta.nesting.batches import Batch, call, outputs_of, split_labels
 from matta.sizes.submodels import live, sizes_between
 
 _TOLERANCE = 1e-5
@@ -60,6 +60,7 @@ class Outcome:
     remedy: str = ""
     between: str = ""
     warm: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     nest_s: float = 0.0
@@ -96,14 +97,14 @@ def _nest(model: Model, found: Outcome, options: Mapping[str, Any]) -> matta.Nes
     student, ta = model.build()
     start = time.perf_counter()
     try:
-        nested = matta.nest(student, ta, example=model.batch(), **options)
+        nested = matta.nest(student, ta, **{"example": model.batch(), **options})
     except matta.MattaError as error:
         found.refusal = str(error)
         return _follow(model, found, options) if options is model.options else None
     except Exception as error:
         found.foreign.append(f"nest: {type(error).__name__}: {error}")
         return None
-    found.nest_s = time.perf_counter() - start
+    found.nest_s, found.options = time.perf_counter() - start, options
     found.how = "at once" if options is model.options else "with the remedy"
     return nested
 
@@ -128,13 +129,15 @@ def _merge(before: Any, value: Any) -> Any:
 
 def remedies(message: str) -> list[dict[str, Any]]:
     """The arguments of `nest` that a message names as code, each a reading to try."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, code in _REMEDY.findall(message):
         try:
             found.append({name: eval(code, {"matta": matta})})
         except (SyntaxError, NameError):
             continue
-    return found
+    return [each for each in found if ... not in next(iter(each.values()))] + (
+        [{"example": None}] if "leave out example=" in message else []
+    )
 
 
 def _check_student(found: Outcome, model: Model, nested: matta.Nested) -> None:
@@ -172,13 +175,8 @@ def _check_warm_start(found: Outcome, model: Model, nested: matta.Nested) -> Non
     student, ta = model.build()
     batch = model.batch()
     expected = _logits(student, batch)
-    options = {**model.options}
-    for remedy in remedies(found.refusal) if found.how == "with the remedy" else ():
-        options |= {name: _merge(options.get(name), value) for name, value in remedy.items()}
-        if ", ".join(f"{name}={value!r}" for name, value in remedy.items()) == found.remedy:
-            break
     try:
-        warm = matta.nest(student, ta, example=batch, warm_start=True, **options)
+        warm = matta.nest(student, ta, warm_start=True, **{"example": batch, **found.options})
     except matta.MattaError as error:
         found.warm = f"refused: {error}"
         return
@@ -195,16 +193,16 @@ def _step(nested: matta.Nested, batch: Batch, times: int) -> None:
     nested.train()
     inputs = split_labels(batch)[0]
     for _ in range(times):
-        loss = sum(logits_of(call(each, inputs)).abs().pow(2).mean() for each in (nested.ta, nested.student))
+        losses = [outputs_of(call(each, inputs))[0].abs().pow(2).mean() for each in (nested.ta, nested.student)]
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses).backward()
         optimizer.step()
 
 
 @torch.no_grad()
 def _logits(module: nn.Module, batch: Batch) -> Tensor:
     torch.manual_seed(0)
-    return logits_of(call(module.eval(), split_labels(batch)[0])).detach()
+    return outputs_of(call(module.eval(), split_labels(batch)[0]))[0].detach()
 
 
 def _distance(expected: Tensor, found: Tensor) -> float:

@@ -50,11 +50,13 @@ class Shown:
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
     inputs: frozenset[tuple[str, int]] = frozenset()
+    unread: frozenset[str] = frozenset()
+    products: frozenset[str] = frozenset()
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
-        kind = family(name)
-        return sorted({axis for other, axis in self.inputs if other == name or family(other) == kind})
+        alike = {name} if name not in self.unread else {other for other, _ in self.inputs if family(other) == family(name)}
+        return sorted({axis for other, axis in self.inputs if other in alike})
 
 
 def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
@@ -64,14 +66,18 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
     except TracingError:  # the probe has the last word
         return Shown()
     return Shown(
-        parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta),
+        parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta, one.unread | other.unread),
         buffers=match_layouts(one, other, strict=False, buffers=True),
         inputs=one.summed | other.summed,
+        unread=one.unread | other.unread,
+        products=_Overlay(one, other).products(),
     )
 
 
-def _of_their_kind(layouts: dict[str, Layout], student: nn.Module, ta: nn.Module) -> dict[str, Layout]:
-    """The layouts, and for parameters of which a run shows nothing those of the same sizes in other blocks.
+def _of_their_kind(
+    layouts: dict[str, Layout], student: nn.Module, ta: nn.Module, unread: frozenset[str]
+) -> dict[str, Layout]:
+    """The layouts, and for parameters that a run did not come to those of the same sizes in other blocks.
 
     An expert that no token of the example goes to is cut as the others are.
     """
@@ -84,7 +90,7 @@ def _of_their_kind(layouts: dict[str, Layout], student: nn.Module, ta: nn.Module
     shown: dict[object, Layout] = {}
     for name, layout in layouts.items():
         shown.setdefault(kinds.get(name), layout)
-    return {name: shown[kind] for name, kind in kinds.items() if kind in shown} | layouts
+    return {name: shown[kind] for name, kind in kinds.items() if name in unread and kind in shown} | layouts
 
 
 def family(name: str) -> str:
@@ -155,6 +161,18 @@ class _Overlay:
                 f"TA; expected as many parts in both, each at least as large in the TA; declare its layout by hand in "
                 f"`layouts`"
             ) from error
+
+    def products(self) -> frozenset[str]:
+        """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
+        return frozenset(
+            name
+            for name, axes in _growing(self.student, self.ta, buffers=False).items()
+            if any(
+                self.student.dimensions[part.dimension].factors
+                for axis in axes
+                for part in self.student.axes.get((name, axis), ())
+            )
+        )
 
     def _is_lost(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> bool:
         """Whether a part that grows, or a factor of it that does, cannot be placed."""

@@ -8,6 +8,7 @@ the same map with other sizes and other names; no layer type needs to be known.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 from torch import nn
@@ -150,7 +151,11 @@ def nest(
     rules.require_all_used()
     if example is not None:
         together = zip(students, plans, shown, strict=True)
-        plans = [settle_pair(each, ta, plan, example, seen, rules.declares) for each, plan, seen in together if seen]
+        plans = [
+            replace(settle_pair(each, ta, plan, example, seen, rules.declares), products=seen.products)
+            for each, plan, seen in together
+            if seen
+        ]
     if warm_start:
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())

@@ -46,11 +46,16 @@ class Placement:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The nesting of one Student: shared parameters by Student name, private ones, module lists."""
+    """The nesting of one Student: shared parameters by Student name, private ones, module lists.
+
+    `products` are Student parameters of which the modules' code splits an axis that grows (into heads), by numbers
+    that go with the other widths.
+    """
 
     placements: Mapping[str, Placement]
     private: tuple[str, ...]
     layers: tuple[LayerMap, ...]
+    products: frozenset[str] = frozenset()
 
     @property
     def num_shared(self) -> int:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
-from matta.nesting.batches import call, logits_of
+from matta.nesting.batches import call, has_logits, outputs_of
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
@@ -82,7 +82,8 @@ class SilencedPair:
         self.ta = _cast(deep_copy(ta), dtype)
         for layer_map in plan.layers:
             _keep_blocks(self.ta, layer_map)
-        self.expected, self.recording = _run(self.student, self.inputs)
+        output, self.recording = _run(self.student, self.inputs)
+        self.expected, self.has_logits = outputs_of(output), has_logits(output)
         self.has_own_modules = not all(_has_room(self.ta, self.student, name) for name in plan.private)
 
     def unread(self) -> list[str]:
@@ -98,31 +99,34 @@ class SilencedPair:
         _narrow_norms(self.student, ta, placements)
         channels = _output_axes(self.student, placements)
         try:
-            actual, recording = _run(ta, self.inputs, self.recording)
+            output, recording = _run(ta, self.inputs, self.recording)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CannotRunError(str(error)) from error
-        if not self.has_own_modules and actual.shape != self.expected.shape:
+        actual = outputs_of(output)
+        shapes = [[tuple(each.shape) for each in side] for side in (self.expected, actual)]
+        if self.has_logits and not self.has_own_modules and shapes[0] != shapes[1]:
             raise ProbeError(
-                f"the Student's logits have shape {tuple(self.expected.shape)} on the example and the TA's "
-                f"{tuple(actual.shape)}; expected the same classes (or vocabulary) and positions of both; build the TA "
-                f"with the Student's"
+                f"the Student's logits have shape {shapes[0][0]} on the example and the TA's {shapes[1][0]}; expected "
+                f"the same classes (or vocabulary) and positions of both; build the TA with the Student's"
             )
         for order, ((name, nth), expected) in enumerate(self.recording.outputs.items()):
             found = recording.outputs.get((name, nth))
             narrowed = None if found is None or name not in channels else _narrowed(found, expected, channels[name])
             if narrowed is not None and _error(expected, narrowed) > _TOLERANCE:
                 return Difference(order, name, _error(expected, narrowed))
-        distance = 0.0 if self.has_own_modules else _error(self.expected, actual)
-        return Difference(len(self.recording.outputs), "the logits", distance) if distance > _TOLERANCE else None
+        pairs = [pair for pair in zip(self.expected, actual, strict=False) if pair[0].shape == pair[1].shape]
+        distance = 0.0 if self.has_own_modules else max([_error(*pair) for pair in pairs], default=0.0)
+        where = "the logits" if self.has_logits else "what it returns"
+        return Difference(len(self.recording.outputs), where, distance) if distance > _TOLERANCE else None
 
 
 class CannotRunError(Exception):
     """The silenced copy fails on the example."""
 
 
-def _run(module: nn.Module, inputs: Any, model: Recording | None = None) -> tuple[Tensor, Recording]:
+def _run(module: nn.Module, inputs: Any, model: Recording | None = None) -> tuple[Any, Recording]:
     with torch.no_grad(), recorded(module, model) as made:
-        return logits_of(call(module, inputs)).detach(), made
+        return call(module, inputs), made
 
 
 def _narrowed(found: Tensor, expected: Tensor, axis: Axis) -> Tensor | None:

@@ -7,7 +7,7 @@ of one class can then be laid over each other part by part (`matta.nesting.match
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from matta.errors import NestingError, TracingError
-from matta.nesting.batches import Batch, call, split_labels
+from matta.nesting.batches import Batch, call, outputs_of, split_labels
 from matta.nesting.channels import Known, Row, Rows
 from matta.nesting.dimensions import Atlas, Trace
 from matta.nesting.operators import Flow
@@ -48,7 +48,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     seen: dict[str, Rows] = {}
     _watch(module, known, seen)
     result = _run(module, known, split_labels(example)[0])
-    returned = _tensors(result)
+    returned = outputs_of(result)
     outputs = [row for tensor in returned for row in known.rows(tensor).values()]
     rows = {(name, axis): row for name, found in owners.items() for axis, row in found.items()}
     atlas = Atlas(known.channels, rows, outputs)
@@ -91,7 +91,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             known.place.pop()
-            tensors = _tensors(output)
+            tensors = outputs_of(output)
             if tensors:
                 seen.setdefault(name, known.rows(tensors[0]))
 
@@ -103,13 +103,6 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
     for name, layer in module.named_modules():
         layer.register_forward_pre_hook(enter(name))
         layer.register_forward_hook(leave(name))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The logits of what a module returned; all tensors in it where it has none."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = tree_leaves(output if logits is None else logits)
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.nesting.batches import Batch, call, eval_mode, outputs_of, split_labels
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role
 from matta.nesting.matching import Shown
@@ -146,7 +146,9 @@ def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
     with eval_mode(block):
         found = block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     found = found[0] if isinstance(found, tuple) else found
-    given = args[0] if args else next(iter(kwargs.values()))
+    given = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(given, Tensor):
+        return False
     return isinstance(found, Tensor) and found.shape == given.shape and torch.allclose(found, given, atol=1e-5)
 
 
@@ -154,6 +156,11 @@ def _refuse_unknown_inputs(student: nn.Module, plan: Plan) -> None:
     for name, placement in plan.placements.items():
         path, _, leaf = name.rpartition(".")
         owner, grows = student.get_submodule(path), [axis for axis, each in enumerate(placement.axes) if each.grows]
+        if grows and isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            raise NestingError(
+                f"the warm start does not know whether the TA can start as the Student: {name} is of a norm over a width "
+                f"that grows; let widths grow between norms alone, or pass example=batch to have it checked"
+            )
         is_vector = sum(axis.ta_size > 1 for axis in placement.axes) < 2
         if is_vector or _input_axes(student, name, len(placement.axes)):
             continue
@@ -170,10 +177,8 @@ def _require_same(student: nn.Module, ta: nn.Module, example: Batch, before: lis
     """Refuse a TA that does not compute what the Student does; it then has its weights of before."""
     inputs = split_labels(example)[0]
     with eval_mode(student, ta):
-        logits = [logits_of(call(module, inputs)) for module in (student, ta)]
-    alike = logits[0].shape == logits[1].shape
-    scale = logits[0].abs().max().clamp(min=1e-12)
-    error = float((logits[0] - logits[1]).abs().max() / scale) if alike else float("inf")
+        found = [outputs_of(call(module, inputs)) for module in (student, ta)]
+    error = max([_error(*pair) for pair in zip(*found, strict=True)], default=0.0)
     if error <= _TOLERANCE:
         return
     for parameter, value in zip(ta.parameters(), before, strict=True):
@@ -184,3 +189,9 @@ def _require_same(student: nn.Module, ta: nn.Module, example: Batch, before: lis
         f"blocks that are not residual or a scale of their own width; let widths grow inside the blocks alone, or nest "
         f"without it and start the Student alone: nested.student.load_state_dict(student.state_dict())"
     )
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
