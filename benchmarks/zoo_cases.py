@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -25,8 +25,9 @@ _REMEDY = re.compile(r"\b(layouts|layers|private|share)=(\{.*?\}(?=[,;:. ]|$)|\[
 class Model:
     """A kind of model: how Student and TA are built, on what they run, and what grows.
 
-    `make` builds one of the two from its sizes. `refused` is a part of the refusal of a kind that cannot be
-    nested whatever is declared; `options` are what its user would tell `nest` in any case (which blocks).
+    `make` builds one of the two from its sizes. `options` are what its user would tell `nest` in any case (which
+    blocks). A kind that cannot be nested as it is has `mended`, which builds it as the refusal asks for, and `advice`,
+    what that is in a few words.
     """
 
     name: str
@@ -37,7 +38,8 @@ class Model:
     ta: Mapping[str, Any]
     batch: Callable[[], Batch]
     options: Mapping[str, Any] = field(default_factory=dict)
-    refused: str | None = None
+    mended: Callable[..., nn.Module] | None = None
+    advice: str = ""
 
     def build(self) -> tuple[nn.Module, nn.Module]:
         """Student and TA, with weights drawn at random about their initial ones."""
@@ -69,6 +71,11 @@ class Outcome:
     def nested(self) -> bool:
         """Whether it nested, by itself or with the remedy that the refusal names."""
         return self.how in ("at once", "with the remedy")
+
+    @property
+    def remedy_works(self) -> bool:
+        """Whether what the refusal says to do leads to a nesting."""
+        return bool(self.refusal) and (self.nested or self.how == "refused")
 
 
 def examine(model: Model) -> Outcome:
@@ -119,7 +126,9 @@ def _follow(model: Model, found: Outcome, options: Mapping[str, Any]) -> matta.N
         if nested is not None:
             found.refusal = first
             return nested
-    found.refusal, found.how = first, "refused"
+    found.refusal, found.how = first, "refused without remedy"
+    if model.mended is not None and _nest(replace(model, make=model.mended), found, {**options}) is not None:
+        found.refusal, found.how = first, "refused"
     return None
 
 

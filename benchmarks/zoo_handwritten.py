@@ -250,16 +250,25 @@ class InPlainList(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = [nn.Linear(FEATURES, width), nn.Linear(width, CLASSES)]
+        self.layers: Any = [nn.Linear(FEATURES, width), nn.Linear(width, CLASSES)]
         self.scale = nn.Parameter(torch.ones(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[1](self.layers[0](x).relu()) * self.scale
 
 
+def _in_module_list(width: int) -> nn.Module:
+    model = InPlainList(width)
+    model.layers = nn.ModuleList(model.layers)
+    return model
+
+
+def _plain(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
+
+
 def _quantised(width: int) -> nn.Module:
-    model = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
-    made: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    made: nn.Module = torch.ao.quantization.quantize_dynamic(_plain(width), {nn.Linear}, dtype=torch.qint8)
     return made
 
 
@@ -322,7 +331,8 @@ MODELS: tuple[Model, ...] = (
     _model("Bilinear and outer product", "width", Bilinear, {"width": 3}, {"width": 5}, _vectors),
     _model("Hypernetwork", "width", HyperNetwork, {"width": 3}, {"width": 5}, _vectors),
     _model("Layers in a plain list", "width", InPlainList, {"width": 4}, {"width": 7}, _vectors,
-           refused="nn.ModuleList"),
-    _model("Quantised", "width", _quantised, {"width": 4}, {"width": 7}, _vectors, refused="quantised"),
+           mended=_in_module_list, advice="keep them in an `nn.ModuleList`"),
+    _model("Quantised", "width", _quantised, {"width": 4}, {"width": 7}, _vectors,
+           mended=_plain, advice="nest first, quantise what is extracted"),
 )
 """Every model that is written by hand in the zoo."""
