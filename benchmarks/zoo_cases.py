@@ -142,7 +142,7 @@ def remedies(message: str) -> list[dict[str, Any]]:
     for name, code in _REMEDY.findall(message):
         try:
             found.append({name: eval(code, {"matta": matta})})
-        except (SyntaxError, NameError):
+        except (SyntaxError, NameError, TypeError):
             continue
     return [each for each in found if ... not in next(iter(each.values()))] + (
         [{"example": None}] if "leave out example=" in message else []

@@ -44,7 +44,7 @@ def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) ->
     except CannotRunError as error:
         raise ProbeError(_cannot_run(ta, example, str(error))) from error
     if found is not None:
-        raise ProbeError(_message(found, _mend(pair, plan, found, ())))
+        raise ProbeError(_message(plan, found, _mend(pair, plan, found, ())))
 
 
 def settle_pair(
@@ -74,7 +74,7 @@ def settle_pair(
         mend = _mend(pair, plan, found, [name for name in shown.parameters if not declares(name)])
         taken = {name: each for name, each in mend.placements.items() if each != plan.placements[name]}
         if not mend.is_only or any(map(declares, taken)):
-            raise ProbeError(_message(found, mend))
+            raise ProbeError(_message(plan, found, mend))
         plan = _noted(plan, taken, FOUND)
     return _with_unread(student, ta, plan, pair.unread(), declares)
 
@@ -136,8 +136,8 @@ def _cannot_run(ta: nn.Module, example: Batch, error: str) -> str:
     except Exception as own:
         return f"the TA does not run on the example: {own}; pass as `example` a batch such as it trains on"
     return (
-        f"the TA cannot be probed: with all but the Student's slices silenced it fails with {error}; declare the layouts "
-        f"of what grows, layouts={{...}}, or leave out example="
+        f"the TA cannot be probed: with all but the Student's slices silenced it fails with {error}; declare the "
+        f"layouts of what grows, layouts={{...}}, or leave out example="
     )
 
 
@@ -237,7 +237,7 @@ def _recut(
     return None if tried == placements else tried
 
 
-def _message(found: Difference, mend: Mend) -> str:
+def _message(plan: Plan, found: Difference, mend: Mend) -> str:
     what = (
         f"with all but the Student's slices zeroed, the TA differs from the Student from {found.module} on "
         f"(relative error {found.error:.2g})"
@@ -247,13 +247,24 @@ def _message(found: Difference, mend: Mend) -> str:
         for reading in mend.readings
     ]
     if len(readings) > 1:
-        return f"{what}; it is ambiguous how an axis is cut; declare {' or '.join(readings)}, with each of which they agree"
+        return (
+            f"{what}; it is ambiguous how an axis is cut; declare {' or '.join(readings)}, with each of which they agree"
+        )
     if readings:
         return f"{what}; an axis is cut wrongly; declare {readings[0]}" + (
             ", with which they agree" if mend.agrees else ", which gets further but does not suffice alone"
         )
+    at = [
+        f"{name!r} (axis {axis}: {each.student_size} of {each.ta_size})"
+        for name, placement in plan.placements.items()
+        for axis, each in enumerate(placement.axes)
+        if name.rpartition(".")[0] == found.module and each.grows
+    ]
+    name = at[0].split(" ")[0] if at else "'...'"
+    what += f", which has {', '.join(at)}" if at else ""
     return (
-        f"{what}; an axis that feeds it is fused or in another order: declare it with layouts={{...}} (matta.Layout), "
-        f"take matta.trace_layouts(student, ta, example), or, if the two models differ there by design (a scale or norm "
-        f"of their own width, a router over more experts), leave out example="
+        f"{what}; an axis that feeds it is fused or in another order: declare "
+        f"its parts in order, layouts={{{name}: matta.Layout.concat([(student, ta), ...], axis=1)}} (equal, factors), "
+        f"or, if the two models differ there by design (a scale or norm of their own width, a router over more "
+        f"experts), leave out example="
     )
