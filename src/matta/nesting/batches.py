@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from matta.errors import LabelError
 
@@ -96,6 +97,25 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """The logits in what a module returned; where it has none, all tensors of numbers in it.
+
+    Example:
+        >>> import torch
+        >>> outputs_of({"loss": None, "prediction": (torch.ones(1), torch.ones(1, dtype=torch.long))})
+        [tensor([1.])]
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = tree_leaves(output if logits is None else logits)
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def has_logits(output: Any) -> bool:
+    """Whether a module returned logits: a tensor, or an object or mapping with `logits`."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return isinstance(output, Tensor) or named is not None
 
 
 def logits_of(output: Any) -> Tensor:

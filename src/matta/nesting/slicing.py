@@ -68,6 +68,16 @@ class LiveSlice:
             tensor = tensor.detach()
         return tensor.contiguous() if contiguous else tensor
 
+    def as_parameter(self) -> Tensor:
+        """The present weights without their graph, that say of themselves whether they train, as a parameter does.
+
+        Without gradients, torch multiplies a transposed input in another order by weights that ask for none.
+        """
+        value, source = self.read(contiguous=True), getattr(self.owner, self.name)
+        if value.requires_grad or not source.requires_grad or self.detach:
+            return value
+        return value.detach().requires_grad_()
+
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """Put weights of the slice's shape into the owner's parameter."""
@@ -274,13 +284,13 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
 
     Parameters of its own are copied as well, unless `keep_own` keeps the very same ones.
     """
-    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
+    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules() if is_live(part)}
     if keep_own:
         memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
     made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]
-        del plain.__dict__[_SLICES]
+        plain.__dict__.pop(_SLICES, None)  # gone where a class copies itself, as the layers of einops do
     return made
 
 
@@ -337,7 +347,9 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        return live.as_parameter()
 
     return read
 
@@ -376,7 +388,7 @@ def _named_parameters(
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle the user's class and the names, from which the live class is made again."""
-    return _new_live, (type(self).__mro__[1], tuple(self.__dict__[_SLICES])), self.__dict__
+    return _new_live, (type(self).__mro__[1], tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
 
 
 def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -386,7 +398,7 @@ def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-    for name, live in self.__dict__[_SLICES].items():
+    for name, live in self.__dict__.get(_SLICES, {}).items():
         tensor = live.outline() if live.is_sharded else getattr(self, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
@@ -398,7 +410,7 @@ def _load_from_state_dict(
     """Weights that are loaded into a live module are written into the owner's."""
     unexpected, errors = rest
     taken: set[str] = set()
-    for name, live in self.__dict__[_SLICES].items():
+    for name, live in self.__dict__.get(_SLICES, {}).items():
         value = state.get(prefix + name)
         if value is None:
             missing.extend([prefix + name] if strict else [])
