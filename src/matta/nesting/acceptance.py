@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from matta.errors import NestingError
 from matta.nesting.plan import Placement
 from matta.nesting.slicing import deep_copy, graph_tensors, is_live
+from matta.nesting.sparse_tables import is_sparse_table
 
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -118,16 +119,16 @@ def require_real_buffers(student: nn.Module, ta: nn.Module) -> None:
             )
 
 
-def refuse_sparse_gradients(student: nn.Module, placement: Placement) -> None:
-    """Refuse an embedding whose sparse gradient would have to pass through a slice.
+def refuse_renormalised_tables(student: nn.Module, placement: Placement) -> None:
+    """Refuse a table with sparse gradients whose rows are scaled in place as they are looked up.
 
     Raises:
-        NestingError: with the embedding, and the argument to change.
+        NestingError: with the embedding, and the arguments to change.
     """
     owner = student.get_submodule(placement.student.rpartition(".")[0])
-    trains = student.get_parameter(placement.student).requires_grad
-    if placement.grows and trains and getattr(owner, "sparse", False) is True:
+    if placement.grows and is_sparse_table(owner) and owner.max_norm is not None:
         raise NestingError(
-            f"{placement.student} has sparse gradients and grows in the TA; they cannot pass through a slice; build "
-            f"the Student with sparse=False, or keep it apart with private=[{placement.student!r}]"
+            f"{placement.student} has sparse gradients and max_norm={owner.max_norm}, which scales in place what is a "
+            f"slice of the TA; expected one of the two: build the Student with sparse=False or max_norm=None, or keep "
+            f"it apart with private=[{placement.student!r}]"
         )

@@ -128,7 +128,7 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
-            that cannot be nested (lazy, compiled, scripted, live, with sparse gradients, not to be copied).
+            that cannot be nested (lazy, compiled, scripted, live, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -147,7 +147,9 @@ def nest(
         require_real_buffers(each, ta)
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
     shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
-    plans = [plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)]
+    plans = [
+        plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)
+    ]
     rules.require_all_used()
     if example is not None:
         together = zip(students, plans, shown, strict=True)

@@ -7,7 +7,8 @@ gradients flow to the owner, and a block that activation checkpointing computes 
 wrong gradients). The optimizer, DDP and FSDP see the owner's parameters alone.
 
 In training the slices are views. Outside training they are contiguous copies, since products with
-strided weights can differ in the last bit from those of an extracted module.
+strided weights can differ in the last bit from those of an extracted module. Tables with sparse gradients
+are never copied: `sparse_tables` has their slices.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.layout import Axis
+from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
 
 _SLICES = "_live_slices"
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
@@ -57,11 +59,14 @@ class LiveSlice:
         owner: Tensor = getattr(self.owner, self.name)
         return torch.empty([axis.student_size for axis in self.axes], dtype=owner.dtype, device="meta")
 
-    def read(self, *, contiguous: bool) -> Tensor:
-        """The present weights: a view in training, a contiguous copy otherwise."""
+    def read(self, *, contiguous: bool, sparse: bool = False) -> Tensor:
+        """The present weights: a view in training, a contiguous copy otherwise; of a `sparse` table always a view."""
         tensor = _whole(getattr(self.owner, self.name))
         if self.adds_at_once and tensor.requires_grad and torch.is_grad_enabled():
             tensor = _adding_at_once(tensor)
+        if sparse and self._growing:
+            tensor = SparseSlice.apply(tensor, self.axes)
+            return tensor.detach() if self.detach else tensor
         for dim, axis in self._growing:
             tensor = axis.take(tensor, dim)
         if self.detach:
@@ -347,11 +352,20 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        is_sparse = is_sparse_table(self)
+        if is_sparse or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return live.read(contiguous=not (self.training and torch.is_grad_enabled()), sparse=is_sparse)
         return live.as_parameter()
 
     return read
+
+
+def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
+    live: LiveSlice | None = self.__dict__[_SLICES].get("weight")
+    if live is None or not self.sparse:
+        return nn.EmbeddingBag.forward(self, *args, **options)
+    table: Tensor = getattr(live.owner, live.name)
+    return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -365,6 +379,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
+        if base.forward is nn.EmbeddingBag.forward:
+            body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)

@@ -3,7 +3,8 @@
 Read in this order:
 
 - `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
-- `cotraining`: the forward of a step (section 3.1).
+- `cotraining`: the forward of a step (section 3.1). `step_labels`: its labels, with weights, or from Teachers.
+  `step_output`: what it gives.
 - `fitting`: `fit` and its arguments. `run_settings`: those that are plain values, and the result. `loop`: what
   happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
@@ -16,7 +17,7 @@ Read in this order:
 - `snapshots`: extracted models, published while training continues.
 """
 
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
 from matta.training.loss_schedule import Ramp, Turns, Weights
@@ -24,6 +25,7 @@ from matta.training.progressive_validation import ProgressiveValidation
 from matta.training.run_settings import FitResult, Observer
 from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
+from matta.training.step_output import CoTrainingOutput
 
 __all__ = [
     "CoTraining",

@@ -15,9 +15,10 @@ from torch import Tensor
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
+from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
@@ -28,7 +29,8 @@ from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import clip_gradients, no_sync, whole_nested, whole_state
+from matta.training.sharding import no_sync, whole_nested, whole_state
+from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
 
 if TYPE_CHECKING:

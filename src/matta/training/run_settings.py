@@ -12,7 +12,8 @@ import torch
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
+from matta.training.step_output import CoTrainingOutput
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
 

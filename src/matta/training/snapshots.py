@@ -30,8 +30,9 @@ from matta.objectives.labels import num_examples
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify, whole_file, whole_folder
 from matta.sizes.submodels import SubModel
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.processes import gathered, is_main_process
+from matta.training.step_output import CoTrainingOutput
 
 LATEST: Final = "latest"
 DESCRIPTION: Final = "snapshot.json"
@@ -116,7 +117,7 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        count = len(out.ta_logits if out.trains_ta else out.student_logits) if labels is None else num_examples(labels)
+        count = num_examples((out.ta_logits if out.trains_ta else out.student_logits) if labels is None else labels)
         self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
