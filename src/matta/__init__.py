@@ -19,6 +19,7 @@ _PUBLIC_NAMES = {
         "Evaluation",
         "ProgressiveValidation",
         "Ramp",
+        "Rollback",
         "Snapshots",
         "Turns",
         "Weights",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from matta.training import Evaluation as Evaluation
     from matta.training import ProgressiveValidation as ProgressiveValidation
     from matta.training import Ramp as Ramp
+    from matta.training import Rollback as Rollback
     from matta.training import Snapshots as Snapshots
     from matta.training import Turns as Turns
     from matta.training import Weights as Weights

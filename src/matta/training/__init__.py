@@ -11,7 +11,8 @@ Read in this order:
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
 - `processes`: what a run on several processes shares. `launching`: several for one call. `sharding`: FSDP2, whole and
   by block.
-- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
+- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end. `spikes`:
+  losses that leap, and the way back.
 - `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
@@ -25,6 +26,7 @@ from matta.training.progressive_validation import ProgressiveValidation
 from matta.training.run_settings import FitResult, Observer
 from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
+from matta.training.spikes import Rollback
 from matta.training.step_output import CoTrainingOutput
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Observer",
     "ProgressiveValidation",
     "Ramp",
+    "Rollback",
     "Snapshots",
     "Turns",
     "Weights",
