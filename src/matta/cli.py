@@ -65,6 +65,13 @@ COMMANDS = (
         shared=True,
     ),
     Command(
+        words=("runs",),
+        summary="the runs below a folder: which are running, how far each is, its losses",
+        settings="matta.lm.command_settings:RunsSettings",
+        run="matta.lm.run_listing:run",
+        extra="lm",
+    ),
+    Command(
         words=("teach",),
         summary="write a Teacher's likeliest tokens for the text of a recipe",
         settings="matta.lm.command_settings:TeachSettings",

@@ -20,7 +20,7 @@ Read in this order:
 from matta.nesting.batches import Batch
 from matta.nesting.growing import grow
 from matta.nesting.layout import Layout
+from matta.nesting.matching import trace_layouts
 from matta.nesting.nested import Nested, nest, probe
-from matta.nesting.tracing import trace_layouts
 
 __all__ = ["Batch", "Layout", "Nested", "grow", "nest", "probe", "trace_layouts"]

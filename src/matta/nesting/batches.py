@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from matta.errors import LabelError
 
@@ -99,6 +99,25 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def outputs_of(output: Any) -> list[Tensor]:
+    """The logits in what a module returned; where it has none, all tensors of numbers in it.
+
+    Example:
+        >>> import torch
+        >>> outputs_of({"loss": None, "prediction": (torch.ones(1), torch.ones(1, dtype=torch.long))})
+        [tensor([1.])]
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = tree_leaves(output if logits is None else logits)
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def has_logits(output: Any) -> bool:
+    """Whether a module returned logits: a tensor, or an object or mapping with `logits`."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return isinstance(output, Tensor) or named is not None
+
+
 def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, names: Iterable[str] | None = None) -> Any:
     """The logits in what a module returned: a tensor, or an object or mapping with `logits`.
 
@@ -131,18 +150,6 @@ def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, name
         f"expected a tensor of logits, or an object with .logits; say where they are by CoTraining(logits=...), the "
         f"name of a field or a function of the output, or wrap the module in one that returns its logits"
     )
-
-
-def predictions_of(output: Any) -> Tensor:
-    """The logits in what a module returned; where there are none under that name, all of its outputs in one row.
-
-    Raises:
-        LabelError: there is no tensor of real numbers.
-    """
-    found = [each for each in _fields_of(output).values() if isinstance(each, Tensor) and each.is_floating_point()]
-    if "logits" in _fields_of(output) or not found:
-        return logits_of(output)
-    return torch.cat([each.flatten() for each in found])
 
 
 def _fields_of(output: Any) -> Mapping[str, Any]:

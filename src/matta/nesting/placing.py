@@ -182,7 +182,8 @@ def _axis(
             raise LayoutError(f"{name}: {error}") from None
     if sizes[0] == sizes[1]:
         return Axis.plain(*sizes)
-    known = _from_table(name, ta_name, student, ta, axis, sizes) or traced
+    seen = traced if traced is not None and axis in traced.axes else None
+    known = seen or _from_table(name, ta_name, student, ta, axis, sizes)
     try:
         return Axis.plain(*sizes) if known is None else known.resolve(axis, *sizes)
     except LayoutError:  # traced on other blocks than the one it lives in

@@ -6,6 +6,7 @@ Read in this order:
 - `first_order`: AdamW or Adagrad for embeddings, vectors and whatever is too large; also the graft.
 - `stacking`: parameters cut into blocks, and blocks of one shape stacked.
 - `parameter_groups`: which parameters are preconditioned.
+- `exchange`: blocks of sharded parameters, each with its owner. `group_step`: a step of a group of parameters.
 - `shampoo`: the optimizer, which puts these together. `clipping`: the norm of all gradients, sparse ones too.
 """
 

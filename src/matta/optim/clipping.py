@@ -1,4 +1,4 @@
-"""Clip the norm of all gradients, sparse ones too."""
+"""Clip the norm of all gradients, sparse and sharded ones too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[Tensor], most: float) -> Tensor:
-    """Scale the gradients of parameters so that their norm together is at most `most`; their norm before.
+    """Scale the gradients of all processes so that their norm together is at most `most`; their norm before.
 
     torch clips dense ones alone.
 
@@ -23,7 +23,8 @@ def clip_gradients(parameters: Sequence[Tensor], most: float) -> Tensor:
     """
     owners = [each for each in parameters if each.grad is not None]
     if not any(each.grad.is_sparse for each in owners):  # type: ignore[union-attr]
-        return clip_grad_norm_(owners, most)
+        norm = clip_grad_norm_(owners, most)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     found = []
     for each in owners:
         assert each.grad is not None

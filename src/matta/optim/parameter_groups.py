@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
+from matta.optim.exchange import is_sharded, sharding_group
 from matta.optim.first_order import GRAFTS
 
 
@@ -95,12 +96,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         if not is_right:
             raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
     for parameter in group["params"]:
-        if hasattr(parameter, "placements"):
-            raise OptimizerError(
-                f"received a parameter sharded over processes (DTensor of shape {tuple(parameter.shape)}); "
-                "expected whole ones, since a shard's factors miss the rest of the matrix: use "
-                "DistributedDataParallel, or AdamW with FSDP"
-            )
+        if is_sharded(parameter):
+            sharding_group(parameter)
         if not parameter.is_floating_point():
             raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 

@@ -9,8 +9,10 @@ Read in this order:
   happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
-- `processes`: what a run on several processes shares. `launching`: how they are started.
-- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
+- `processes`: what a run on several processes shares. `launching`: several for one call. `sharding`: FSDP2, whole and
+  by block.
+- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end. `spikes`:
+  losses that leap, and the way back.
 - `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
@@ -22,7 +24,9 @@ from matta.training.fitting import fit
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
 from matta.training.run_settings import FitResult, Observer
+from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
+from matta.training.spikes import Rollback
 from matta.training.step_output import CoTrainingOutput
 
 __all__ = [
@@ -33,9 +37,11 @@ __all__ = [
     "Observer",
     "ProgressiveValidation",
     "Ramp",
+    "Rollback",
     "Snapshots",
     "Turns",
     "Weights",
     "fit",
     "read_snapshot",
+    "shard",
 ]

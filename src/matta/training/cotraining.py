@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from matta.errors import MattaError
 from matta.nesting.batches import Batch, call, logits_of
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import follow_shards
 from matta.objectives.heads import deferring
 from matta.objectives.labels import Labels
 from matta.objectives.losses import LossWeights, divisor
@@ -221,6 +222,7 @@ class CoTraining(nn.Module):
         cast = self._cast()
         own = list(self.nested.students)
         models = [*([self.nested.ta] if cast.ta else []), *(own if cast.students else []), *cast.sampled]
+        follow_shards(models, self.nested.ta)
         logits = self._logits(models, inputs, labels)
         weight = self._distill_weight(logits[0])
         num_counted = torch.as_tensor(self._num_counted(given, labels), device=weight.device)
@@ -256,7 +258,8 @@ class CoTraining(nn.Module):
             losses = Losses(students=tuple(each.losses.ta for each in alone), ta=alone[0].losses.ta, distill=())
             joint = Joint(loss=torch.stack([share(each) for each in alone]).sum(), losses=losses)
         idle = self._idle_parameters(cast)
-        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in idle)) if idle else joint
+        here = [each.to_local() if hasattr(each, "to_local") else each for each in idle]
+        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in here)) if idle else joint
 
     def _idle_parameters(self, cast: _Cast) -> list[nn.Parameter]:
         """Trainable parameters that no model of the step has: DDP expects a gradient for each."""
@@ -308,6 +311,10 @@ class CoTraining(nn.Module):
         """What this step trains; the same in all its batches and on every process, and again after a resume."""
         if not self.training or (self.sample is None and self.turns is None):
             return _Cast()
+        return self._draw()
+
+    @torch.compiler.disable  # it reads the step and makes modules; what it gives is compiled, one graph for each
+    def _draw(self) -> _Cast:
         step = int(self.step) // self.accumulate
         if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
+from matta.nesting.sharded_slices import is_sharded
 from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
@@ -26,8 +28,10 @@ from matta.training.processes import gathered_by_main
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import RunFolder
+from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
+from matta.training.sharding import no_sync, whole_nested, whole_state
+from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
 
@@ -56,6 +60,8 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.evaluate, self.observers = settings, evaluate, observers
         self.folder, self.accelerator = folder, accelerator
+        self.is_sharded = is_sharded(cotrain)
+        self.takes_part = accelerator.is_main_process or self.is_sharded  # in what the main process writes
         self.arguments = arguments_of(
             cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
         )
@@ -63,6 +69,7 @@ class Training:
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses, self.times = Losses(), StepTimes()
         self.norm: Tensor | None = None
+        self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
         self.evaluations: list[Evaluated] = []
@@ -123,7 +130,8 @@ class Training:
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
 
     def _distributed(self) -> torch.nn.Module:
-        return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
+        is_plain = self.accelerator.num_processes == 1 or self.is_sharded
+        return self.cotrain if is_plain else self.accelerator.prepare_model(self.cotrain)
 
     def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
         """The gradient of the mean over all labels of the step, of every batch and process."""
@@ -132,7 +140,7 @@ class Training:
         outputs: list[CoTrainingOutput] = []
         for batch in batches:
             is_last = len(outputs) + 1 == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if is_last else no_sync(model, self.accelerator):
                 with self.settings.autocast(self.feed.device):
                     out: CoTrainingOutput = model(batch, **of_step)
                 self.times.add("forward")
@@ -149,29 +157,54 @@ class Training:
         if self.settings.clip_norm is not None:
             self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
-        if self.settings.max_nonfinite is None or self._is_finite(outputs):
+        loss = 0.0 if self.settings.max_nonfinite is None else self._seen_loss(outputs)
+        if self.settings.max_nonfinite is not None and not math.isfinite(loss):
+            self._skip(self.settings.max_nonfinite, batches)
+        elif self.spikes is not None and self.spikes.is_spike(loss) and self._roll_back(self.spikes, loss):
+            return
+        else:
             self.optimizer.step()
             self.nonfinite_in_row = 0
             self.losses.add(outputs)
-        else:
-            self._skip(self.settings.max_nonfinite, batches)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _is_finite(self, outputs: Sequence[CoTrainingOutput]) -> bool:
-        """Whether the step can be taken; the same on every process, which tell each other of signals too."""
+    def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
+        """The loss of the step, not finite where the norm is not; the same on every process.
+
+        They tell each other of signals too.
+        """
         total = outputs[0].loss.detach()
         for out in outputs[1:]:
             total = total + out.loss.detach()
         if self.norm is not None:
-            total = total + self.norm.to(total.device)
+            total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
-            return math.isfinite(total.item())
+            return float(total.item())
         seen = torch.stack([total.float(), torch.full_like(total, self.interrupt.came or 0, dtype=torch.float32)])
         sums = self.accelerator.reduce(seen, "sum").tolist()
         self._note_signals(sums[1])
-        return math.isfinite(sums[0])
+        return float(sums[0])
+
+    def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
+        """Take up the newest checkpoint but for its place in the data; False where there is none."""
+        assert self.folder is not None
+        self.folder.wait()
+        self.accelerator.wait_for_everyone()
+        state = self.folder.load(self.cotrain)
+        if state is None:
+            return False
+        spikes.count(loss, self.step)
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"the loss of step {self.step} is {loss:.4g}, over {spikes.rollback.factor:g} times the median before; "
+                f"the run continues from step {state['step']} with the batches that follow",
+                stacklevel=2,
+            )
+        self._take_up(state, prolong=False)
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
 
     def _note_signals(self, total: float) -> None:
         """Stop after this step if a process had a signal: all with their own, or as if by SIGTERM."""
@@ -237,10 +270,10 @@ class Training:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.takes_part:
             self.folder.wait()
-            save(self.cotrain.nested, self.folder.path / "nested")
-            if isinstance(self.optimizer, Shampoo):
+            save(self.cotrain.nested, self.folder.path / NESTED)
+            if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
@@ -257,9 +290,10 @@ class Training:
         if self.evaluate is None:
             return
         values: list[Any] = [None]
+        nested = whole_nested(self.cotrain.nested) if self.is_sharded else self.cotrain.nested
         if self.accelerator.is_main_process:
-            with random_state_kept(), evaluating(self.cotrain):
-                values[0] = {name: float(value) for name, value in self.evaluate(self.cotrain.nested).items()}
+            with random_state_kept(), evaluating(nested):
+                values[0] = {name: float(value) for name, value in self.evaluate(nested).items()}
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -279,7 +313,7 @@ class Training:
         if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
             return
         self.best = latest
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.takes_part:
             save(self.cotrain.nested, self.folder.path / "best")
 
     def _log(self, distill_weight: Tensor) -> None:
@@ -331,8 +365,9 @@ class Training:
         feeds = [self.feed.state()]
         if self.accelerator.num_processes > 1:
             feeds = gathered_by_main(feeds[0])
-        if self.accelerator.is_main_process:
-            self.folder.save(self.step, self.cotrain, self._state(feeds))
+        if self.takes_part:
+            state, is_main = self._state(feeds), self.accelerator.is_main_process
+            self.folder.save(self.step, self.cotrain, state, writes=is_main)
         self.saved_step = self.step
 
     def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -341,7 +376,7 @@ class Training:
             **self._shape(),
             "arguments": self.arguments,
             "feeds": feeds,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -349,6 +384,7 @@ class Training:
             "evaluations": [asdict(each) for each in self.evaluations],
             "best": None if self.best is None else asdict(self.best),
             "observers": [each.state_dict() for each in self.observers],
+            "spikes": None if self.spikes is None else self.spikes.state_dict(),
         }
 
     def _shape(self) -> dict[str, int]:
@@ -365,12 +401,16 @@ class Training:
         state = None if self.folder is None else self.folder.load(self.cotrain)
         if state is None:
             return
-        prolong, steps = self.settings.resume == PROLONG, self.settings.steps
+        prolong = self.settings.resume == PROLONG
         require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
         if not prolong:
             require_same_arguments(state, self.arguments, self.scheduler)
-        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=steps)
         self.feed.resume(state["feeds"])
+        self._take_up(state, prolong=prolong)
+
+    def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
+        """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
+        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = self.saved_step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
@@ -379,3 +419,5 @@ class Training:
         self.best = None if state["best"] is None else Evaluated(**state["best"])
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
+        if self.spikes is not None and state["spikes"] is not None:
+            self.spikes.load_state_dict(state["spikes"])

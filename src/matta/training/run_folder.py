@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
 from matta.nesting.batches import Batch
+from matta.nesting.sharded_slices import is_sharded, placed
 from matta.sizes.saving import require_fit, split_state
 from matta.sizes.storage import verify, whole_folder, write_json
 from matta.training.plain_state import PackedState, cpu_copy, read_state
@@ -45,6 +46,7 @@ MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"
 TRAINING: Final = "training"
 LOCK: Final = "lock"
+NESTED: Final = "nested"
 FORMAT: Final = {"format": "matta.fit", "version": 2}
 NUM_KEPT: Final = 3
 ASIDE: Final = "nonfinite"
@@ -99,7 +101,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.path.glob("checkpoint-*"))
+        return checkpoints_in(self.path)
 
     def _lock(self) -> None:
         from filelock import FileLock, Timeout
@@ -117,8 +119,10 @@ class RunFolder:
         except NotImplementedError:  # a file system without locks
             self._held = None
 
-    def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
+    def save(self, step: int, module: nn.Module, training: Mapping[str, Any], *, writes: bool = True) -> None:
         """Copy a checkpoint, to be written while training continues, in place of any of this step.
+
+        Of a sharded module all processes call this, and one `writes`.
 
         Raises:
             RunError: the checkpoint before could not be written.
@@ -126,6 +130,8 @@ class RunFolder:
         """
         self.wait()
         tensors, others = split_state(module)
+        if not writes:
+            return
         copies = {name: cpu_copy(tensor) for name, tensor in tensors.items()}
         packed = PackedState({**training, "extra_state": others})
         self._writing = self._writer.submit(self._write, step, copies, packed)
@@ -193,7 +199,8 @@ class RunFolder:
             require_fit(path, tensors, split_state(module)[0])
             if damaged:
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
-            module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
+            present = placed(tensors, module) if is_sharded(module) else tensors
+            module.load_state_dict({**present, **training.pop("extra_state")}, strict=False)
             return training
         if damaged:
             raise CheckpointError(
@@ -201,6 +208,26 @@ class RunFolder:
                 f"that folder and begin the run afresh"
             )
         return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True
+    except NotImplementedError:
+        return False
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
