@@ -148,7 +148,7 @@ def test_weights_in_bfloat16_and_a_head_in_float32() -> None:
             return self.head(self.body(x.bfloat16()).relu().float())
 
     torch.manual_seed(0)
-    nested = matta.nest(Mixed(4), Mixed(8))
+    nested = matta.nest(Mixed(4), Mixed(8), example=(torch.randn(4, 2), None))
     data = [(torch.randn(4, 2), torch.tensor([0, 2, -100, 1]))] * 2
     for optimizer in (matta.Shampoo(nested, lr=0.01), torch.optim.AdamW(nested.parameters(), lr=0.01)):
         for fused in (False, True):

@@ -26,9 +26,9 @@ from matta.nesting.lockstep import Recording, recorded
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import deep_copy, is_live, materialize, write_slice
 
-_TOLERANCE = 1e-4
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, None: 2e-2}  # None: of its own types, bfloat16 say
 _SEED = 20250523
-_SILENT = {torch.float64: 1e-30, torch.float32: 1e-18}  # as good as zero, but a weight norm divides by it
+_SILENT = {torch.float64: 1e-30, torch.float32: 1e-18, None: 1e-18}  # as good as zero, but a weight norm divides by it
 
 
 @final
@@ -44,23 +44,22 @@ class Difference:
 def silenced_pair(
     student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, buffers: Mapping[str, Layout]
 ) -> SilencedPair:
-    """The pair in float64; in float32 where the Student makes tensors of that type itself.
+    """The pair in float64; in float32 or in its own types where the Student makes tensors of those itself.
 
     Raises:
         ProbeError: the Student does not run on the inputs.
     """
-    try:
-        return SilencedPair(student, ta, plan, inputs, buffers, torch.float64)
-    except (LabelError, NestingError):
-        raise
-    except Exception:
+    for dtype in (torch.float64, torch.float32, None):
         try:
-            return SilencedPair(student, ta, plan, inputs, buffers, torch.float32)
+            return SilencedPair(student, ta, plan, inputs, buffers, dtype)
+        except (LabelError, NestingError):
+            raise
         except Exception as error:
-            raise ProbeError(
-                f"the Student does not run on the example: {type(error).__name__}: {error}; pass as `example` a batch "
-                f"such as it trains on"
-            ) from error
+            failure = error
+    raise ProbeError(
+        f"the Student does not run on the example: {type(failure).__name__}: {failure}; pass as `example` a batch such "
+        f"as it trains on"
+    ) from failure
 
 
 @final
@@ -74,7 +73,7 @@ class SilencedPair:
         plan: Plan,
         inputs: Any,
         buffers: Mapping[str, Layout],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> None:
         self.inputs, self.buffers = _in_type(inputs, dtype), buffers
         self.plan, self.dtype = plan, dtype
@@ -112,12 +111,12 @@ class SilencedPair:
         for order, ((name, nth), expected) in enumerate(self.recording.outputs.items()):
             found = recording.outputs.get((name, nth))
             narrowed = None if found is None or name not in channels else _narrowed(found, expected, channels[name])
-            if narrowed is not None and _error(expected, narrowed) > _TOLERANCE:
+            if narrowed is not None and _error(expected, narrowed) > _TOLERANCE[self.dtype]:
                 return Difference(order, name, _error(expected, narrowed))
         pairs = [pair for pair in zip(self.expected, actual, strict=False) if pair[0].shape == pair[1].shape]
         distance = 0.0 if self.has_own_modules else max([_error(*pair) for pair in pairs], default=0.0)
         where = "the logits" if self.has_logits else "what it returns"
-        return Difference(len(self.recording.outputs), where, distance) if distance > _TOLERANCE else None
+        return Difference(len(self.recording.outputs), where, distance) if distance > _TOLERANCE[self.dtype] else None
 
 
 class CannotRunError(Exception):
@@ -146,18 +145,18 @@ def _error(expected: Tensor, found: Tensor) -> float:
     return error / max(scale, 1e-12) if error == error else float("inf")
 
 
-def _in_type(inputs: Any, dtype: torch.dtype) -> Any:
+def _in_type(inputs: Any, dtype: torch.dtype | None) -> Any:
     """The inputs of a batch with all tensors of numbers in one type."""
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
     return tree_map_only(Tensor, cast, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """The module in a type, but for what is complex, and in eval mode."""
-    return (module.double() if dtype == torch.float64 else module.float()).eval()
+    return (module if dtype is None else module.double() if dtype == torch.float64 else module.float()).eval()
 
 
 @torch.no_grad()
