@@ -19,11 +19,13 @@ _PUBLIC_NAMES = {
         "Evaluation",
         "ProgressiveValidation",
         "Ramp",
+        "Rollback",
         "Snapshots",
         "Turns",
         "Weights",
         "fit",
         "read_snapshot",
+        "shard",
     ),
     "sizes": (
         *("SubModel", "extract", "extract_saved", "layer_names", "live", "load", "narrow", "random_sub_model"),
@@ -77,11 +79,13 @@ if TYPE_CHECKING:
     from matta.training import Evaluation as Evaluation
     from matta.training import ProgressiveValidation as ProgressiveValidation
     from matta.training import Ramp as Ramp
+    from matta.training import Rollback as Rollback
     from matta.training import Snapshots as Snapshots
     from matta.training import Turns as Turns
     from matta.training import Weights as Weights
     from matta.training import fit as fit
     from matta.training import read_snapshot as read_snapshot
+    from matta.training import shard as shard
 else:
 
     def __getattr__(name):

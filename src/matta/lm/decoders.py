@@ -24,7 +24,8 @@ from matta.errors import NestingError, RunError
 from matta.lm.recipe import ModelPart, TrainPart
 from matta.nesting.growing import grow
 from matta.nesting.nested import Nested, nest
-from matta.optim.shampoo import Shampoo, shampoo_groups
+from matta.optim.parameter_groups import shampoo_groups
+from matta.optim.shampoo import Shampoo
 from matta.sizes.storage import verify_weights
 from matta.sizes.submodels import layer_names
 from matta.sizes.units import HIDDEN

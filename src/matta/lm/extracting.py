@@ -27,8 +27,8 @@ from matta.sizes.extraction import extract
 from matta.sizes.storage import write_json
 from matta.sizes.streamed_extraction import SavedWeights
 from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, live, wide, wide_narrow_wide
-from matta.training.loop import FitResult
 from matta.training.reporting import rich_table
+from matta.training.run_settings import FitResult
 
 STUDENT: Final = "student"
 TA: Final = "ta"

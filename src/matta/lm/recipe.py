@@ -190,6 +190,8 @@ class TrainPart:
         weights: Of the three losses.
         ramp: When distillation comes in.
         sample: Train a random sub-model along in each step.
+        sharding: In several processes: "none" (each has all weights), or FSDP2 by "block" or as a "whole".
+        activation_checkpointing: Compute blocks again in the backward pass in place of keeping what is in them.
         teacher: A folder of a Transformers model that labels every batch, or of labels that `matta teach` has
             written; none: the tokens of the text are the labels.
         checkpoint_every: Steps between checkpoints.
@@ -216,6 +218,8 @@ class TrainPart:
     weights: WeightsPart = field(default_factory=WeightsPart)
     ramp: RampPart = field(default_factory=RampPart)
     sample: bool = False
+    sharding: Literal["none", "block", "whole"] = "none"
+    activation_checkpointing: bool = False
     teacher: str = ""
     checkpoint_every: int = 1000
     evaluate_every: int | None = None

@@ -16,12 +16,14 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import get_rank
 
 from matta.errors import DAMAGE, CheckpointError, NestingError
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
+from matta.nesting.sharded_slices import gathered, is_sharded, placed
 from matta.sizes.storage import has_checksums, verify, whole_folder
 
 WEIGHTS: Final = "nested.safetensors"
@@ -34,7 +36,8 @@ VERSION: Final = 2
 def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     """Write the TA, the Students' own parameters, all buffers and the plans into the folder `path`.
 
-    An earlier nesting at `path` is replaced as a whole.
+    An earlier nesting at `path` is replaced as a whole. Of a sharded nesting all processes must call this; the main
+    one writes.
 
     Raises:
         CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
@@ -52,6 +55,8 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
     tensors, extra = split_state(nested)
     _require_json(extra)
+    if is_sharded(nested) and get_rank() != 0:
+        return target
     with whole_folder(target) as made:
         save_file(apart(tensors), made / WEIGHTS)
         _write_description(made, nested, {"extra_state": extra} if extra else {})
@@ -95,7 +100,8 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     tensors = _read_weights(folder, description)
     nested = _nest(folder, _read_plans(folder, description), modules)
     require_fit(folder, tensors, split_state(nested)[0])
-    nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
+    state = placed(tensors, nested) if is_sharded(nested) else tensors
+    nested.load_state_dict({**state, **description.get("extra_state", {})}, strict=False)
     return nested
 
 
@@ -136,7 +142,10 @@ def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...])
 
 
 def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state by name: tensors (of tied names the first), and what else modules keep in their state."""
+    """The state by name: tensors (of tied names the first), and what else modules keep in their state.
+
+    Of a sharded module the main process has it whole; all must call this.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     seen: set[int] = set()
@@ -145,7 +154,7 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             others[name] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            tensors[name] = value.detach()
+            tensors[name] = gathered(value.detach())
     return tensors, others
 
 
@@ -259,6 +268,7 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         "private": list(plan.private),
         "layers": [[each.student, each.ta, each.indices, each.num_ta] for each in plan.layers],
+        "products": sorted(plan.products),
     }
 
 
@@ -268,4 +278,4 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
         found = tuple(Axis(tuple(Segment(tuple(s), tuple(t)) for s, t in axis)) for axis in axes)
         placements[student] = Placement(student, ta, found)
     layers = tuple(LayerMap(student, ta, tuple(indices), num) for student, ta, indices, num in saved["layers"])
-    return Plan(placements, tuple(saved["private"]), layers)
+    return Plan(placements, tuple(saved["private"]), layers, frozenset(saved.get("products", ())))

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import is_sharded
 from matta.objectives.labels import num_examples
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify, whole_file, whole_folder
 from matta.sizes.submodels import SubModel
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.processes import gathered, is_main_process
+from matta.training.step_output import CoTrainingOutput
 
 LATEST: Final = "latest"
 DESCRIPTION: Final = "snapshot.json"
@@ -115,7 +117,7 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        count = len(out.ta_logits if out.trains_ta else out.student_logits) if labels is None else num_examples(labels)
+        count = num_examples((out.ta_logits if out.trains_ta else out.student_logits) if labels is None else labels)
         self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
@@ -127,7 +129,16 @@ class Snapshots:
             self.publish(cotrain.nested)
 
     def publish(self, nested: Nested) -> int:
-        """Publish now; the number of the version. Of several processes, only one may call it."""
+        """Publish now; the number of the version. Of several processes, only one may call it.
+
+        Raises:
+            RunError: the nesting is sharded over processes.
+        """
+        if is_sharded(nested):
+            raise RunError(
+                "received a nesting that is sharded over processes to publish; expected a whole one: leave Snapshots "
+                "out, and take models from the checkpoints of the run"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
         with whole_folder(self.folder / f"{version:08d}") as made:
