@@ -145,7 +145,7 @@ def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Ten
     for name in order:
         like, pieces = tensors[name]
         for piece in pieces:
-            yield memoryview(piece.to(like.dtype).view(-1).view(torch.uint8).numpy())
+            yield piece.to(like.dtype).view(-1).view(torch.uint8).numpy().data
 
 
 def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:
