@@ -588,6 +588,7 @@ def test_a_run_that_has_not_ended_is_extracted_from_its_checkpoint(
     folder.begin()
     cotrain = matta.CoTraining(nestings["gpt2"], matta.objectives.CausalLM())
     folder.save(7, cotrain, {})
+    folder.wait()
     for made in folder.path.iterdir():
         shutil.move(made, a_run)
     found = Path(run(ExtractSettings(run=a_run, models=("k=2",)))["models"][0]["folder"])

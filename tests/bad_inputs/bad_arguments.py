@@ -32,6 +32,8 @@ CASES = [
     _case("resume of nothing", "train {w}/recipe.toml --resume", r"--resume without --out"),
     _case("out is a file", "train {w}/recipe.toml --out {w}/recipe.toml", r"recipe\.toml"),
     _case("out is another folder", "train {w}/recipe.toml --out {w}/nesting", r"nesting"),
+    _case("runs of nothing", "runs --folder {w}/none", r"none is no folder; expected one with runs"),
+    _case("no processes", "train {w}/recipe.toml --processes 0", r"processes"),
     _case("teach without a teacher", "teach {w}/recipe.toml --out {w}/t", r"required: --teacher"),
     _case("teach of no tokens", "teach {w}/recipe.toml --teacher {w}/model --out {w}/t --top 0", r"top=0: expected"),
     _case("teach of a word", "teach {w}/recipe.toml --teacher {w}/model --out {w}/t --top few", r"invalid int value"),

@@ -9,6 +9,7 @@ Read in this order:
 - `recipe_training`: `matta train`. `trained_runs`: what its folder holds. `run_listing`: `matta runs`.
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
 - `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
+  `streamed_folders`: their weights written from a file, piece by piece.
 - `choosing_sizes`: `matta choose`. `run_report`: `matta report`.
 - `drafting`: the Student drafts and the TA verifies, in Transformers' assisted generation.
 - `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.

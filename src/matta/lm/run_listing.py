@@ -43,7 +43,7 @@ def run(settings: RunsSettings) -> dict[str, Any]:
         RunError: there is no such folder.
     """
     if not settings.folder.is_dir():
-        raise RunError(f"{settings.folder} is no folder; expected one with runs: matta runs DIR")
+        raise RunError(f"{settings.folder} is no folder; expected one with runs: matta runs --folder DIR")
     folders = [marker.parent for marker in settings.folder.rglob(MARKER)]
     found = sorted(map(listed, folders), key=lambda each: each.checkpoint_time or "", reverse=True)
     console = Console()

@@ -31,7 +31,7 @@ from matta.nesting.nested import Nested
 from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
 from matta.sizes.streamed_extraction import SavedWeights
-from matta.training.run_folder import MARKER, MODEL, RunFolder
+from matta.training.run_folder import MODEL, checkpoints_in
 
 RESULTS: Final = "results.json"
 PLAN: Final = "plan"
@@ -88,7 +88,7 @@ def map_run(path: Path, *, check: bool = False) -> MappedRun:
     folder, file, prefix, step = path / NESTED, WEIGHTS, "", None
     plan = folder
     if not folder.is_dir():
-        checkpoints = RunFolder(path, resume=True).checkpoints() if (path / MARKER).is_file() else []
+        checkpoints = checkpoints_in(path)
         if not checkpoints:
             raise RunError(
                 f"the run in {path} has not ended and has no checkpoint; resume it: matta train RECIPE --resume --out "

@@ -104,11 +104,16 @@ class WeightFile:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    has_checksum: bool = True,
 ) -> str:
     """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces.
 
-    Gives the file's checksum, which is computed while the disk writes.
+    Gives the file's checksum, or without it that of the header. One thread reads ahead, one computes the checksum,
+    and this one writes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -121,26 +126,33 @@ def write_weights(
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     checksum = hashlib.sha256(start)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as beside:
         file.write(start)
-        hashed = beside.submit(checksum.update, b"")
-        for name in order:
-            like, pieces = tensors[name]
-            for piece in pieces:
-                data = piece.to(like.dtype).view(-1).view(torch.uint8).numpy()
-                hashed.result()  # one piece at a time: no more than two are in memory
-                hashed = beside.submit(checksum.update, data)
-                file.write(data)
+        data = _data(order, tensors)
+        following, hashed = ahead.submit(next, data, None), beside.submit(checksum.update, b"")
+        while (piece := following.result()) is not None:
+            following = ahead.submit(next, data, None)
+            hashed.result()  # one at a time: no more than three pieces are in memory
+            hashed = beside.submit(checksum.update, piece if has_checksum else b"")
+            file.write(piece)
         hashed.result()
         assert file.tell() == len(start) + end, "pieces make up their tensors"
     return checksum.hexdigest()
+
+
+def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]]) -> Iterator[memoryview]:
+    """The bytes of tensors, piece by piece."""
+    for name in order:
+        like, pieces = tensors[name]
+        for piece in pieces:
+            yield piece.to(like.dtype).view(-1).view(torch.uint8).numpy().data
 
 
 def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:
     """Stretches of the larger axis that hold the indices of the smaller one, in order, each of at most so many."""
     offset = 0
     for segment in axis.segments:
-        runs = [range(segment.student_size)]
+        runs: list[Any] = [range(segment.student_size)]
         if segment.grows and len(segment.ta) > 1:
             positions = np.array(segment.positions(), dtype=int)
             runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
