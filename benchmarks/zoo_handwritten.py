@@ -160,8 +160,11 @@ class WeightNormed(nn.Module):
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
         wrap = nn.utils.weight_norm if norm == "old" else nn.utils.parametrizations.weight_norm
-        self.body = nn.Sequential(wrap(nn.Conv1d(FEATURES, channels, 3, padding=1)), nn.ReLU(),
-                                  wrap(nn.Conv1d(channels, channels, 3, padding=1)))
+        self.body = nn.Sequential(
+            wrap(nn.Conv1d(FEATURES, channels, 3, padding=1)),
+            nn.ReLU(),
+            wrap(nn.Conv1d(channels, channels, 3, padding=1)),
+        )
         self.head = wrap(nn.Linear(channels, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +236,11 @@ class Keeping(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.enter, self.turn, self.head = nn.Linear(FEATURES, width), nn.Linear(width, width), nn.Linear(width, CLASSES)
+        self.enter, self.turn, self.head = (
+            nn.Linear(FEATURES, width),
+            nn.Linear(width, width),
+            nn.Linear(width, CLASSES),
+        )
         self.state: Tensor | None = None
         self.history: list[Any] = []
 
@@ -298,26 +305,55 @@ class HyperNetwork(nn.Module):
         return self.head((x[:, None] @ weights)[:, 0].relu())
 
 
-def _model(name: str, grows: str, make: Callable[..., nn.Module], student: Any, ta: Any, batch: Any, **more: Any) -> Model:
-    return Model(
-        name=name, source="hand-written", grows=grows, make=make, student=student, ta=ta, batch=batch, **more
-    )
+def _model(
+    name: str, grows: str, make: Callable[..., nn.Module], student: Any, ta: Any, batch: Any, **more: Any
+) -> Model:
+    return Model(name=name, source="hand-written", grows=grows, make=make, student=student, ta=ta, batch=batch, **more)
 
 
 MODELS: tuple[Model, ...] = (
     _model("Stacked experts", "expert width", StackedExperts, {"width": 4}, {"width": 7}, _sequences),
     _model("Routed experts", "expert width", RoutedExperts, {"width": 4}, {"width": 7}, _vectors),
-    _model("Grouped queries, rotary", "heads, head_dim, hidden size", GroupedAttention,
-           {"dim": 8, "heads": 4, "kv_heads": 2, "head_dim": 4},
-           {"dim": 12, "heads": 8, "kv_heads": 4, "head_dim": 8}, _ids),
-    _model("Grouped queries, rotary", "groups", GroupedAttention,
-           {"dim": 8, "heads": 4, "kv_heads": 2, "head_dim": 4}, {"heads": 8}, _ids),
-    _model("Multi-query, head_dim slowest", "heads, head_dim", MultiQuery,
-           {"dim": 8, "heads": 2, "head_dim": 3}, {"heads": 4, "head_dim": 5}, _sequences),
-    _model("Windows", "hidden size, heads kept", Windows, {"dim": 8, "heads": 2}, {"dim": 16},
-           lambda: (_random(2, 3, 8, 8), None)),
-    _model("Windows", "hidden size, heads", Windows, {"dim": 8, "heads": 2}, {"dim": 16, "heads": 4},
-           lambda: (_random(2, 3, 8, 8), None)),
+    _model(
+        "Grouped queries, rotary",
+        "heads, head_dim, hidden size",
+        GroupedAttention,
+        {"dim": 8, "heads": 4, "kv_heads": 2, "head_dim": 4},
+        {"dim": 12, "heads": 8, "kv_heads": 4, "head_dim": 8},
+        _ids,
+    ),
+    _model(
+        "Grouped queries, rotary",
+        "groups",
+        GroupedAttention,
+        {"dim": 8, "heads": 4, "kv_heads": 2, "head_dim": 4},
+        {"heads": 8},
+        _ids,
+    ),
+    _model(
+        "Multi-query, head_dim slowest",
+        "heads, head_dim",
+        MultiQuery,
+        {"dim": 8, "heads": 2, "head_dim": 3},
+        {"heads": 4, "head_dim": 5},
+        _sequences,
+    ),
+    _model(
+        "Windows",
+        "hidden size, heads kept",
+        Windows,
+        {"dim": 8, "heads": 2},
+        {"dim": 16},
+        lambda: (_random(2, 3, 8, 8), None),
+    ),
+    _model(
+        "Windows",
+        "hidden size, heads",
+        Windows,
+        {"dim": 8, "heads": 2},
+        {"dim": 16, "heads": 4},
+        lambda: (_random(2, 3, 8, 8), None),
+    ),
     _model("State space", "channels, states", StateSpace, {"dim": 4}, {"dim": 7, "state": 6}, _sequences),
     _model("Weight norm, older", "channels", WeightNormed, {"channels": 4, "norm": "old"}, {"channels": 7}, _sequences),
     _model("Weight norm, newer", "channels", WeightNormed, {"channels": 4, "norm": "new"}, {"channels": 7}, _sequences),
@@ -325,14 +361,36 @@ MODELS: tuple[Model, ...] = (
     _model("Shared block, tied head", "width", Shared, {"dim": 6, "width": 4}, {"width": 7}, _ids),
     _model("Shared block, tied head", "hidden size", Shared, {"dim": 6, "width": 4}, {"dim": 9, "width": 7}, _ids),
     _model("LoRA by hand", "width, rank", _adapted, {"width": 6, "rank": 2}, {"width": 9, "rank": 3}, _vectors),
-    _model("LoRA by PEFT", "width, rank", _peft, {"width": 6, "rank": 2}, {"width": 9, "rank": 3},
-           lambda: {"input_ids": _ids()[0]}),
+    _model(
+        "LoRA by PEFT",
+        "width, rank",
+        _peft,
+        {"width": 6, "rank": 2},
+        {"width": 9, "rank": 3},
+        lambda: {"input_ids": _ids()[0]},
+    ),
     _model("Keeps its state", "width", Keeping, {"width": 4}, {"width": 7}, _sequences),
     _model("Bilinear and outer product", "width", Bilinear, {"width": 3}, {"width": 5}, _vectors),
     _model("Hypernetwork", "width", HyperNetwork, {"width": 3}, {"width": 5}, _vectors),
-    _model("Layers in a plain list", "width", InPlainList, {"width": 4}, {"width": 7}, _vectors,
-           mended=_in_module_list, advice="keep them in an `nn.ModuleList`"),
-    _model("Quantised", "width", _quantised, {"width": 4}, {"width": 7}, _vectors,
-           mended=_plain, advice="nest first, quantise what is extracted"),
+    _model(
+        "Layers in a plain list",
+        "width",
+        InPlainList,
+        {"width": 4},
+        {"width": 7},
+        _vectors,
+        mended=_in_module_list,
+        advice="keep them in an `nn.ModuleList`",
+    ),
+    _model(
+        "Quantised",
+        "width",
+        _quantised,
+        {"width": 4},
+        {"width": 7},
+        _vectors,
+        mended=_plain,
+        advice="nest first, quantise what is extracted",
+    ),
 )
 """Every model that is written by hand in the zoo."""

@@ -85,63 +85,237 @@ def _kinds() -> list[_Kind]:
     x = "x_transformers"
     return [
         _Kind("x_transformers decoder", x, "hidden size, heads", _from(x, _decoder), hidden, more_heads, ids),
-        _Kind("x_transformers rotary, GLU, RMSNorm", x, "hidden size, heads",
-              _from(x, lambda m, **s: _decoder(m, rotary_pos_emb=True, rotary_emb_dim=4, ff_glu=True, use_rmsnorm=True, **s)),
-              hidden, more_heads, ids),
-        _Kind("x_transformers one key head, ALiBi", x, "hidden size",
-              _from(x, lambda m, **s: _decoder(m, attn_one_kv_head=True, alibi_pos_bias=True, **s)), hidden, wide, ids),
-        _Kind("x_transformers grouped queries", x, "hidden size, T5 bias",
-              _from(x, lambda m, **s: _decoder(m, attn_kv_heads=1, rel_pos_bias=True, **s)), hidden, wide, ids),
-        _Kind("x_transformers encoder, QK norm", x, "hidden size",
-              _from(x, lambda m, **s: _encoder(m, attn_qk_norm=True, **s)), hidden, wide, ids),
+        _Kind(
+            "x_transformers rotary, GLU, RMSNorm",
+            x,
+            "hidden size, heads",
+            _from(
+                x, lambda m, **s: _decoder(m, rotary_pos_emb=True, rotary_emb_dim=4, ff_glu=True, use_rmsnorm=True, **s)
+            ),
+            hidden,
+            more_heads,
+            ids,
+        ),
+        _Kind(
+            "x_transformers one key head, ALiBi",
+            x,
+            "hidden size",
+            _from(x, lambda m, **s: _decoder(m, attn_one_kv_head=True, alibi_pos_bias=True, **s)),
+            hidden,
+            wide,
+            ids,
+        ),
+        _Kind(
+            "x_transformers grouped queries",
+            x,
+            "hidden size, T5 bias",
+            _from(x, lambda m, **s: _decoder(m, attn_kv_heads=1, rel_pos_bias=True, **s)),
+            hidden,
+            wide,
+            ids,
+        ),
+        _Kind(
+            "x_transformers encoder, QK norm",
+            x,
+            "hidden size",
+            _from(x, lambda m, **s: _encoder(m, attn_qk_norm=True, **s)),
+            hidden,
+            wide,
+            ids,
+        ),
         _Kind("x_transformers ViT", x, "hidden size, heads", _from(x, _image_encoder), hidden, more_heads, images),
         _Kind("x_transformers of numbers", x, "hidden size", _from(x, _continuous), hidden, wide, features),
-        _Kind("conformer", "conformer", "hidden size",
-              _from("conformer", lambda m, *, dim: _Pooled(m.Conformer(dim, depth=1, dim_head=4, heads=2), dim)),
-              hidden, wide, features),
-        _Kind("conformer, width", "conformer", "expansion",
-              _from("conformer", lambda m, *, factor: _Pooled(
-                  m.Conformer(8, depth=2, dim_head=4, heads=2, ff_mult=factor, conv_expansion_factor=factor), 8)),
-              {"factor": 2}, {"factor": 4}, features),
-        _Kind("Linformer", "linformer", "hidden size, heads",
-              _from("linformer", lambda m, *, dim, heads=2: m.LinformerLM(
-                  num_tokens=VOCABULARY, dim=dim, seq_len=LENGTH, depth=2, heads=heads, k=4)), hidden, more_heads, ids),
-        _Kind("MLP-Mixer", "mlp_mixer_pytorch", "hidden size",
-              _from("mlp_mixer_pytorch", lambda m, *, dim: m.MLPMixer(
-                  image_size=8, channels=3, patch_size=4, dim=dim, depth=2, num_classes=CLASSES)),
-              hidden, wide, images),
-        _Kind("gMLP", "g_mlp_pytorch", "hidden size",
-              _from("g_mlp_pytorch", lambda m, *, dim: m.gMLP(
-                  num_tokens=VOCABULARY, dim=dim, depth=2, seq_len=LENGTH, ff_mult=2)), hidden, wide, ids),
-        _Kind("Perceiver IO", "perceiver_pytorch", "latents, heads kept",
-              _from("perceiver_pytorch.perceiver_io", lambda m, *, dim: m.PerceiverLM(
-                  num_tokens=VOCABULARY, dim=8, max_seq_len=LENGTH, depth=1, num_latents=4, latent_dim=dim,
-                  cross_heads=1, latent_heads=2, cross_dim_head=4, latent_dim_head=4)), hidden, wide, ids),
-        _Kind("Local attention", "local_attention", "hidden size, heads",
-              _from("local_attention", lambda m, *, dim, heads=2: m.LocalTransformer(
-                  num_tokens=VOCABULARY, max_seq_len=LENGTH, dim=dim, depth=2, dim_head=4, heads=heads,
-                  local_attn_window_size=4)), hidden, more_heads, ids),
-        _Kind("FT-Transformer", "rtdl_revisiting_models", "hidden size, heads kept",
-              _from("rtdl_revisiting_models", lambda m, *, dim: m.FTTransformer(
-                  n_cont_features=4, cat_cardinalities=[3, 5], d_out=CLASSES, n_blocks=2, d_block=dim,
-                  attention_n_heads=2, attention_dropout=0.0, ffn_d_hidden=None, ffn_d_hidden_multiplier=2,
-                  ffn_dropout=0.0, residual_dropout=0.0)), hidden, wide,
-              _batch(lambda: _random(4, 4), lambda: torch.tensor([[0, 1], [2, 4], [1, 0], [0, 3]]))),
-        _Kind("ResNet of tables", "rtdl_revisiting_models", "hidden size",
-              _from("rtdl_revisiting_models", lambda m, *, dim: m.ResNet(
-                  d_in=4, d_out=CLASSES, n_blocks=2, d_block=dim, d_hidden=None, d_hidden_multiplier=2.0,
-                  dropout1=0.0, dropout2=0.0)), hidden, wide, _batch(lambda: _random(4, 4))),
-        _Kind("TCN", "pytorch_tcn", "channels",
-              _from("pytorch_tcn", lambda m, *, dim: m.TCN(
-                  num_inputs=5, num_channels=[dim, dim], kernel_size=3, output_projection=CLASSES)), hidden, wide,
-              _batch(lambda: _random(2, 5, LENGTH))),
-        _Kind("Mamba", "mambapy", "hidden size",
-              _from("mambapy.mamba", lambda m, *, dim: _Pooled(
-                  m.Mamba(m.MambaConfig(d_model=dim, n_layers=2, d_state=4, dt_rank=2)), dim)), hidden, wide, features),
-        _Kind("Mamba, expansion", "mambapy", "inner width",
-              _from("mambapy.mamba", lambda m, *, factor: _Pooled(
-                  m.Mamba(m.MambaConfig(d_model=8, n_layers=2, d_state=4, dt_rank=2, expand_factor=factor)), 8)),
-              {"factor": 2}, {"factor": 3}, features),
+        _Kind(
+            "conformer",
+            "conformer",
+            "hidden size",
+            _from("conformer", lambda m, *, dim: _Pooled(m.Conformer(dim, depth=1, dim_head=4, heads=2), dim)),
+            hidden,
+            wide,
+            features,
+        ),
+        _Kind(
+            "conformer, width",
+            "conformer",
+            "expansion",
+            _from(
+                "conformer",
+                lambda m, *, factor: _Pooled(
+                    m.Conformer(8, depth=2, dim_head=4, heads=2, ff_mult=factor, conv_expansion_factor=factor), 8
+                ),
+            ),
+            {"factor": 2},
+            {"factor": 4},
+            features,
+        ),
+        _Kind(
+            "Linformer",
+            "linformer",
+            "hidden size, heads",
+            _from(
+                "linformer",
+                lambda m, *, dim, heads=2: m.LinformerLM(
+                    num_tokens=VOCABULARY, dim=dim, seq_len=LENGTH, depth=2, heads=heads, k=4
+                ),
+            ),
+            hidden,
+            more_heads,
+            ids,
+        ),
+        _Kind(
+            "MLP-Mixer",
+            "mlp_mixer_pytorch",
+            "hidden size",
+            _from(
+                "mlp_mixer_pytorch",
+                lambda m, *, dim: m.MLPMixer(
+                    image_size=8, channels=3, patch_size=4, dim=dim, depth=2, num_classes=CLASSES
+                ),
+            ),
+            hidden,
+            wide,
+            images,
+        ),
+        _Kind(
+            "gMLP",
+            "g_mlp_pytorch",
+            "hidden size",
+            _from(
+                "g_mlp_pytorch",
+                lambda m, *, dim: m.gMLP(num_tokens=VOCABULARY, dim=dim, depth=2, seq_len=LENGTH, ff_mult=2),
+            ),
+            hidden,
+            wide,
+            ids,
+        ),
+        _Kind(
+            "Perceiver IO",
+            "perceiver_pytorch",
+            "latents, heads kept",
+            _from(
+                "perceiver_pytorch.perceiver_io",
+                lambda m, *, dim: m.PerceiverLM(
+                    num_tokens=VOCABULARY,
+                    dim=8,
+                    max_seq_len=LENGTH,
+                    depth=1,
+                    num_latents=4,
+                    latent_dim=dim,
+                    cross_heads=1,
+                    latent_heads=2,
+                    cross_dim_head=4,
+                    latent_dim_head=4,
+                ),
+            ),
+            hidden,
+            wide,
+            ids,
+        ),
+        _Kind(
+            "Local attention",
+            "local_attention",
+            "hidden size, heads",
+            _from(
+                "local_attention",
+                lambda m, *, dim, heads=2: m.LocalTransformer(
+                    num_tokens=VOCABULARY,
+                    max_seq_len=LENGTH,
+                    dim=dim,
+                    depth=2,
+                    dim_head=4,
+                    heads=heads,
+                    local_attn_window_size=4,
+                ),
+            ),
+            hidden,
+            more_heads,
+            ids,
+        ),
+        _Kind(
+            "FT-Transformer",
+            "rtdl_revisiting_models",
+            "hidden size, heads kept",
+            _from(
+                "rtdl_revisiting_models",
+                lambda m, *, dim: m.FTTransformer(
+                    n_cont_features=4,
+                    cat_cardinalities=[3, 5],
+                    d_out=CLASSES,
+                    n_blocks=2,
+                    d_block=dim,
+                    attention_n_heads=2,
+                    attention_dropout=0.0,
+                    ffn_d_hidden=None,
+                    ffn_d_hidden_multiplier=2,
+                    ffn_dropout=0.0,
+                    residual_dropout=0.0,
+                ),
+            ),
+            hidden,
+            wide,
+            _batch(lambda: _random(4, 4), lambda: torch.tensor([[0, 1], [2, 4], [1, 0], [0, 3]])),
+        ),
+        _Kind(
+            "ResNet of tables",
+            "rtdl_revisiting_models",
+            "hidden size",
+            _from(
+                "rtdl_revisiting_models",
+                lambda m, *, dim: m.ResNet(
+                    d_in=4,
+                    d_out=CLASSES,
+                    n_blocks=2,
+                    d_block=dim,
+                    d_hidden=None,
+                    d_hidden_multiplier=2.0,
+                    dropout1=0.0,
+                    dropout2=0.0,
+                ),
+            ),
+            hidden,
+            wide,
+            _batch(lambda: _random(4, 4)),
+        ),
+        _Kind(
+            "TCN",
+            "pytorch_tcn",
+            "channels",
+            _from(
+                "pytorch_tcn",
+                lambda m, *, dim: m.TCN(
+                    num_inputs=5, num_channels=[dim, dim], kernel_size=3, output_projection=CLASSES
+                ),
+            ),
+            hidden,
+            wide,
+            _batch(lambda: _random(2, 5, LENGTH)),
+        ),
+        _Kind(
+            "Mamba",
+            "mambapy",
+            "hidden size",
+            _from(
+                "mambapy.mamba",
+                lambda m, *, dim: _Pooled(m.Mamba(m.MambaConfig(d_model=dim, n_layers=2, d_state=4, dt_rank=2)), dim),
+            ),
+            hidden,
+            wide,
+            features,
+        ),
+        _Kind(
+            "Mamba, expansion",
+            "mambapy",
+            "inner width",
+            _from(
+                "mambapy.mamba",
+                lambda m, *, factor: _Pooled(
+                    m.Mamba(m.MambaConfig(d_model=8, n_layers=2, d_state=4, dt_rank=2, expand_factor=factor)), 8
+                ),
+            ),
+            {"factor": 2},
+            {"factor": 3},
+            features,
+        ),
     ]
 
 

@@ -9,10 +9,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import zoo_handwritten  # noqa: E402
-import zoo_packages  # noqa: E402
-import zoo_transformers  # noqa: E402
-from zoo_cases import Model, examine, remedies  # noqa: E402
+import zoo_handwritten
+import zoo_packages
+import zoo_transformers
+from zoo_cases import Model, examine, remedies
 
 MODELS = (*zoo_transformers.MODELS, *zoo_packages.MODELS, *zoo_handwritten.MODELS)
 QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")
@@ -43,8 +43,10 @@ def test_the_zoo_is_large() -> None:
 
 
 def test_remedies_are_read_off_a_message() -> None:
-    message = "it differs; declare layouts={'a.*': 2} or layouts={'b': matta.Layout.equal(4, axis=1)}, with each of which"
+    message = (
+        "it differs; declare layouts={'a.*': 2} or layouts={'b': matta.Layout.equal(4, axis=1)}, with each of which"
+    )
     assert [list(each["layouts"]) for each in remedies(message)] == [["a.*"], ["b"]]
-    assert remedies("declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or leave out example=") == [
-        {"example": None}
-    ]
+    assert remedies(
+        "declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or leave out example="
+    ) == [{"example": None}]

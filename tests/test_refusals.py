@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import matta
 from matta.errors import LayoutError, NestingError, ProbeError
 from test_ambiguity import Attention, Fused, Grouped
-from test_nesting import REFUSED, Embedded, Keeping, Listed, Named, _tied, _tower
+from test_nesting import REFUSED, Embedded, Keeping, Named, _tied, _tower
 from test_probing import Gated
 from test_warmstart import Residual
 
@@ -212,7 +212,7 @@ MORE: dict[str, Refusal] = {
     ),
     "fused": Refusal(
         lambda: matta.nest(Fused(4), Fused(6)),
-        r"qkv.weight grows from 12 to 18 on its output axis 0.*declare .*layouts=\{'qkv.weight': 3\}.*pass example=batch",
+        r"qkv.weight grows from 12 to 18 on its output axis 0.*declare .*layouts=\{'qkv.weight': 3\}.*example=batch",
         lambda: matta.nest(Fused(4), Fused(6), layouts={"qkv.weight": 3}, example=SEQUENCES),
     ),
     "joined": Refusal(

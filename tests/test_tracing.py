@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cases import Case, places
 from matta.errors import TracingError
 from matta.nesting.channels import Channels
-from matta.nesting.layout import Segment
 from matta.nesting.dimensions import Part, Trace
+from matta.nesting.layout import Segment
 from matta.nesting.matching import trace_layouts
 from matta.nesting.tracing import trace
 from zoo import CASES

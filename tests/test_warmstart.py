@@ -173,7 +173,9 @@ def test_inputs_that_are_not_known_are_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.up(x) @ self.down
 
-    with pytest.raises(NestingError, match=r"which axis of down \(Raw, of shape \(4, 2\)\) its inputs are on.*pass example"):
+    with pytest.raises(
+        NestingError, match=r"which axis of down \(Raw, of shape \(4, 2\)\) its inputs are on.*pass example"
+    ):
         matta.nest(Raw(4), Raw(6), warm_start=True)
     student = Raw(4)
     nested = matta.nest(student, Raw(6), warm_start=True, example=(X, Y))

@@ -157,7 +157,8 @@ class Channels:
                 alike.setdefault(_key(self.classes(whole)), []).append(factors)
             for group in alike.values():
                 finest = max(group, key=len)
-                changed |= any([self._refine(factors, finest) for factors in group if factors is not finest])
+                for factors in group:
+                    changed |= factors is not finest and self._refine(factors, finest)
 
     def _refine(self, coarse: tuple[Row, ...], fine: tuple[Row, ...]) -> bool:
         """Tie each factor to the product of the finer ones that it consists of; whether anything was new."""

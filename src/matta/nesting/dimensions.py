@@ -75,8 +75,6 @@ class Trace:
         return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-
-
 @final
 class Atlas:
     """Dimensions, as chains of channel classes that follow one another on every axis that has them."""

@@ -1,7 +1,7 @@
 """Lay one traced model over another of its class: the layout of every axis that grows, part by part.
 
-Where both models split a width into factors (heads and head_dim), the Student's is a leading block of the factors; where
-both join several parts (embeddings, the halves of a gate), it is the leading stretch of each.
+Where both models split a width into factors (heads and head_dim), the Student's is a leading block of the factors;
+where both join several parts (embeddings, the halves of a gate), it is the leading stretch of each.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Shown:
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
-        alike = {name} if name not in self.unread else {other for other, _ in self.inputs if family(other) == family(name)}
+        alike = (
+            {name} if name not in self.unread else {other for other, _ in self.inputs if family(other) == family(name)}
+        )
         return sorted({axis for other, axis in self.inputs if other in alike})
 
 
@@ -207,7 +209,11 @@ class _Overlay:
             found = _product([self._parts(*pair) for pair in zip(one, two, strict=True)])
         else:
             raise _Misfit
-        return found if part.repeat == other.repeat == 1 else _product([found, (Segment((part.repeat,), (other.repeat,)),)])
+        return (
+            found
+            if part.repeat == other.repeat == 1
+            else _product([found, (Segment((part.repeat,), (other.repeat,)),)])
+        )
 
 
 def _singly(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:

@@ -147,7 +147,9 @@ def nest(
         require_real_buffers(each, ta)
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
     shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
-    plans = [plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)]
+    plans = [
+        plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)
+    ]
     rules.require_all_used()
     if example is not None:
         together = zip(students, plans, shown, strict=True)

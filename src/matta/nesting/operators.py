@@ -174,7 +174,10 @@ def _trilinear(known: Known, call: Call) -> None:
         axes = [axis for axis in range(tensor.ndim + len(expand)) if axis not in expand]
         found += [(axes[axis], row) for axis, row in known.rows(tensor).items()]
     summed = set(call["sumdim"])
-    weight, axes = call.args[1], [axis for axis in range(call.args[1].ndim + len(call.args[4])) if axis not in call.args[4]]
+    weight, axes = (
+        call.args[1],
+        [axis for axis in range(call.args[1].ndim + len(call.args[4])) if axis not in call.args[4]],
+    )
     for axis in range(weight.ndim):
         if axes[axis] in summed:
             _sum_over(known, (weight, axis))
