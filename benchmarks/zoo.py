@@ -92,7 +92,7 @@ def _page(outcomes: Sequence[Outcome], figures: dict[str, float]) -> Iterator[st
     yield (
         "*Size between*: a mixture of wide and narrow layers was extracted exactly, or one width runs through the "
         "whole model, so that there is none. *Warm start*: `warm_start=True` keeps the function of a trained Student "
-        "in the TA, or is refused (norms over a wider hidden state, for example); the Student itself can start anywhere."
+        "in the TA, or is refused (norms over a wider hidden state, for example)."
     )
     for source in dict.fromkeys(each.model.source for each in outcomes):
         yield from _section(source, [each for each in outcomes if each.model.source == source])
