@@ -298,7 +298,7 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
         known.blame([row, *(factors or ())[:-1]], problem, "split" if factors else "lost")
         for n, i in enumerate(varying):
             slot.setdefault(i, []).append((axis, factors[n] if factors else known.lose(whole[i], problem)))
-    elif call.name in _CUTTING and bool((moved != 0).any()):
+    elif call.name in _CUTTING and whole[axis] == 1 and bool((moved != 0).any()):
         known.channels.cuts.append(found := moved.flatten()[:1])
         slot.setdefault(axis, []).append((axis, found))  # a stretch of one channel, such as half of two
     elif bool((moved != 0).any()):
