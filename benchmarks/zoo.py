@@ -1,4 +1,4 @@
-"""The zoo: models as people have them, each nested, trained for two steps, extracted and started from a trained Student.
+"""The zoo: models as people have them, each nested, trained for two steps, extracted and started from its Student.
 
 The models are in `zoo_transformers.py`, `zoo_packages.py` and `zoo_handwritten.py`, what is asked of each in
 `zoo_cases.py`. A refusal counts as right where what it says to do, done as it stands, nests. `wrong_in_silence` counts
@@ -82,17 +82,17 @@ def _page(outcomes: Sequence[Outcome], figures: dict[str, float]) -> Iterator[st
     yield "# Models"
     yield ""
     yield (
-        f"{figures['tried']:.0f} models at tiny sizes, each nested with `matta.nest(student, ta, example=batch)`, trained "
-        f"for two steps and extracted. {figures['nested']:.0%} nest, {figures['nested_at_once']:.0%} without any "
-        f"declaration; {figures['wrong_in_silence']:.0f} nest wrongly in silence. The extracted Student equals the live "
-        f"one to the bit, and the plain class with those weights. `python benchmarks/zoo.py --write docs/models.md` "
-        f"writes this page."
+        f"{figures['tried']:.0f} models at tiny sizes, each nested with `matta.nest(student, ta, example=batch)`, "
+        f"trained for two steps and extracted. {figures['nested']:.0%} nest, {figures['nested_at_once']:.0%} without "
+        f"any declaration; {figures['wrong_in_silence']:.0f} nest wrongly in silence. The extracted Student equals the "
+        f"live one to the bit, and the plain class with those weights. `python benchmarks/zoo.py --write "
+        f"docs/models.md` writes this page."
     )
     yield ""
     yield (
-        "*Size between*: a mixture of wide and narrow layers was extracted exactly, or one width runs through the whole "
-        "model, so that there is none. *Warm start*: `warm_start=True` keeps the function of a trained Student in the "
-        "TA, or is refused (norms over a wider hidden state, for example); the Student itself can start anywhere."
+        "*Size between*: a mixture of wide and narrow layers was extracted exactly, or one width runs through the "
+        "whole model, so that there is none. *Warm start*: `warm_start=True` keeps the function of a trained Student "
+        "in the TA, or is refused (norms over a wider hidden state, for example)."
     )
     for source in dict.fromkeys(each.model.source for each in outcomes):
         yield from _section(source, [each for each in outcomes if each.model.source == source])

@@ -10,8 +10,9 @@ Read in this order:
 - `slicing`: live modules, whose weights are slices of another module's parameters. `sparse_tables`: those of embeddings
   with sparse gradients.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
-- `channels`, `operators`, `tracing`: the layout of fused axes, found by following channels through both models.
-- `probing`: both models run, and compared, with all but the Student's slices silenced.
+- `channels`, `operators`, `dimensions`, `tracing`: channels followed through a run of a model.
+- `matching`: one traced model over another, which gives the layout of fused axes and of heads.
+- `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.
 - `warm_start`: the TA starts from a trained Student. `growing`, with `widening`: the TA is built from the Student.
 - `batches`: how a batch is split and passed to a module.

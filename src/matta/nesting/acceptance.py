@@ -71,8 +71,8 @@ def _hidden_weights(path: str, part: nn.Module) -> Iterator[str]:
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         if name not in ("_modules", "_parameters", "_buffers") and any(_is_layer(each) for each in inside):
             yield (
-                f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters; "
-                f"expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"
+                f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters"
+                f"; expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"
             )
 
 

@@ -157,7 +157,8 @@ class Channels:
                 alike.setdefault(_key(self.classes(whole)), []).append(factors)
             for group in alike.values():
                 finest = max(group, key=len)
-                changed |= any([self._refine(factors, finest) for factors in group if factors is not finest])
+                for factors in group:
+                    changed |= factors is not finest and self._refine(factors, finest)
 
     def _refine(self, coarse: tuple[Row, ...], fine: tuple[Row, ...]) -> bool:
         """Tie each factor to the product of the finer ones that it consists of; whether anything was new."""
@@ -205,13 +206,13 @@ class Known:
 
     def put(self, tensor: Tensor, rows: Rows) -> None:
         """Take note of the rows of a tensor."""
-        kept = {axis: row for axis, row in rows.items() if len(row) > 1 and bool((row != 0).any())}
+        kept = {axis: row for axis, row in rows.items() if bool((row != 0).any())}
         assert all(tensor.shape[axis] == len(row) for axis, row in kept.items())
         self._rows[tensor] = kept
 
     def label(self, tensor: Tensor, *, is_input: bool = False) -> Rows:
         """Give the axes of `tensor` channels of their own; of an input, all but the batch axis."""
-        axes = range(1 if is_input else 0, tensor.ndim)
+        axes = [axis for axis in range(1 if is_input else 0, tensor.ndim) if tensor.shape[axis] > 1]
         rows = {axis: self.channels.new(tensor.shape[axis], is_input=is_input) for axis in axes}
         self.put(tensor, rows)
         return self.rows(tensor)
@@ -297,8 +298,14 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
         known.blame([row, *(factors or ())[:-1]], problem, "split" if factors else "lost")
         for n, i in enumerate(varying):
             slot.setdefault(i, []).append((axis, factors[n] if factors else known.lose(whole[i], problem)))
+    elif call.name in _CUTTING and whole[axis] == 1 and bool((moved != 0).any()):
+        known.channels.cuts.append(found := moved.flatten()[:1])
+        slot.setdefault(axis, []).append((axis, found))  # a stretch of one channel, such as half of two
     elif bool((moved != 0).any()):
         known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index", "picked")
+
+
+_CUTTING = frozenset("slice narrow split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split())
 
 
 def _varies(moved: Tensor, axis: int) -> bool:

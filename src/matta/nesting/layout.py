@@ -231,6 +231,7 @@ class Layout:
         if (found.student_size, found.ta_size) != (student, ta):
             raise LayoutError(
                 f"axis {axis} is laid out as {found.student_size} of {found.ta_size}, "
-                f"but is {student} long in the Student and {ta} in the TA"
+                f"but is {student} long in the Student and {ta} in the TA; expected parts that sum to both: "
+                f"correct their sizes"
             )
         return found

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from matta.nesting.channels import name_of
-from matta.nesting.tracing import plain_kernels
+from matta.nesting.operators import plain_kernels
 
 Step = tuple[str, tuple[Any, ...], Any]
 """An operator, its numbers, and what it made that depends on numbers alone or averages over so many."""

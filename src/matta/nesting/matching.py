@@ -1,12 +1,12 @@
 """Lay one traced model over another of its class: the layout of every axis that grows, part by part.
 
-Where both models split a width into factors (heads and head_dim), the Student's is a leading block of the factors; where
-both join several parts (embeddings, the halves of a gate), it is the leading stretch of each.
+Where both models split a width into factors (heads and head_dim), the Student's is a leading block of the factors;
+where both join several parts (embeddings, the halves of a gate), it is the leading stretch of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -52,6 +52,7 @@ class Shown:
     inputs: frozenset[tuple[str, int]] = frozenset()
     unread: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
+    spanning: frozenset[str] = frozenset()
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -73,6 +74,7 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
         inputs=one.summed | other.summed,
         unread=one.unread | other.unread,
         products=_Overlay(one, other).products(),
+        spanning=_Overlay(one, other).spanning(),
     )
 
 
@@ -176,6 +178,25 @@ class _Overlay:
             )
         )
 
+    def spanning(self) -> frozenset[str]:
+        """The parameters of blocks with a growing width that other blocks of their list have as well."""
+        homes: dict[int, set[tuple[str, str]]] = {}
+        members: dict[int, set[str]] = {}
+        for name, axes in _growing(self.student, self.ta, buffers=False).items():
+            listed, _, rest = family(name).partition(".*.")
+            for dimension in self._dimensions([self.student.axes.get((name, axis), ()) for axis in axes]):
+                members.setdefault(dimension, set()).add(name)
+                if rest:
+                    homes.setdefault(dimension, set()).add((listed, name.removeprefix(f"{listed}.").partition(".")[0]))
+        several = [each for each, found in homes.items() if len({listed for listed, _ in found}) < len(found)]
+        return frozenset(name for each in several for name in members[each])
+
+    def _dimensions(self, rows: Iterable[tuple[Part, ...]]) -> Iterator[int]:
+        """The dimensions of axes, and those of their factors."""
+        for part in (part for row in rows for part in row):
+            yield part.dimension
+            yield from self._dimensions(self.student.dimensions[part.dimension].factors)
+
     def _is_lost(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> bool:
         """Whether a part that grows, or a factor of it that does, cannot be placed."""
         if any(self.student.dimensions[part.dimension].is_lost for part in parts):
@@ -194,7 +215,7 @@ class _Overlay:
 
     def _parts(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...]:
         if len(parts) != len(others):
-            parts, others = _singly(parts, len(others)), _singly(others, len(parts))
+            parts, others = _singly(parts), _singly(others)
         if len(parts) != len(others):
             raise _Misfit
         return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))
@@ -216,11 +237,10 @@ class _Overlay:
         )
 
 
-def _singly(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
+def _singly(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """A single channel that is repeated, as rotary halves of one channel each are, as so many parts."""
-    if len(parts) == 1 and parts[0].size == 1 and parts[0].repeat == number:
-        return (replace(parts[0], repeat=1),) * number
-    return parts
+    single = [[replace(part, repeat=1)] * part.repeat if part.size == 1 else [part] for part in parts]
+    return tuple(part for row in single for part in row)
 
 
 class _Misfit(Exception):

@@ -154,7 +154,11 @@ def nest(
     if example is not None:
         together = zip(students, plans, shown, strict=True)
         plans = [
-            replace(settle_pair(each, ta, plan, example, seen, rules.declares), products=seen.products)
+            replace(
+                settle_pair(each, ta, plan, example, seen, rules.declares),
+                products=seen.products,
+                spanning=seen.spanning,
+            )
             for each, plan, seen in together
             if seen
         ]

@@ -10,11 +10,13 @@ row of channels over two axes, leaves a *problem* at them; nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,8 +27,7 @@ from matta.nesting.channels import Call, Known, Rows, move, name_of
 class Flow(TorchDispatchMode):
     """Passes rows of channels along while it is active, from what is known of its arguments to its results.
 
-    Leave out the fused operators that torch takes for speed while this is active:
-    `matta.nesting.tracing.trace` switches them off.
+    Leave out the fused operators that torch takes for speed while this is active: `plain_kernels` switches them off.
     """
 
     def __init__(self, known: Known) -> None:
@@ -51,6 +52,20 @@ class Flow(TorchDispatchMode):
             if all(map(self.known.is_weight, tensors)):
                 self.known.mark_weights(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Switch off fused kernels, which a dispatch mode cannot look into."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mkldnn.enabled = onednn
 
 
 _Rule = Callable[[Known, Call], None]

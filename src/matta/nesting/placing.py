@@ -126,7 +126,10 @@ def _place(
             f"same number of axes; keep it apart with private=[{name!r}]"
         )
     if layout is not None and any(not 0 <= axis < parameter.ndim for axis in layout.axes):
-        raise LayoutError(f"{name} has {parameter.ndim} axes; its layout names axis {max(layout.axes)}")
+        raise LayoutError(
+            f"{name} has {parameter.ndim} axes; its layout names axis {max(layout.axes)}; expected axis=0 to "
+            f"{parameter.ndim - 1}"
+        )
     if parameter.dtype != target.dtype:
         raise NestingError(
             f"{name} is {parameter.dtype} and the TA's {ta_name} {target.dtype}; expected one type, since they are the "

@@ -49,13 +49,14 @@ class Plan:
     """The nesting of one Student: shared parameters by Student name, private ones, module lists.
 
     `products` are Student parameters of which the modules' code splits an axis that grows (into heads), by numbers
-    that go with the other widths.
+    that go with the other widths; `spanning` are those with a width that several blocks of a list share.
     """
 
     placements: Mapping[str, Placement]
     private: tuple[str, ...]
     layers: tuple[LayerMap, ...]
     products: frozenset[str] = frozenset()
+    spanning: frozenset[str] = frozenset()
 
     @property
     def num_shared(self) -> int:

@@ -247,7 +247,8 @@ def _message(plan: Plan, found: Difference, mend: Mend) -> str:
         for reading in mend.readings
     ]
     if len(readings) > 1:
-        return f"{what}; it is ambiguous how an axis is cut; declare {' or '.join(readings)}, with each of which they agree"
+        either = " or ".join(readings)
+        return f"{what}; it is ambiguous how an axis is cut; declare {either}, with each of which they agree"
     if readings:
         return f"{what}; an axis is cut wrongly; declare {readings[0]}" + (
             ", with which they agree" if mend.agrees else ", which gets further but does not suffice alone"

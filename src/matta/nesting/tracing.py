@@ -8,19 +8,18 @@ of one class can then be laid over each other part by part (`matta.nesting.match
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from matta.errors import NestingError, TracingError
 from matta.nesting.batches import Batch, call, outputs_of, split_labels
 from matta.nesting.channels import Known, Row, Rows
 from matta.nesting.dimensions import Atlas, Trace
-from matta.nesting.operators import Flow
+from matta.nesting.operators import Flow, plain_kernels
 from matta.nesting.slicing import deep_copy
 
 
@@ -103,20 +102,6 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
     for name, layer in module.named_modules():
         layer.register_forward_pre_hook(enter(name))
         layer.register_forward_hook(leave(name))
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Switch off fused kernels, which a dispatch mode cannot look into."""
-    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.mkldnn.enabled = onednn
 
 
 def _run(module: nn.Module, known: Known, inputs: Any) -> Any:

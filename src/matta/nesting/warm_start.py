@@ -158,8 +158,8 @@ def _refuse_unknown_inputs(student: nn.Module, plan: Plan) -> None:
         owner, grows = student.get_submodule(path), [axis for axis, each in enumerate(placement.axes) if each.grows]
         if grows and isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
             raise NestingError(
-                f"the warm start does not know whether the TA can start as the Student: {name} is of a norm over a width "
-                f"that grows; let widths grow between norms alone, or pass example=batch to have it checked"
+                f"the warm start does not know whether the TA can start as the Student: {name} is of a norm over a "
+                f"width that grows; let widths grow between norms alone, or pass example=batch to have it checked"
             )
         is_vector = sum(axis.ta_size > 1 for axis in placement.axes) < 2
         if is_vector or _input_axes(student, name, len(placement.axes)):

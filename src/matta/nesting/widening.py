@@ -84,9 +84,9 @@ def _new_sizes(module: nn.Module, found: Trace, widths: Mapping[str, float]) -> 
                         f"which must be as wide as one another: {found.describe(dimension)}; ask for one width"
                     )
     sizes = [wanted.get(i, (dimension.size,))[0] for i, dimension in enumerate(found.dimensions)]
-    for i, dimension in enumerate(found.dimensions):
-        if i not in wanted and dimension.factors:
-            sizes[i] = prod(_length(parts, sizes) for parts in dimension.factors)
+    for i, each in enumerate(found.dimensions):
+        if i not in wanted and each.factors:
+            sizes[i] = prod(_length(parts, sizes) for parts in each.factors)
     return sizes
 
 

@@ -269,6 +269,7 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
         "private": list(plan.private),
         "layers": [[each.student, each.ta, each.indices, each.num_ta] for each in plan.layers],
         "products": sorted(plan.products),
+        "spanning": sorted(plan.spanning),
     }
 
 
@@ -278,4 +279,9 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
         found = tuple(Axis(tuple(Segment(tuple(s), tuple(t)) for s, t in axis)) for axis in axes)
         placements[student] = Placement(student, ta, found)
     layers = tuple(LayerMap(student, ta, tuple(indices), num) for student, ta, indices, num in saved["layers"])
-    return Plan(placements, tuple(saved["private"]), layers, frozenset(saved.get("products", ())))
+    return Plan(
+        placements,
+        tuple(saved["private"]),
+        layers,
+        *(frozenset(saved.get(key, ())) for key in ("products", "spanning")),
+    )
