@@ -36,7 +36,9 @@ def public_names() -> Iterator[str]:
     yield from ("ab_testing.comparison.compare", "ab_testing.comparison.AbReport")
     kinds = vars(matta.errors).items()
     yield from (
-        f"errors.{name}" for name, kind in kinds if inspect.isclass(kind) and issubclass(kind, matta.MattaError)
+        f"errors.{name}"
+        for name, kind in kinds
+        if inspect.isclass(kind) and issubclass(kind, (matta.MattaError, SystemExit))
     )
 
 

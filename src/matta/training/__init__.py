@@ -8,7 +8,7 @@ Read in this order:
   happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
-- `processes`: what a run on several processes shares.
+- `processes`: what a run on several processes shares. `launching`: several for one call.
 - `sharding`: FSDP2, whole and by block.
 - `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end.
 - `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
