@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import matta
 from matta.errors import OptimizerError
+from matta.optim.grids import Grid
 from matta.optim.preconditioner import Factors, Refresher, inverse_roots, refresh_wave
 from matta.optim.shampoo import Shampoo, shampoo_groups
-from matta.optim.stacking import Grid
 from shampoo_reference import ReferenceShampoo
 
 GRAFTS = ("adam", "adagrad", "sgd")

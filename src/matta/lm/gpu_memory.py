@@ -17,7 +17,7 @@ from matta.lm.decoders import make_optimizer
 from matta.lm.recipe import Recipe, TrainPart
 from matta.nesting.nested import Nested
 from matta.optim.exchange import owners_of
-from matta.optim.stacking import Grid
+from matta.optim.grids import Grid
 from matta.training.sharding import blocks_of
 
 Sharding = Literal["none", "whole", "block"]

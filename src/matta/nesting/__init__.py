@@ -7,7 +7,7 @@ needs to be known, and no module is edited.
 Read in this order:
 
 - `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
-- `slicing`: live modules, whose weights are slices of another module's parameters.
+- `slicing`: live modules, whose weights are slices of another module's parameters. `sharded_slices`: under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
 - `channels`, `operators`, `tracing`: the layout of fused axes, found by following channels through both models.
 - `probing`: both models run, and compared, with all but the Student's slices silenced.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matta.errors import OptimizerError
-from matta.optim.stacking import Grid, Piece
+from matta.optim.grids import Grid, Piece
 
 
 def local(tensor: Any) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from matta.optim.exchange import Exchange, Strip, is_sharded, local, sharding_group, strips_of
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder
+from matta.optim.grids import Grid, Piece, Whole
 from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
-from matta.optim.stacking import Grid, Piece, Stack, Whole
+from matta.optim.stacking import Stack
 
 
 @final
