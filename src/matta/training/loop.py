@@ -28,7 +28,7 @@ from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import clip_gradients, no_sync, whole_nested, whole_state
+from matta.training.sharding import clip_gradients, divided_state, no_sync, whole_nested, whole_state
 from matta.training.step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -374,6 +374,7 @@ class Training:
         require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
         if not prolong:
             require_same_arguments(state, self.arguments, self.scheduler)
+        state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
         load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=steps)
         self.feed.resume(state["feeds"])
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
