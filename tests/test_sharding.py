@@ -154,6 +154,8 @@ def check_what_is_taken_out(cotrain: matta.CoTraining, folder: str, rank: int) -
         assert {type(part) for part in module.modules()} <= {Model, Block, nn.ModuleList, *LEAVES}
         torch.save(pickle.loads(pickle.dumps(module)).state_dict(), f"{folder}/{name}-{rank}.pt")
     matta.save(nested, f"{folder}/saved")
+    with pytest.raises(RunError, match="sharded over processes to publish"):
+        matta.Snapshots(f"{folder}/snapshots", every_events=1).publish(nested)
     distributed.barrier()
 
 

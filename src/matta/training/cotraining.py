@@ -140,7 +140,8 @@ class CoTraining(nn.Module):
         teacher: A module that labels each batch, without gradient and in eval mode. It is moved
             along by `to`, but is no part of the parameters or the state. Labels of the batch are
             then used only for the positions that they ignore.
-        sample: Draws a sub-model for each step, which is trained as one more Student.
+        sample: Draws a sub-model for each step, which is trained as one more Student. Under `torch.compile` each that
+            is drawn has a graph of its own, up to torch's `recompile_limit` (8 by default); the others run uncompiled.
         turns: Which of the models a step trains; None: all of them.
         accumulate: Forwards to one optimizer step.
 
