@@ -25,10 +25,10 @@ PACKAGES = (
 
 MOST_FLOORS = {
     "optim": 4,
-    "nesting": 6,
+    "nesting": 7,
     "sizes": 4,
     "choosing": 3,
-    "objectives": 3,
+    "objectives": 5,
     "training": 5,
     "ab_testing": 4,
     "streams": 4,

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import matta
 from matta.errors import OptimizerError
 from matta.optim.grids import Grid
+from matta.optim.parameter_groups import shampoo_groups
 from matta.optim.preconditioner import Factors, Refresher, inverse_roots, refresh_wave
-from matta.optim.shampoo import Shampoo, shampoo_groups
+from matta.optim.shampoo import Shampoo
 from shampoo_reference import ReferenceShampoo
 
 GRAFTS = ("adam", "adagrad", "sgd")
@@ -395,11 +396,44 @@ def test_expanded_gradients_are_read_by_value() -> None:
     assert torch.equal(matrix, other[1])
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+@pytest.mark.parametrize("graft", ["adam", "adagrad", "sgd"])
+def test_a_sparse_gradient_moves_its_rows_alone(graft: Any) -> None:
+    """As the dense one does, if all rows were looked up; a row that was not keeps its weights and its state."""
+    torch.manual_seed(0)
+    tables = [nn.Embedding(5, 3, sparse=sparse) for sparse in (True, False)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    optimizers = [Shampoo(each, lr=0.1, graft=graft, weight_decay=0.1) for each in tables]
+    rows = torch.tensor([3, 0, 1, 3, 4])
+    for _ in range(3):
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            optimizer.zero_grad()
+            table(rows).square().sum().backward()
+            optimizer.step()
+    sparse, dense = (table.weight.detach() for table in tables)
+    torch.testing.assert_close(sparse[[0, 1, 3, 4]], dense[[0, 1, 3, 4]])
+    torch.manual_seed(0)
+    assert torch.equal(sparse[2], nn.Embedding(5, 3).weight.detach()[2])
+
+
+def test_a_sparse_gradient_of_what_is_preconditioned_is_refused() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(OptimizerError, match="sparse=False"):
-        Shampoo(table).step()
+    with pytest.raises(OptimizerError, match=r"sparse gradient of a matrix.*'precondition': False"):
+        Shampoo(table.parameters()).step()
+
+
+def test_a_table_of_a_million_rows_is_not_preconditioned() -> None:
+    """`max_dim` keeps it out even where the optimizer cannot tell that it is an embedding."""
+    table = nn.Parameter(torch.zeros(1_000_000, 2))
+    optimizer = Shampoo([table], lr=0.1)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    assert {name: tuple(value.shape) for name, value in optimizer.state[table].items()} == {
+        "step": (),
+        "exp_avg": (1_000_000, 2),
+        "exp_avg_sq": (1_000_000, 2),
+    }
+    torch.testing.assert_close(table.detach(), torch.full_like(table, -0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

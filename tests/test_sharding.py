@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import matta
 from matta.errors import NestingError, RunError
 from matta.objectives import CausalLM
-from matta.optim.exchange import local
+from matta.optim.divided_parameters import local
 
 NUM_PROCESSES = 2
 VOCABULARY, LENGTH, NUM_STEPS = 11, 6, 3

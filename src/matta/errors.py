@@ -214,6 +214,10 @@ class Terminated(SystemExit):
         return Terminated, (self.signal_number, self.message)
 
 
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for one of ours."""
     return str(error).strip().split("\n")[0][:200]

@@ -105,6 +105,9 @@ class ExtractSettings:
     out: Path | None = field(
         default=None, metadata={"help": "folder for the models (default: models in the run)", "metavar": "DIR"}
     )
+    check: bool = field(
+        default=False, metadata={"help": "read all of the run's weights, to compare them with their checksum"}
+    )
 
 
 @final

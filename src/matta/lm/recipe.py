@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError, first_line
 from matta.lm.typed_tables import Value, part_of
 
 RECIPE: Final = "recipe.json"  # in the folder of a run
@@ -318,8 +318,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     file = _find(path)
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is not TOML: {error}") from None
+    except DAMAGE as error:
+        raise RunError(f"{file} is not TOML: {first_line(error)}") from None
     for override in overrides:
         _replace(values, override)
     values.setdefault("name", file.stem)
@@ -361,7 +361,7 @@ def _without_none(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _find(path: Path) -> Path:
-    for file in (path, path.with_name(f"{path.name}.toml")):
+    for file in (path, Path(f"{path}.toml")):
         if file.is_file():
             return file
     known = sorted(file.stem for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
@@ -390,7 +390,7 @@ def _replace(values: dict[str, Value], override: str) -> None:
 def _read_value(text: str) -> Value:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except DAMAGE:
         return text
 
 

@@ -34,9 +34,9 @@ from matta.lm.trained_runs import read_run_recipe, write_recipe, write_run
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 from matta.sizes.submodels import random_sub_model
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.fitting import fit
 from matta.training.interrupts import restated
 from matta.training.launching import in_processes
@@ -45,6 +45,7 @@ from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
 from matta.training.run_settings import FitResult
 from matta.training.sharding import shard, whole_nested
+from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,7 +7,8 @@ needs to be known, and no module is edited.
 Read in this order:
 
 - `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
-- `slicing`: live modules, whose weights are slices of another module's parameters. `sharded_slices`: under FSDP2.
+- `slicing`: live modules, whose weights are slices of another module's parameters. `sparse_tables`: those of embeddings
+  with sparse gradients. `sharded_slices`: under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
 - `channels`, `operators`, `tracing`: the layout of fused axes, found by following channels through both models.
 - `probing`: both models run, and compared, with all but the Student's slices silenced.
@@ -19,7 +20,7 @@ Read in this order:
 from matta.nesting.batches import Batch
 from matta.nesting.growing import grow
 from matta.nesting.layout import Layout
+from matta.nesting.matching import trace_layouts
 from matta.nesting.nested import Nested, nest, probe
-from matta.nesting.tracing import trace_layouts
 
 __all__ = ["Batch", "Layout", "Nested", "grow", "nest", "probe", "trace_layouts"]

@@ -119,6 +119,11 @@ class Axis:
         return any(segment.grows for segment in self.segments)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the axis is one stretch, of which the Student holds the leading part."""
+        return len(self.segments) == 1 and len(self.segments[0].ta) == 1
+
+    @property
     def is_leading(self) -> bool:
         """Whether the Student's indices are simply the first ones."""
         return self.positions() == list(range(self.student_size))

@@ -7,7 +7,8 @@ gradients flow to the owner, and a block that activation checkpointing computes 
 wrong gradients). The optimizer, DDP and FSDP see the owner's parameters alone.
 
 In training the slices are views. Outside training they are contiguous copies, since products with
-strided weights can differ in the last bit from those of an extracted module.
+strided weights can differ in the last bit from those of an extracted module. Tables with sparse gradients
+are never copied: `sparse_tables` has their slices.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.layout import Axis
+from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
 
 _SLICES = "_live_slices"
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
@@ -57,16 +59,29 @@ class LiveSlice:
         owner: Tensor = getattr(self.owner, self.name)
         return torch.empty([axis.student_size for axis in self.axes], dtype=owner.dtype, device="meta")
 
-    def read(self, *, contiguous: bool) -> Tensor:
-        """The present weights: a view in training, a contiguous copy otherwise."""
+    def read(self, *, contiguous: bool, sparse: bool = False) -> Tensor:
+        """The present weights: a view in training, a contiguous copy otherwise; of a `sparse` table always a view."""
         tensor = _whole(getattr(self.owner, self.name))
         if self.adds_at_once and tensor.requires_grad and torch.is_grad_enabled():
             tensor = _adding_at_once(tensor)
+        if sparse and self._growing:
+            tensor = SparseSlice.apply(tensor, self.axes)
+            return tensor.detach() if self.detach else tensor
         for dim, axis in self._growing:
             tensor = axis.take(tensor, dim)
         if self.detach:
             tensor = tensor.detach()
         return tensor.contiguous() if contiguous else tensor
+
+    def as_parameter(self) -> Tensor:
+        """The present weights without their graph, that say of themselves whether they train, as a parameter does.
+
+        Without gradients, torch multiplies a transposed input in another order by weights that ask for none.
+        """
+        value, source = self.read(contiguous=True), getattr(self.owner, self.name)
+        if value.requires_grad or not source.requires_grad or self.detach:
+            return value
+        return value.detach().requires_grad_()
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
@@ -274,13 +289,13 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
 
     Parameters of its own are copied as well, unless `keep_own` keeps the very same ones.
     """
-    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
+    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules() if is_live(part)}
     if keep_own:
         memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
     made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]
-        del plain.__dict__[_SLICES]
+        plain.__dict__.pop(_SLICES, None)  # gone where a class copies itself, as the layers of einops do
     return made
 
 
@@ -337,9 +352,20 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        is_sparse = is_sparse_table(self)
+        if is_sparse or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return live.read(contiguous=not (self.training and torch.is_grad_enabled()), sparse=is_sparse)
+        return live.as_parameter()
 
     return read
+
+
+def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
+    live: LiveSlice | None = self.__dict__[_SLICES].get("weight")
+    if live is None or not self.sparse:
+        return nn.EmbeddingBag.forward(self, *args, **options)
+    table: Tensor = getattr(live.owner, live.name)
+    return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -353,6 +379,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
+        if base.forward is nn.EmbeddingBag.forward:
+            body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
@@ -376,7 +404,7 @@ def _named_parameters(
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle the user's class and the names, from which the live class is made again."""
-    return _new_live, (type(self).__mro__[1], tuple(self.__dict__[_SLICES])), self.__dict__
+    return _new_live, (type(self).__mro__[1], tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
 
 
 def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -386,7 +414,7 @@ def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-    for name, live in self.__dict__[_SLICES].items():
+    for name, live in self.__dict__.get(_SLICES, {}).items():
         tensor = live.outline() if live.is_sharded else getattr(self, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
@@ -398,7 +426,7 @@ def _load_from_state_dict(
     """Weights that are loaded into a live module are written into the owner's."""
     unexpected, errors = rest
     taken: set[str] = set()
-    for name, live in self.__dict__[_SLICES].items():
+    for name, live in self.__dict__.get(_SLICES, {}).items():
         value = state.get(prefix + name)
         if value is None:
             missing.extend([prefix + name] if strict else [])

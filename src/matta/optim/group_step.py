@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matta.optim.exchange import Exchange, Strip, is_sharded, local, sharding_group, strips_of
-from matta.optim.first_order import GRAFTS, Entry, FirstOrder
+from matta.optim.divided_parameters import is_sharded, local, sharding_group
+from matta.optim.exchange import Exchange, Strip, strips_of
+from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
 from matta.optim.grids import Grid, Piece, Whole
+from matta.optim.parameter_groups import is_preconditioned, matrix_shape
 from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
 from matta.optim.stacking import Stack
 
@@ -30,7 +32,7 @@ class GroupStep:
         for parameter in group["params"]:
             key = (parameter.device, _state_dtype(parameter))
             place = places.setdefault(key, _Place(state, self.graft, key[1]))
-            if _is_preconditioned(parameter, group):
+            if is_preconditioned(parameter, group):
                 whole: list[Piece] = [Whole(parameter, _grid(parameter, group))]
                 found = strips.get(parameter) or whole
                 shape = (is_sharded(parameter), found[0].grid.block_shape)
@@ -88,12 +90,16 @@ class _Place:
         """One step of the graft, along the preconditioned direction where there is one."""
         parameters = [each for each in self.plain if each.grad is not None]
         weight_decay = group["lr"] * group["weight_decay"]
+        rows = [self._rows(each) for each in parameters if _is_sparse(each) and each.grad._nnz()]  # type: ignore[union-attr]
+        parameters = [each for each in parameters if not _is_sparse(each)]
         ours = [local(each) for each in parameters]
-        if weight_decay and ours:
-            torch._foreach_mul_(ours, 1.0 - weight_decay)
+        decayed = [*ours, *(each.target for each in rows)]
+        if weight_decay and decayed:
+            torch._foreach_mul_(decayed, 1.0 - weight_decay)
         plain = [self._plain_entry(each, mine) for each, mine in zip(parameters, ours, strict=True)]
         entries = [entry for stack in self.stacks for entry in stack.graft_entries()]
         entries += [entry for entry in plain if entry[0].numel()]  # of a short vector a process may hold nothing
+        entries += [each.entry for each in rows]
         if not entries:
             return
         targets, gradients, states = (list(each) for each in zip(*entries, strict=True))
@@ -102,28 +108,41 @@ class _Place:
         for mine, (target, _, _) in zip(ours, plain, strict=True):
             if target is not mine:
                 mine.copy_(target)
+        for each in rows:
+            each.write()
         for stack in self.stacks:
             stack.move(momentum=group["betas"][0], weight_decay=weight_decay)
 
     def _plain_entry(self, parameter: Tensor, mine: Tensor) -> Entry:
         """This process's part of the parameter where it is contiguous and as precise as its state, else a copy."""
         assert parameter.grad is not None
+        state = self._state_of(parameter)
+        gradient = local(parameter.grad).to(self.dtype).contiguous()
+        return mine.to(self.dtype).contiguous(), gradient, {name: local(value) for name, value in state.items()}
+
+    def _rows(self, parameter: Tensor) -> TouchedRows:
+        return TouchedRows(parameter, self._state_of(parameter), self.dtype)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in self.graft.state_names:
                 state[name] = torch.zeros_like(parameter, dtype=self.dtype, memory_format=torch.contiguous_format)
-        gradient = local(parameter.grad).to(self.dtype).contiguous()
-        return mine.to(self.dtype).contiguous(), gradient, {name: local(value) for name, value in state.items()}
+        return state
+
+
+def _is_sparse(parameter: Tensor) -> bool:
+    return parameter.grad is not None and parameter.grad.is_sparse
 
 
 def _grid(parameter: Tensor, group: Mapping[str, Any]) -> Grid:
-    return Grid.of(*_matrix_shape(parameter), block_size=group["block_size"])
+    return Grid.of(*matrix_shape(parameter), block_size=group["block_size"])
 
 
 def _strips(group: Mapping[str, Any]) -> dict[Tensor, list[Strip]]:
     """The strips of the group's sharded matrices."""
-    divided = [p for p in group["params"] if is_sharded(p) and _is_preconditioned(p, group)]
+    divided = [p for p in group["params"] if is_sharded(p) and is_preconditioned(p, group)]
     found: dict[Tensor, list[Strip]] = {parameter: [] for parameter in divided}
     for strip in strips_of([(parameter, _grid(parameter, group)) for parameter in divided]):
         found[strip.parameter].append(strip)
@@ -151,17 +170,6 @@ def _exchanges(strips: Sequence[Strip]) -> list[Exchange]:
         key = (sharding_group(strip.parameter), _state_dtype(strip.parameter), strip.parameter.device)
         found.setdefault(key, []).append(strip)
     return [Exchange(each, group, dtype) for (group, dtype, _), each in found.items()]
-
-
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """A convolution is the matrix (out, in * k * k)."""
-    return parameter.shape[0], parameter.numel() // max(parameter.shape[0], 1)
-
-
-def _is_preconditioned(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    if not group["precondition"] or parameter.ndim < 2 or parameter.numel() == 0:
-        return False
-    return max(_matrix_shape(parameter)) <= group["max_dim"]
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

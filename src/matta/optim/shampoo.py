@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, Literal, final, overload
 
 import torch
@@ -13,41 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.optim.exchange import (
-    gathered,
-    is_sharded,
-    local,
-    placed,
-    sharding_group,
-    whole_on_first,
-)
-from matta.optim.first_order import GRAFTS
+from matta.optim.divided_parameters import is_sharded, local, placed, sharding_group, whole_on_first
+from matta.optim.exchange import gathered
 from matta.optim.group_step import GroupStep
+from matta.optim.parameter_groups import check_group, distinct, expand_modules, refuse_sparse_matrices
 
 Graft = Literal["adam", "adagrad", "sgd"]
-
-
-def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of a module that keep embeddings (and weights tied to one) out of the preconditioner.
-
-    `Shampoo(module)` uses them by itself. Call this to give the groups their own settings; a table that is no
-    `nn.Embedding` belongs in a group with `"precondition": False` too.
-
-    Example:
-        >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
-        >>> [(len(group["params"]), group["precondition"]) for group in shampoo_groups(module)]
-        [(2, True), (1, False)]
-    """
-    tables = {
-        id(parameter)
-        for each in module.modules()
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag)
-        for parameter in each.parameters(recurse=False)
-    }
-    embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
-    others = [parameter for parameter in module.parameters() if id(parameter) not in tables]
-    groups = [{"params": others, "precondition": True}, {"params": embedded, "precondition": False}]
-    return [group for group in groups if group["params"]]
 
 
 @final
@@ -57,7 +27,8 @@ class Shampoo(torch.optim.Optimizer):
     Section 3.3; Gupta et al. 2018, with the factors of equal blocks of at most `block_size` a side. A block's
     step is as long as that of the graft: AdamW (averaged statistics, Nesterov's momentum, p = 1/2), Adagrad
     (summed statistics, no momentum, p = 1/4: for streams) or SGD with momentum (p = 1/4). Embeddings, vectors
-    and matrices with a side over `max_dim` get the graft's own step.
+    and matrices with a side over `max_dim` get the graft's own step. A sparse gradient, of `nn.Embedding(sparse=True)`,
+    moves the rows that it has and their state alone, weight decay included, at a cost without regard to the others.
 
     Give it the module: a list of parameters does not tell which of them are embeddings (see
     `shampoo_groups`). State is float32 at least. A step with a non-finite gradient, or one too large to be
@@ -132,7 +103,7 @@ class Shampoo(torch.optim.Optimizer):
         self.num_skipped = 0
         self.process_group = process_group
         self._parts: dict[int, GroupStep] = {}
-        super().__init__(_expand_modules(params), defaults)
+        super().__init__(expand_modules(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, with settings of their own where the group holds any; a repeated one counts once.
@@ -142,10 +113,10 @@ class Shampoo(torch.optim.Optimizer):
         """
         params = param_group["params"]
         if not isinstance(params, Tensor):
-            params = _distinct(params)
+            params = distinct(params)
         super().add_param_group({**param_group, "params": params})
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except OptimizerError:
             self.param_groups.pop()
             raise
@@ -160,12 +131,15 @@ class Shampoo(torch.optim.Optimizer):
         """One step of every parameter that has a gradient, or of none if any gradient is not finite.
 
         Raises:
-            OptimizerError: a gradient is sparse; or, in several processes, none is there in the first step.
+            OptimizerError: a gradient of a matrix that is preconditioned is sparse; or, in several processes, none is
+                there in the first step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            refuse_sparse_matrices(group)
         gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not gradients and not self._parts and dist.is_available() and dist.is_initialized():
             raise OptimizerError(
@@ -267,12 +241,7 @@ class Shampoo(torch.optim.Optimizer):
 
 
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
-    for gradient in gradients:
-        if gradient.is_sparse:
-            raise OptimizerError(
-                "received a sparse gradient; expected dense ones: build the embedding with sparse=False, "
-                "or leave it to an optimizer of its own"
-            )
+    gradients = [each._values() if each.is_sparse else each for each in gradients]
     if not gradients:
         return True
     # float16 would overflow in its own norm
@@ -285,60 +254,3 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
     for group in divided:
         dist.all_reduce(total, group=group)
     return math.isfinite(total)
-
-
-def _distinct(params: Iterable[Any]) -> list[Any]:
-    """Each parameter once, in order; entries may be (name, parameter)."""
-    return list({id(each[1] if isinstance(each, tuple) else each): each for each in params}.values())
-
-
-def _expand_modules(params: nn.Module | Iterable[Any]) -> Iterable[Any]:
-    """Parameters or groups as torch takes them: a module or a group's module becomes its `shampoo_groups`."""
-    if isinstance(params, nn.Module):
-        return shampoo_groups(params)
-    expanded: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and isinstance(entry["params"], nn.Module):
-            groups = shampoo_groups(entry["params"])
-            expanded += [{**group, **entry, "params": group["params"]} for group in groups]
-        else:
-            expanded.append(entry)
-    return expanded
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name, expected, holds in _RANGES:
-        try:
-            is_right = holds(group[name])
-        except TypeError:
-            is_right = False
-        if not is_right:
-            raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
-    for parameter in group["params"]:
-        if is_sharded(parameter):
-            sharding_group(parameter)
-        if not parameter.is_floating_point():
-            raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral)
-
-
-_RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
-    ("lr", "a number from 0 up", lambda value: value >= 0),
-    (
-        "betas",
-        "two numbers from 0 to below 1",
-        lambda value: len(value) == 2 and 0 <= min(value) <= max(value) < 1,
-    ),
-    ("eps", "a number from 0 up", lambda value: value >= 0),
-    ("weight_decay", "a number from 0 up", lambda value: value >= 0),
-    ("graft", " or ".join(map(repr, GRAFTS)), lambda value: value in GRAFTS),
-    ("block_size", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("max_dim", "a whole number from 0 up", lambda value: _is_whole(value) and value >= 0),
-    ("statistics_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("refresh_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("root_eps", "a number over 0", lambda value: value > 0),
-    ("young_eps", "a number from 0 up", lambda value: value >= 0),
-)

@@ -21,6 +21,7 @@ from matta.training.processes import make_accelerator, require_all
 from matta.training.reporting import require_installed
 from matta.training.run_folder import RunFolder
 from matta.training.run_settings import Evaluate, FitResult, Observer, Settings
+from matta.training.spikes import Rollback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +48,7 @@ def fit(
     checkpoint_every: int = 1000,
     log_every: int = 50,
     max_nonfinite: int | None = 10,
+    rollback: Rollback | None = None,
     tensorboard: bool = True,
     progress: bool = True,
     accelerator: Accelerator | None = None,
@@ -95,6 +97,7 @@ def fit(
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.
+        rollback: Return to the newest checkpoint when the loss leaps, and leave out the batches since; needs `run`.
         tensorboard: Write the values for TensorBoard into the run folder.
         progress: Show a progress bar with the losses of the present batch.
         accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed. Its trackers (W&B,
@@ -128,6 +131,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         max_nonfinite=max_nonfinite,
         log_every=log_every,
+        rollback=rollback,
         resume=resume,
     )
     _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run)
@@ -178,5 +182,7 @@ def _check_arguments(
         raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")
     if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):
         raise RunError("received evaluate_every or best without evaluate; expected evaluate= too, what to call")
+    if settings.rollback is not None and run is None:
+        raise RunError("received rollback without run; expected run=, the folder whose checkpoints it returns to")
     if settings.resume and run is None:
         raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to resume")

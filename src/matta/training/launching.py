@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from matta.errors import MattaError, RunError, Terminated
 from matta.training.interrupts import SIGNALS
@@ -30,15 +31,13 @@ def in_processes(function: Callable[[Any], Any], settings: Any, *, num_processes
     """
     queue = multiprocessing.get_context("spawn").Queue()
     shared = (function, settings, num_processes, _free_port(), sys.stdout is sys.stderr, queue)
-    context = multiprocessing.start_processes(
-        _work, shared, nprocs=num_processes, join=False, daemon=False, start_method="spawn"
-    )
+    context = start_processes(_work, shared, nprocs=num_processes, join=False, daemon=False, start_method="spawn")
     found: dict[int, Any] = {}
     with _passed_on([process.pid for process in context.processes]):
         try:
             while not context.join(timeout=_POLL_S, grace_period=_GRACE_S):
                 _drain(queue, found)
-        except multiprocessing.ProcessExitedException as error:
+        except ProcessExitedException as error:
             ended = f"process {error.error_index} of {num_processes} died with exit code {error.exit_code}"
         else:
             ended = ""

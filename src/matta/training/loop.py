@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,9 +16,10 @@ from torch import Tensor
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
+from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
@@ -28,7 +30,9 @@ from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import clip_gradients, divided_state, no_sync, whole_nested, whole_state
+from matta.training.sharding import divided_state, no_sync, whole_nested, whole_state
+from matta.training.spikes import SpikeWatch
+from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -65,6 +69,7 @@ class Training:
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses, self.times = Losses(), StepTimes()
         self.norm: Tensor | None = None
+        self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
         self.evaluations: list[Evaluated] = []
@@ -152,29 +157,54 @@ class Training:
         if self.settings.clip_norm is not None:
             self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
-        if self.settings.max_nonfinite is None or self._is_finite(outputs):
+        loss = 0.0 if self.settings.max_nonfinite is None else self._seen_loss(outputs)
+        if self.settings.max_nonfinite is not None and not math.isfinite(loss):
+            self._skip(self.settings.max_nonfinite, batches)
+        elif self.spikes is not None and self.spikes.is_spike(loss) and self._roll_back(self.spikes, loss):
+            return
+        else:
             self.optimizer.step()
             self.nonfinite_in_row = 0
             self.losses.add(outputs)
-        else:
-            self._skip(self.settings.max_nonfinite, batches)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _is_finite(self, outputs: Sequence[CoTrainingOutput]) -> bool:
-        """Whether the step can be taken; the same on every process, which tell each other of signals too."""
+    def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
+        """The loss of the step, not finite where the norm is not; the same on every process.
+
+        They tell each other of signals too.
+        """
         total = outputs[0].loss.detach()
         for out in outputs[1:]:
             total = total + out.loss.detach()
         if self.norm is not None:
-            total = total + self.norm.to(total.device)
+            total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
-            return math.isfinite(total.item())
+            return float(total.item())
         seen = torch.stack([total.float(), torch.full_like(total, self.interrupt.came or 0, dtype=torch.float32)])
         sums = self.accelerator.reduce(seen, "sum").tolist()
         self._note_signals(sums[1])
-        return math.isfinite(sums[0])
+        return float(sums[0])
+
+    def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
+        """Take up the newest checkpoint but for its place in the data; False where there is none."""
+        assert self.folder is not None
+        self.folder.wait()
+        self.accelerator.wait_for_everyone()
+        state = self.folder.load(self.cotrain)
+        if state is None:
+            return False
+        spikes.count(loss, self.step)
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"the loss of step {self.step} is {loss:.4g}, over {spikes.rollback.factor:g} times the median before; "
+                f"the run continues from step {state['step']} with the batches that follow",
+                stacklevel=2,
+            )
+        self._take_up(state, prolong=False)
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
 
     def _note_signals(self, total: float) -> None:
         """Stop after this step if a process had a signal: all with their own, or as if by SIGTERM."""
@@ -354,6 +384,7 @@ class Training:
             "evaluations": [asdict(each) for each in self.evaluations],
             "best": None if self.best is None else asdict(self.best),
             "observers": [each.state_dict() for each in self.observers],
+            "spikes": None if self.spikes is None else self.spikes.state_dict(),
         }
 
     def _shape(self) -> dict[str, int]:
@@ -370,13 +401,17 @@ class Training:
         state = None if self.folder is None else self.folder.load(self.cotrain)
         if state is None:
             return
-        prolong, steps = self.settings.resume == PROLONG, self.settings.steps
+        prolong = self.settings.resume == PROLONG
         require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
         if not prolong:
             require_same_arguments(state, self.arguments, self.scheduler)
-        state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
-        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=steps)
         self.feed.resume(state["feeds"])
+        self._take_up(state, prolong=prolong)
+
+    def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
+        """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
+        state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = self.saved_step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
@@ -385,3 +420,5 @@ class Training:
         self.best = None if state["best"] is None else Evaluated(**state["best"])
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
+        if self.spikes is not None and state["spikes"] is not None:
+            self.spikes.load_state_dict(state["spikes"])

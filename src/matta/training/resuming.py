@@ -86,11 +86,11 @@ def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], sch
         for index, group in enumerate(state["optimizer"]["param_groups"])
         for name, value in _plain(group).items()
     }
-    missing = object()
+    missing = object()  # None is as not given: a run of before there was a setting can be resumed
     differences = [
         f"{name}={_shown(begun, name)}, and now it is {_shown(now, name)}"
         for name in sorted(begun.keys() | now.keys())
-        if now.get(name, missing) not in (begun.get(name, missing), saved.get(name, missing))
+        if now.get(name) not in (begun.get(name), saved.get(name, missing))
     ]
     if differences:
         raise RunError(
@@ -183,6 +183,11 @@ def _of_cotraining(cotrain: CoTraining) -> dict[str, Any]:
         **({"turns": cotrain.turns} if cotrain.turns else {}),  # a run of before there were turns can be resumed
     }
     found: dict[str, Any] = {"teacher": cotrain.has_teacher, "sample": cotrain.sample is not None}
+    teachers = cotrain.teachers  # those settings alone that are not as they always were before there were any
+    if (len(teachers.modules), teachers.temperature, teachers.labels) not in ((0, 1.0, 0.0), (1, 1.0, 0.0)):
+        found |= {"num_teachers": len(teachers.modules), "temperature": teachers.temperature, "labels": teachers.labels}
+    if cotrain.logits is not None:
+        found["logits"] = cotrain.logits if isinstance(cotrain.logits, str) else _name(cotrain.logits)
     for name, part in parts.items():
         found[name] = None if part is None else _name(part)
         found |= {f"{name}.{inner}": value for inner, value in _plain(getattr(part, "__dict__", {})).items()}
@@ -237,8 +242,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _builtin(value: Any) -> Any:
-    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them."""
-    return float(value) if isinstance(value, float) else value
+    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them.
+
+    NaN, which is not equal to itself, becomes its name.
+    """
+    if not isinstance(value, float):
+        return value
+    return float(value) if value == value else "nan"
 
 
 def _name(value: object) -> str:

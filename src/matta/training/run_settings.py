@@ -12,7 +12,9 @@ import torch
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
+from matta.training.spikes import Rollback
+from matta.training.step_output import CoTrainingOutput
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
 
@@ -81,6 +83,7 @@ class Settings:
     checkpoint_every: int
     max_nonfinite: int | None
     log_every: int
+    rollback: Rollback | None
     resume: bool | Literal["prolong"]
 
     def __post_init__(self) -> None:
@@ -96,6 +99,8 @@ class Settings:
             raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
         if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
             raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.rollback is not None and self.max_nonfinite is None:
+            raise RunError("received rollback with max_nonfinite=None; expected a number: both read each step's loss")
         if self.resume not in (True, False, "prolong"):
             raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
 

@@ -101,12 +101,6 @@ def no_sync(model: nn.Module, accelerator: Accelerator) -> AbstractContextManage
     return _keeping_gradients(model) if is_unit(model) else accelerator.no_sync(model)
 
 
-def clip_gradients(parameters: list[Tensor], most: float) -> Tensor:
-    """Clip to a norm of all gradients of all processes together; what the norm was."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 def whole_nested(nested: Nested) -> Nested:
     """A copy of a sharded nesting with whole parameters, for one process to evaluate; all must call this."""
     students = [materialize(student) for student in nested.students]
