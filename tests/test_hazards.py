@@ -330,6 +330,20 @@ def _compile_and_compare(_: int, backend: str) -> None:
     _two_steps(run, compiled.nested.parameters(), _batches())
     found, expected = (dict(each.nested.ta.named_parameters()) for each in (compiled, eager))
     _assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    _compile_with_samples()
+
+
+def _compile_with_samples() -> None:
+    """What draws a sub-model stays outside of the graph; each that was drawn has a graph of its own."""
+    eager, compiled = (_pair_for_processes() for _ in range(2))
+    for each in (eager, compiled):
+        specs = iter([matta.narrow(each.nested), matta.wide(each.nested)])
+        each.sample = lambda random, specs=specs: next(specs)
+    torch.compiler.reset()
+    _two_steps(eager, eager.nested.parameters(), _batches())
+    _two_steps(torch.compile(compiled, backend="eager"), compiled.nested.parameters(), _batches())
+    found, expected = (dict(each.nested.ta.named_parameters()) for each in (compiled, eager))
+    _assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.stress)])

@@ -28,6 +28,7 @@ from matta.lm.command_settings import TrainSettings
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
+from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, read_recipe, recipe_from_values, recipe_to_values
 from matta.lm.recipe_training import Meter, run
@@ -129,6 +130,23 @@ def test_the_small_recipe_is_planned_as_json(capsys: pytest.CaptureFixture[str])
     assert figures["steps"] == 10
     assert figures["memory_bytes"]["total"] == sum(figures["memory_bytes"].values()) - figures["memory_bytes"]["total"]
     assert "Where the Student lives in the TA" in err
+
+
+def test_a_way_that_fits_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(RECIPES / "gpt2_mini"), "--gpus", "8", "--json", "train.optimizer=adamw"]
+    assert main([*command, "--memory-gb", "0.001"]) == 0
+    out, err = capsys.readouterr()
+    figures = json.loads(out)["gpus"]
+    totals = [each["memory"]["total"] for each in figures["choices"]]
+    ways = [(each["sharding"], each["activation_checkpointing"]) for each in figures["choices"]]
+    assert ways == [(each, again) for again in (False, True) for each in ("none", "whole", "block")]
+    assert (figures["chosen"], figures["bytes_over"]) == (None, min(totals) - 10**6)
+    assert "None fits 0.001 GB: the smallest is" in err
+    recipe = read_recipe(RECIPES / "gpt2_mini", ["train.optimizer=adamw"])
+    found = choices(recipe, nest_on_meta(recipe), num_gpus=8)
+    for index, choice in enumerate(found):
+        first = next(i for i, total in enumerate(totals) if total <= totals[index])
+        assert fitting(found, totals[index]) is found[first], choice
 
 
 def test_a_batch_that_cannot_be_trained_with_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import matta
 from matta.errors import OptimizerError
+from matta.optim.grids import Grid
 from matta.optim.parameter_groups import shampoo_groups
 from matta.optim.preconditioner import Factors, Refresher, inverse_roots, refresh_wave
 from matta.optim.shampoo import Shampoo
-from matta.optim.stacking import Grid
 from shampoo_reference import ReferenceShampoo
 
 GRAFTS = ("adam", "adagrad", "sgd")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from matta.errors import OptimizerError
-from matta.optim.exchange import local
+from matta.optim.divided_parameters import local
 from matta.optim.preconditioner import Factors
 from matta.optim.shampoo import Shampoo
 

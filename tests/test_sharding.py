@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import matta
 from matta.errors import NestingError, RunError
 from matta.objectives import CausalLM
-from matta.optim.exchange import local
+from matta.optim.divided_parameters import local
 
 NUM_PROCESSES = 2
 VOCABULARY, LENGTH, NUM_STEPS = 11, 6, 3
@@ -154,6 +154,8 @@ def check_what_is_taken_out(cotrain: matta.CoTraining, folder: str, rank: int) -
         assert {type(part) for part in module.modules()} <= {Model, Block, nn.ModuleList, *LEAVES}
         torch.save(pickle.loads(pickle.dumps(module)).state_dict(), f"{folder}/{name}-{rank}.pt")
     matta.save(nested, f"{folder}/saved")
+    with pytest.raises(RunError, match="sharded over processes to publish"):
+        matta.Snapshots(f"{folder}/snapshots", every_events=1).publish(nested)
     distributed.barrier()
 
 

@@ -21,7 +21,7 @@ from matta.lm.decoders import from_config, make_optimizer
 from matta.lm.recipe import TrainPart
 from matta.nesting.nested import Nested
 from matta.objectives.fused_losses import _CHUNK_ELEMENTS
-from matta.optim.stacking import Grid
+from matta.optim.grids import Grid
 from matta.sizes.submodels import WIDE, live, narrow, wide_narrow_wide
 
 

@@ -17,7 +17,7 @@ from matta.lm.decoders import make_optimizer
 from matta.lm.recipe import Recipe, TrainPart
 from matta.nesting.nested import Nested
 from matta.optim.exchange import owners_of
-from matta.optim.stacking import Grid
+from matta.optim.grids import Grid
 from matta.training.sharding import blocks_of
 
 Sharding = Literal["none", "whole", "block"]
@@ -106,21 +106,24 @@ def sharded_optimizer_bytes(module: nn.Module, part: TrainPart, num_processes: i
     """Bytes of an optimizer's state on the process that has most, where parameters are sharded."""
     if part.optimizer == "adamw":
         return sum(2 * _first_shard(each, num_processes) * BYTES for each in module.parameters())
-    groups = make_optimizer(part, module).param_groups
-    grids, plain = [], 0
-    for group in groups:
-        for each in group["params"]:
-            rows = each.shape[0] if each.ndim else 1
-            columns = each.numel() // rows
-            if group["precondition"] and each.ndim > 1 and max(rows, columns) <= group["max_dim"]:
-                grids.append(Grid.of(rows, columns, block_size=group["block_size"]).strips())
-            else:
-                plain += 2 * _first_shard(each, num_processes) * BYTES
+    found = list(_grids(module, part))
+    plain = sum(2 * _first_shard(each, num_processes) * BYTES for each, grid, _ in found if grid is None)
+    strips = [strip for _, grid, _ in found if grid is not None for strip in grid.strips()]
     load = [0] * num_processes
-    strips = [strip for own in grids for strip in own]
     for strip, owner in zip(strips, owners_of(strips, num_processes), strict=True):
         load[owner] += shampoo_bytes(strip)
     return plain + max(load)
+
+
+def _grids(module: nn.Module, part: TrainPart) -> Iterator[tuple[nn.Parameter, Grid | None, int]]:
+    """The parameters, the blocks of those that Shampoo preconditions, and the steps between refreshes of a root."""
+    for group in make_optimizer(part, module).param_groups:
+        for each in group["params"]:
+            rows = each.shape[0] if each.ndim else 1
+            columns = each.numel() // rows
+            is_matrix = group["precondition"] and each.ndim > 1 and max(rows, columns) <= group["max_dim"]
+            grid = Grid.of(rows, columns, block_size=group["block_size"]) if is_matrix else None
+            yield each, grid, group["refresh_every"]
 
 
 def sent_in_step(nested: Nested, part: TrainPart, *, sharding: Sharding, num_gpus: int, num_forwards: int) -> int:
@@ -138,6 +141,9 @@ def sent_in_step(nested: Nested, part: TrainPart, *, sharding: Sharding, num_gpu
         reduced *= 2
     else:
         gathered = total * width
+    if part.optimizer == "shampoo" and sharding == "none":  # the roots, each of which one process computes
+        grids = [(grid, every) for _, grid, every in _grids(nested, part) if grid is not None]
+        reduced += sum(BYTES * grid.num_blocks * sum(n * n for n in grid.block_shape) // every for grid, every in grids)
     if sharding == "block":
         gathered += blocks * width + 2 * of_student * width
         reduced += of_student * BYTES

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 MAY_CHANGE: Final = (
     "train.checkpoint_every",
     "train.evaluate_every",
+    "train.sharding",
+    "train.activation_checkpointing",
     "data.evaluate",
     "data.evaluate_bytes",
     "data.cache",

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matta.optim.exchange import Exchange, Strip, is_sharded, local, sharding_group, strips_of
+from matta.optim.divided_parameters import is_sharded, local, sharding_group
+from matta.optim.exchange import Exchange, Strip, strips_of
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
+from matta.optim.grids import Grid, Piece, Whole
 from matta.optim.parameter_groups import is_preconditioned, matrix_shape
 from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
-from matta.optim.stacking import Grid, Piece, Stack, Whole
+from matta.optim.stacking import Stack
 
 
 @final

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.optim.exchange import is_sharded, sharding_group
+from matta.optim.divided_parameters import is_sharded, sharding_group
 from matta.optim.first_order import GRAFTS
 
 

@@ -12,14 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.optim.exchange import (
-    gathered,
-    is_sharded,
-    local,
-    placed,
-    sharding_group,
-    whole_on_first,
-)
+from matta.optim.divided_parameters import is_sharded, local, placed, sharding_group, whole_on_first
+from matta.optim.exchange import gathered
 from matta.optim.group_step import GroupStep
 from matta.optim.parameter_groups import check_group, distinct, expand_modules, refuse_sparse_matrices
 

@@ -82,7 +82,8 @@ class CoTraining(nn.Module):
             are those of labels·y + (1 − labels)·y_Teacher.
         logits: Where the logits are in what the modules return: the name of a field, or a function of the output;
             None: a tensor, `.logits`, or the key "logits".
-        sample: Draws a sub-model for each step, which is trained as one more Student.
+        sample: Draws a sub-model for each step, which is trained as one more Student. Under `torch.compile` each that
+            is drawn has a graph of its own, up to torch's `recompile_limit` (8 by default); the others run uncompiled.
         turns: Which of the models a step trains; None: all of them.
         accumulate: Forwards to one optimizer step.
 

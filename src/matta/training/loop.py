@@ -30,7 +30,7 @@ from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import NESTED, RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import no_sync, whole_nested, whole_state
+from matta.training.sharding import divided_state, no_sync, whole_nested, whole_state
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
@@ -410,6 +410,7 @@ class Training:
 
     def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
         """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
+        state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
         load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = self.saved_step = state["step"]

@@ -12,7 +12,6 @@ import torch
 
 from matta.errors import RunError
 from matta.training.cotraining import CoTraining
-from matta.training.sharding import divided_state
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -115,7 +114,7 @@ def load_optimizer(
     """
     saved = _with_new_values(optimizer, state["optimizer"]) if prolong else state["optimizer"]
     try:
-        optimizer.load_state_dict(divided_state(optimizer, saved))
+        optimizer.load_state_dict(saved)
         if scheduler is not None and not prolong:
             scheduler.load_state_dict(state["scheduler"])
     except (ValueError, KeyError) as error:

@@ -15,12 +15,13 @@ from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.sharded_slices import gathered
 from matta.nesting.slicing import deep_copy, is_unit, materialize
 from matta.optim.shampoo import Shampoo
-from matta.training.cotraining import CoTraining
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from matta.training.cotraining import CoTraining
 
 
 def shard(
