@@ -281,8 +281,8 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
     layers = tuple(
         LayerMap(_name(student), _name(ta), tuple(indices), num) for student, ta, indices, num in saved["layers"]
     )
-    private, products, spanning = (map(_name, saved.get(key, ())) for key in ("private", "products", "spanning"))
-    return Plan(placements, tuple(private), layers, frozenset(products), frozenset(spanning))
+    products, spanning = (frozenset(map(_name, saved.get(key, ()))) for key in ("products", "spanning"))
+    return Plan(placements, tuple(map(_name, saved["private"])), layers, products, spanning)
 
 
 def _name(value: object) -> str:
