@@ -630,6 +630,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.stress  # test_processes and test_interrupts run two in `make test`
 def test_two_processes_equal_one_with_double_batches(tmp_path: Path) -> None:
     multiprocessing.spawn(work, (free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -519,7 +519,7 @@ def test_a_run_that_has_ended_goes_on_with_files_that_have_come_since(events: Pa
     assert [train()[1], train()[1]] == [6, 6]
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(25, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.stress)])
 def test_killed_at_many_moments_a_run_ends_as_if_it_had_not_been(kills: int) -> None:
     script = Path(__file__).with_name("stream_crashes.py")
     memory = Path("/dev/shm")  # where fsync costs nothing: kills, unlike power cuts, do not need the disk

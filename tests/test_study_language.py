@@ -231,6 +231,7 @@ TINY_PLAN = LanguagePlan(
 )
 
 
+@pytest.mark.stress  # that a study resumes is tested in test_study_journal
 def test_a_stopped_study_goes_on_and_finds_the_same(
     text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bag
 
 _SLICES = "_live_slices"
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
+_OF_FSDP: Final = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", FOLLOWS)  # attributes under FSDP2 alone
 
 
 @final
@@ -196,7 +197,7 @@ def _without_fsdp(module: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
         for part, kind, attributes in kept:
             part.__class__ = kind.__mro__[2] if is_unit(part) else kind
             for name, value in attributes.items():
-                if "fsdp" in name or (name == "forward" and hasattr(value, FOLLOWS)):
+                if name in _OF_FSDP or (name == "forward" and hasattr(value, FOLLOWS)):
                     del part.__dict__[name]
                 elif isinstance(value, OrderedDict) and any(map(_is_of_fsdp, value.values())):
                     part.__dict__[name] = OrderedDict((k, v) for k, v in value.items() if not _is_of_fsdp(v))

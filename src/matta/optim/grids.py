@@ -21,6 +21,7 @@ class Grid:
         >>> grid = Grid.of(5, 4, block_size=3)
         >>> grid.num_blocks, grid.block_shape, grid.padded
         (4, (3, 2), True)
+        >>> import torch
         >>> matrix = torch.arange(20.0).view(5, 4)
         >>> bool((grid.join(grid.cut(matrix)) == matrix).all())
         True
