@@ -6,7 +6,8 @@ its arguments by name, and how rows of channels go through an operator that only
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -122,12 +123,30 @@ class Channels:
 
 
 @final
-class Known:
-    """The rows of tensors that are known so far, and `place`, the names of the modules that are running."""
+@dataclass(frozen=True)
+class Product:
+    """An axis that is a product, such as heads times head_dim.
 
-    def __init__(self) -> None:
+    Legend: `whole` are its channels; `factors` those of each factor at the same indices, from the slowest on.
+    """
+
+    whole: Row
+    factors: tuple[Row, ...]
+
+
+@final
+class Known:
+    """The rows of tensors that are known so far, and `place`, the names of the modules that are running.
+
+    With `keep_products`, an axis that is split into several, or merged from several, is noted in `products`; without
+    it a problem is left there.
+    """
+
+    def __init__(self, *, keep_products: bool = False) -> None:
         self.channels = Channels()
         self.place: list[str] = []
+        self.keep_products = keep_products
+        self.products: list[Product] = []
         self._rows: Any = WeakTensorKeyDictionary()
 
     def rows(self, tensor: object) -> Rows:
@@ -166,6 +185,27 @@ class Known:
         self.blame([row], problem)
         return row
 
+    def split(self, row: Row, shown: Tensor, axes: Sequence[int], problem: str) -> Rows:
+        """The rows of the axes that one row was split into; `shown` has its channels where they are now."""
+        if not self.keep_products:
+            self.blame([row], problem)
+            return {axis: self.lose(shown.shape[axis], problem) for axis in axes}
+        is_input = self.channels.is_input(row)
+        rows = {axis: self.channels.new(shown.shape[axis], is_input=is_input) for axis in axes}
+        along = {axis: [-1 if i == axis else 1 for i in range(shown.ndim)] for axis in axes}
+        factors = [part.view(along[axis]).expand(shown.shape).flatten() for axis, part in rows.items()]
+        self.products.append(Product(shown.flatten(), tuple(factors)))
+        return rows
+
+    def merge(self, rows: list[Row], problem: str) -> Row:
+        """The row of an axis that several were merged into, given as they lie on it."""
+        if not self.keep_products or len(rows) == 1:
+            self.blame(rows[:-1], problem)
+            return rows[-1]
+        merged = self.channels.new(len(rows[0]))
+        self.products.append(Product(merged, tuple(rows)))
+        return merged
+
 
 def move(known: Known, call: Call) -> None:
     """Views, slices, transposes and lookups: each row is moved by the operator itself."""
@@ -198,7 +238,6 @@ def _to_cpu(value: Any) -> Any:
 
 def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis: int, row: Row, moved: Tensor) -> None:
     """Find the axis that a row has come to lie on."""
-    whole = moved.shape
     for i, stride in enumerate(moved.stride()):
         moved = moved.narrow(i, 0, 1) if stride == 0 and moved.shape[i] > 1 else moved
     if not moved.numel():
@@ -213,9 +252,8 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
     elif len(varying) > 1:
         sizes = " x ".join(str(moved.shape[i]) for i in varying)
         problem = f"{call.name!r} splits {len(row)} of them into {sizes}"
-        known.blame([row], problem)
-        for i in varying:
-            slot.setdefault(i, []).append((axis, known.lose(whole[i], problem)))
+        for i, part in known.split(row, moved, varying, problem).items():
+            slot.setdefault(i, []).append((axis, part))
     elif bool((moved != 0).any()):
         known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index")
 
@@ -230,5 +268,4 @@ def _innermost(known: Known, call: Call, rows: list[tuple[int, Row]]) -> Row:
     own = [row for _, row in sorted(rows) if not known.channels.is_input(row[row != 0])]
     if not own:
         return rows[-1][1]
-    known.blame(own[:-1], f"{call.name!r} merges their axis with another")
-    return own[-1]
+    return known.merge(own, f"{call.name!r} merges their axis with another")

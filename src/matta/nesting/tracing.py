@@ -98,15 +98,15 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     """
     module, known = _copied(module).eval(), Known()
     owners: dict[str, Rows] = {}
-    for name, tensor in _state(module):
+    for name, tensor in state_of(module):
         owners[name] = known.label(tensor)
     seen: dict[str, Rows] = {}
     _watch(module, known, seen)
-    result = _run(module, known, split_labels(example)[0])
-    returned = _tensors(result)
+    result = run_followed(module, known, split_labels(example)[0])
+    returned = result_tensors(result)
     outputs = [row for tensor in returned for row in known.rows(tensor).values()]
     rows = {(name, axis): row for name, found in owners.items() for axis, row in found.items()}
-    atlas = _Atlas(known.channels, rows, outputs)
+    atlas = Atlas(known.channels, rows, outputs)
     own = {name: _own_channels(layer, name, rows, seen) for name, layer in module.named_modules()}
     return Trace(
         dimensions=atlas.dimensions(),
@@ -199,7 +199,7 @@ def _sizes(parts: tuple[Part, ...]) -> str:
     return " + ".join(sizes[:8]) + (f" + {len(sizes) - 8} more" if len(sizes) > 8 else "")
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and those buffers that hold numbers; each once, by its first name."""
     yield from module.named_parameters()
     yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
@@ -211,7 +211,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             known.place.pop()
-            tensors = _tensors(output)
+            tensors = result_tensors(output)
             if tensors:
                 seen.setdefault(name, known.rows(tensors[0]))
 
@@ -225,7 +225,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
         layer.register_forward_hook(leave(name))
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def result_tensors(output: Any) -> list[Tensor]:
     """The logits of what a module returned; all tensors in it where it has none."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     found = tree_leaves(output if logits is None else logits)
@@ -246,7 +246,12 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mkldnn.enabled = onednn
 
 
-def _run(module: nn.Module, known: Known, inputs: Any) -> Any:
+def run_followed(module: nn.Module, known: Known, inputs: Any) -> Any:
+    """What a module returns on the inputs of a batch, with channels followed from all that is labelled.
+
+    Raises:
+        TracingError: the module fails on them.
+    """
     floats = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for tensor in floats:
         known.label(tensor, is_input=True)
@@ -275,15 +280,18 @@ def _own_channels(layer: nn.Module, name: str, rows: dict[tuple[str, int], Row],
 
 
 @final
-class _Atlas:
-    """Dimensions, as chains of channel classes that follow one another on every axis that has them."""
+class Atlas:
+    """Dimensions, as chains of channel classes that follow one another on every axis that has them.
+
+    `start` gives the first class of the chain that a class is in, and `place` where in it that class stands.
+    """
 
     def __init__(self, channels: Channels, rows: dict[tuple[str, int], Row], outputs: list[Row]) -> None:
         self._channels, self._rows, self._outputs = channels, rows, outputs
         self._count = len(channels)
-        self._start, self._place = self._chains()
+        self.start, self.place = self._chains()
         everything = [self._classes(row) for row in rows.values()]
-        known = self._start[torch.cat(everything).unique()] if everything else self._start[:0]
+        known = self.start[torch.cat(everything).unique()] if everything else self.start[:0]
         starts, sizes = known.unique(return_counts=True)
         self._sizes = sizes.tolist()
         self._index = torch.full((self._count,), -1)
@@ -323,10 +331,10 @@ class _Atlas:
     def parts(self, row: Row) -> tuple[Part, ...]:
         """An axis as parts; channels that are not known are left out."""
         values, counts = torch.unique_consecutive(self._classes(row[row != 0]), return_counts=True)
-        firsts = (self._place[values] == 0).nonzero().flatten().tolist()
+        firsts = (self.place[values] == 0).nonzero().flatten().tolist()
         found = []
         for first in firsts:
-            dimension = int(self._index[self._start[values[first]]])
+            dimension = int(self._index[self.start[values[first]]])
             size, repeat = self._sizes[dimension], int(counts[first])
             found.append(Part(dimension=dimension, size=size, repeat=repeat))
         return tuple(found)
@@ -355,7 +363,7 @@ class _Atlas:
 
     def _of(self, row: Row) -> list[int]:
         """The dimensions on an axis, each once."""
-        found: list[int] = self._index[self._start[self._classes(row[row != 0])]].unique().tolist()
+        found: list[int] = self._index[self.start[self._classes(row[row != 0])]].unique().tolist()
         return [dimension for dimension in found if dimension >= 0]  # an input's own axes are none
 
     def own_axes(self, seen: dict[str, Rows], own: dict[str, list[Row]]) -> Iterator[tuple[str, Row]]:
