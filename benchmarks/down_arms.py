@@ -7,7 +7,7 @@ import copy
 import io
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import matta
-from down_tasks import Task, num_parameters
+from down_tasks import Sizes, Task, num_parameters
 from matta.nesting.slicing import materialize
 
 NUM_MEASURED = 16  # batches that importance is measured on, by each tool
@@ -29,8 +29,8 @@ class CannotError(Exception):
 def trained(task: Task, num_steps: int, seed: int) -> nn.Module:
     """The large model that everything starts from."""
     torch.manual_seed(seed)
-    module = task.build(task.scaled(1.0))
-    optimizer, schedule = _optimizer(module, task.rates[0], num_steps)
+    module = task.build(task.full)
+    optimizer, schedule = _optimizer(module, task.rate, num_steps)
     for inputs, labels in islice(task.batches(seed), num_steps):
         optimizer.zero_grad()
         task.objective.cross_entropy(module.train()(*inputs), labels).backward()
@@ -53,22 +53,32 @@ def ordered(task: Task, ta: nn.Module, importance: str, seed: int) -> nn.Module:
     return matta.order(ta, example=task.example(), data=data, importance=importance, loss=task.objective)
 
 
+def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: int) -> Sizes:
+    """Of several shapes with that share of the parameters, the one whose leading slice has the least training loss."""
+    measured = list(islice(task.batches(2000 + seed), 4))
+
+    @torch.no_grad()
+    def loss(sizes: Sizes) -> float:
+        student = _nested(task, ta, [sizes]).student.eval()
+        return sum(float(task.objective.cross_entropy(student(*inputs), labels)) for inputs, labels in measured)
+
+    return min(task.shapes(share, num_shapes), key=loss)
+
+
+def _nested(task: Task, ta: nn.Module, shapes: Sequence[Sizes]) -> matta.Nested:
+    if len(shapes) > 1:
+        students = [task.build(sizes) for sizes in shapes]
+        return matta.nest(students, ta, example=task.example(), warm_start="ta")
+    return matta.nest(task.build(shapes[0]), ta, layouts=task.layouts(shapes[0], task.full), warm_start="ta")
+
+
 def co_trained(
-    task: Task,
-    ta: nn.Module,
-    shares: list[float],
-    *,
-    num_steps: int,
-    rate: float,
-    seed: int,
-    weights: matta.Weights,
-    teacher: nn.Module | None = None,
+    task: Task, teacher: nn.Module, ta: nn.Module, shapes: Sequence[Sizes], *, num_steps: int, seed: int
 ) -> list[nn.Module]:
-    """Students of an ordered model, in one run, and extracted."""
-    students = [task.build(task.sizes(share)) for share in shares]
-    nested = matta.nest(students, ta, example=task.example(), warm_start="ta")
-    cotrain = matta.CoTraining(nested, task.objective, weights=weights, ramp=matta.Ramp(start=0, steps=0), teacher=teacher)
-    optimizer, schedule = _optimizer(nested, rate, num_steps)
+    """Students of an ordered model, in one run, and extracted; the trained model is the Teacher."""
+    nested = _nested(task, copy.deepcopy(ta), shapes)
+    cotrain = matta.CoTraining(nested, task.objective, ramp=matta.Ramp(start=0, steps=0), teacher=teacher)
+    optimizer, schedule = _optimizer(nested, task.rate, num_steps)
     for batch in islice(task.batches(seed + 1), num_steps):
         optimizer.zero_grad()
         cotrain.train()(batch).loss.backward()
@@ -80,11 +90,9 @@ def co_trained(
 # --- the others -----------------------------------------------------------------------------------
 
 
-def distilled(
-    task: Task, teacher: nn.Module, student: nn.Module, *, num_steps: int, rate: float, seed: int
-) -> nn.Module:
+def distilled(task: Task, teacher: nn.Module, student: nn.Module, *, num_steps: int, seed: int) -> nn.Module:
     """A pruned model after the same steps, on the labels and the trained model's probabilities."""
-    optimizer, schedule = _optimizer(student, rate, num_steps)
+    optimizer, schedule = _optimizer(student, task.rate, num_steps)
     for inputs, labels in islice(task.batches(seed + 1), num_steps):
         with torch.no_grad():
             logits = teacher.eval()(*inputs)
@@ -98,10 +106,10 @@ def distilled(
 
 def torch_pruned(task: Task, ta: nn.Module, share: float, importance: str, seed: int) -> nn.Module:
     """Torch-Pruning (`torch-pruning`): the least uniform ratio that leaves the share of the parameters."""
-    tp = _package("torch_pruning", "torch-pruning")
+    tp = package("torch_pruning", "torch-pruning")
     most, low, high = num_parameters(ta) * share, 0.0, 0.99
     best = None
-    for _ in range(8):
+    for _ in range(6):
         ratio = (low + high) / 2
         found = _torch_pruned_by(tp, task, ta, ratio, importance, seed)
         if num_parameters(found) <= most:
@@ -137,13 +145,13 @@ def _torch_pruned_by(tp: Any, task: Task, ta: nn.Module, ratio: float, importanc
     return module
 
 
-def model_optimized(task: Task, ta: nn.Module, share: float, seed: int) -> nn.Module:
+def model_optimized(task: Task, ta: nn.Module, share: float, seed: int, num_candidates: int) -> nn.Module:
     """NVIDIA Model Optimizer (`nvidia-modelopt`), FastNAS: its search under a limit of parameters.
 
     Its Minitron mode takes models of Megatron-Core alone.
     """
-    with _silence():
-        prune = _package("modelopt.torch.prune", "nvidia-modelopt")
+    with silence():
+        prune = package("modelopt.torch.prune", "nvidia-modelopt")
     module = copy.deepcopy(ta)
     data = list(islice(task.batches(1000 + seed), NUM_MEASURED))
     inputs = [batch[0] for batch in data]
@@ -158,13 +166,19 @@ def model_optimized(task: Task, ta: nn.Module, share: float, seed: int) -> nn.Mo
             return -sum(float(task.objective.cross_entropy(candidate.eval()(*x), y)) for x, y in data[:4])
 
     try:
-        with _silence():
+        with silence():
             found, _ = prune.prune(
                 module,
                 mode=[("fastnas", space)],
                 constraints={"params": f"{100 * share:.0f}%"},
                 dummy_input=inputs[0] if len(inputs[0]) > 1 else inputs[0][0],
-                config={"data_loader": inputs, "score_func": score, "checkpoint": None, "verbose": False},
+                config={
+                    "data_loader": inputs,
+                    "score_func": score,
+                    "checkpoint": None,
+                    "verbose": False,
+                    "num_iters": num_candidates,
+                },
             )
     except Exception as error:
         text = str(error)
@@ -173,7 +187,7 @@ def model_optimized(task: Task, ta: nn.Module, share: float, seed: int) -> nn.Mo
     return found
 
 
-def _package(name: str, distribution: str) -> Any:
+def package(name: str, distribution: str) -> Any:
     try:
         module = __import__(name, fromlist=["_"])
     except ImportError as error:
@@ -193,7 +207,7 @@ def versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         with contextlib.redirect_stderr(io.StringIO()):

@@ -1,10 +1,14 @@
-"""The work of `benchmarks/down.py`: a ranker of films, a small CNN on digits, a byte GPT, each with data that packages
-ship."""
+"""The work of `benchmarks/down.py`: a ranker of films, a small CNN on digits, a byte GPT.
+
+The data of each come with a package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pydoc_data import topics
 from typing import Any, final
 
@@ -20,20 +24,23 @@ CONTEXT = 32
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """What is trained, and how it is judged: `quality` is the held-out cross-entropy in nats, lower is better."""
 
     name: str
     build: Callable[[Sizes], nn.Module]
-    scaled: Callable[[float], Sizes]
     objective: Objective
     train: Callable[[int, torch.Generator], Any]
     test: Any
     kept: tuple[str, ...]
     batch: int
     heads: Callable[[nn.Module], dict[nn.Module, int]]
-    rates: tuple[float, ...]
+    layouts: Callable[[Sizes, Sizes], dict[str, Any]]
+    count: Callable[[Sizes], int]
+    units: Sizes
+    full: Sizes
+    rate: float
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Batches without end."""
@@ -51,12 +58,14 @@ class Task:
         inputs, labels = self.test
         return float(self.objective.cross_entropy(module.eval()(*inputs), labels))
 
-    def sizes(self, share: float) -> Sizes:
-        """The sizes of a module with about that share of the parameters, and not more."""
-        most = num_parameters(self.build(self.scaled(1.0))) * share
-        tried = [self.scaled(step / 200) for step in range(10, 201)]
-        fitting = [sizes for sizes in dict.fromkeys(tried) if num_parameters(self.build(sizes)) <= most]
-        return fitting[-1]
+    def shapes(self, share: float, num: int) -> list[Sizes]:
+        """So many sizes with about that share of the parameters, and not more: some dimensions wider, some narrower."""
+        return _shapes(self, share)[:num]
+
+    def scaled(self, ratios: tuple[float, ...]) -> Sizes:
+        """The sizes at these shares of the full ones, in whole units."""
+        parts = zip(self.full, ratios, self.units, strict=True)
+        return tuple(max(unit, round(size * ratio / unit) * unit) for size, ratio, unit in parts)
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -64,8 +73,27 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _near(size: float, unit: int) -> int:
-    return max(unit, round(size / unit) * unit)
+@cache
+def _shapes(task: Task, share: float) -> list[Sizes]:
+    ratios = [0.1 + 0.05 * step for step in range(19)]
+    fitting = []
+    most = task.count(task.full) * share
+    for first, second in product(ratios, repeat=2):
+        low, high = 0, 100  # percent of the third
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = task.count(task.scaled((first, second, middle / 100))) <= most
+            low, high = (middle, high) if fits else (low, middle)
+        sizes = task.scaled((first, second, high / 100))
+        sizes = sizes if task.count(sizes) <= most else task.scaled((first, second, low / 100))
+        if 0.97 * most < task.count(sizes) <= most:
+            fitting.append(sizes)
+    return sorted(dict.fromkeys(fitting), key=lambda sizes: _unevenness(sizes, task.full))
+
+
+def _unevenness(sizes: Sizes, full: Sizes) -> float:
+    ratios = [size / whole for size, whole in zip(sizes, full, strict=True)]
+    return max(ratios) - min(ratios)
 
 
 def _no_heads(module: nn.Module) -> dict[nn.Module, int]:
@@ -103,14 +131,23 @@ def ranker() -> Task:
     return Task(
         name="ranker",
         build=lambda sizes: FilmRanker(ratings.num_users, ratings.num_films, sizes),
-        scaled=lambda r: (_near(16 * r, 1), _near(256 * r, 2), _near(128 * r, 2)),
+        count=lambda s: (
+            (ratings.num_users + ratings.num_films) * s[0] + (2 * s[0] + 1) * s[1] + (s[1] + 1) * s[2] + s[2] + 1
+        ),
+        full=(16, 256, 128),
+        units=(1, 4, 4),
+        layouts=lambda small, large: {
+            "first.weight": matta.Layout.concat([(small[0], large[0])] * 2, axis=1)
+            | matta.Layout.concat([(small[1], large[1])]),
+            "*": 1,
+        },
         objective=matta.objectives.Binary(),
         train=lambda size, generator: rows(train[torch.randint(len(train), (size,), generator=generator)]),
         test=rows(test),
         kept=("logit",),
         batch=512,
         heads=_no_heads,
-        rates=(1e-3, 3e-4),
+        rate=1e-3,
     )
 
 
@@ -150,14 +187,21 @@ def digits() -> Task:
     return Task(
         name="cnn",
         build=DigitNetwork,
-        scaled=lambda r: (_near(16 * r, 1), _near(32 * r, 1), _near(64 * r, 2)),
+        count=lambda s: 12 * s[0] + (9 * s[0] + 3) * s[1] + (4 * s[1] + 1) * s[2] + 10 * s[2] + 10,
+        full=(16, 32, 64),
+        units=(1, 1, 2),
+        layouts=lambda small, large: {
+            "hidden.weight": matta.Layout.factors([(small[1], large[1]), (4, 4)], axis=1)
+            | matta.Layout.concat([(small[2], large[2])]),
+            "*": 1,
+        },
         objective=matta.objectives.Classification(),
         train=draw,
         test=((images[held_out],), labels[held_out]),
         kept=("classes",),
         batch=64,
         heads=_no_heads,
-        rates=(3e-3, 1e-3),
+        rate=3e-3,
     )
 
 
@@ -216,12 +260,22 @@ def byte_model() -> Task:
     return Task(
         name="gpt",
         build=ByteModel,
-        scaled=lambda r: (_near(64 * r, 2), _near(256 * r, 4), _near(4 * r, 1)),
+        count=lambda s: (
+            (512 + CONTEXT + 2) * s[0]
+            + 2 * (48 * s[2] * (s[0] + 1) + 16 * s[2] * s[0] + (2 * s[0] + 1) * s[1] + 6 * s[0])
+        ),
+        full=(64, 256, 4),
+        units=(2, 4, 1),
+        layouts=lambda small, large: {"*": 1},
         objective=matta.objectives.Classification(),
         train=draw,
         test=rows(text[cut:], torch.arange(0, len(text) - cut - CONTEXT - 1, 4 * CONTEXT)),
         kept=("head",),
         batch=16,
-        heads=lambda module: {layer: module.blocks[0].query.out_features // 16 for block in module.blocks for layer in (block.query, block.key, block.value)},
-        rates=(3e-3, 1e-3),
+        heads=lambda module: {
+            layer: layer.out_features // 16
+            for block in module.blocks
+            for layer in (block.query, block.key, block.value)
+        },
+        rate=3e-3,
     )
