@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # One thread in each process: on small models more threads cost more than they bring.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup test stress demo lint typecheck docs wheel bench clean
+.PHONY: help setup test stress demo lint typecheck docs wheel bench gpu clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ wheel: $(READY) ## build the wheel into dist/, and run an example with it alone 
 
 bench: $(READY) ## every benchmark, one after the other
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+gpu: $(READY) ## what matta does on this machine's GPU, as JSON; at tiny sizes without one
+	@$(BIN)/python benchmarks/gpu.py --json
 
 clean: ## remove .venv and what the tools have left (runs/ stays)
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

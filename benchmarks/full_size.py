@@ -23,7 +23,7 @@ import matta
 from matta.lm.costs import step_memory
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
 from matta.lm.recipe import Recipe, read_recipe
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_medium_c4"
 BATCH, CONTEXT = 1, 128

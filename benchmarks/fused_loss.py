@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import matta
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 from tiny_gpt import TinyGPT
 
 VOCABULARY, CONTEXT, BATCH_SIZE = 50_257, 256, 8

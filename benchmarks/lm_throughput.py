@@ -33,7 +33,7 @@ from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import Recipe, read_recipe
 from matta.lm.tokens import load_tokenizer
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_mini"
 SETTINGS = {

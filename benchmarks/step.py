@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.objectives.objective import Binary, CausalLM, Objective
+from matta.objectives import Binary, CausalLM, Objective
 from ranker import nest_rankers, ranker_batch, ranker_pair
 from tiny_gpt import TinyGPT
 

@@ -24,7 +24,7 @@ lxml_html = pytest.importorskip("lxml.html")
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 SHOWN = {each for page in PAGES for each in re.findall(r"^::: matta\.(\S+)$", page.read_text(), re.MULTILINE)}
-OBJECTIVES = ("Binary", "CausalLM", "Classification", "Joint", "Losses", "Objective", "TopK", "top_k")
+OBJECTIVES = [name for name in matta.objectives.__all__ if name != "Labels"]  # which is a type
 
 
 def public_names() -> Iterator[str]:
@@ -36,7 +36,9 @@ def public_names() -> Iterator[str]:
     yield from ("ab_testing.comparison.compare", "ab_testing.comparison.AbReport")
     kinds = vars(matta.errors).items()
     yield from (
-        f"errors.{name}" for name, kind in kinds if inspect.isclass(kind) and issubclass(kind, matta.MattaError)
+        f"errors.{name}"
+        for name, kind in kinds
+        if inspect.isclass(kind) and issubclass(kind, (matta.MattaError, SystemExit))
     )
 
 

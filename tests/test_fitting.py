@@ -25,6 +25,7 @@ import matta
 from matta.errors import CheckpointError, RunError
 from matta.training.evaluation import evaluating
 from matta.training.randomness import random_state_kept
+from matta.training.step_times import PARTS
 
 Pair = tuple[Tensor, Tensor]
 
@@ -371,7 +372,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(name: str, damage: str, tmp_path: Path) -> None:
     whole, stopped, resumed = Setup(), Setup(), Setup()
@@ -410,7 +411,7 @@ def test_a_checkpoint_without_checksums_is_one_of_an_earlier_version(tmp_path: P
 
 def test_a_damaged_marker_is_refused(tmp_path: Path) -> None:
     Setup().fit(batches(), steps=1, run=tmp_path / "run")
-    (tmp_path / "run" / "fit.json").write_bytes(b'{"format": "matta.fit" "version": 1}')
+    (tmp_path / "run" / "fit.json").write_bytes(b'{"format": "matta.fit" "version": 2}')
     with pytest.raises(RunError, match="fit.json is damaged"):
         Setup().fit(batches(), steps=2, run=tmp_path / "run", resume=True)
 
@@ -468,6 +469,12 @@ def test_the_loop_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     assert found.count <= expected.count + 20  # by far less than one for each of the 60 steps
 
 
+TRACKED = (
+    *("loss/student", "loss/ta", "loss/distill", "learning_rate", "distill_weight", "skipped_steps"),
+    *("steps_per_second", *(f"seconds_per_step/{part}" for part in PARTS)),
+)
+
+
 def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -475,7 +482,7 @@ def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     Setup().fit(batches(), steps=4, **settings)
     Setup().fit(batches(), steps=8, resume=True, **settings)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    names = {"loss/student", "loss/ta", "loss/distill", "learning_rate", "distill_weight", "skipped_steps"}
+    names = set(TRACKED)
     assert set(events.Tags()["scalars"]) == {*names, "evaluation/loss"}
     assert [each.step for each in events.Scalars("loss/ta")] == [2, 4, 6, 8]
     assert [each.step for each in events.Scalars("evaluation/loss")] == [4, 8]
@@ -503,8 +510,9 @@ def test_trackers_of_accelerate_get_the_same_values(tmp_path: Path) -> None:
     kept = Kept()
     accelerator = Accelerator(cpu=True, log_with=kept)
     accelerator.init_trackers("ranker")
-    Setup().fit(batches(), steps=4, log_every=2, evaluate=draw_and_judge, accelerator=accelerator)
-    names = {"loss/student", "loss/ta", "loss/distill", "learning_rate", "distill_weight", "skipped_steps"}
+    settings = {"log_every": 2, "clip_norm": 1.0, "evaluate": draw_and_judge}
+    Setup().fit(batches(), steps=4, accelerator=accelerator, **settings)
+    names = {*TRACKED, "gradient_norm"}
     assert kept.values == [(2, names), (4, names), (4, {"evaluation/loss"})]
     assert not kept.is_finished  # it is the user's to finish
 

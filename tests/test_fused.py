@@ -347,10 +347,12 @@ def test_bf16(autocast: bool, labels: str) -> None:
 def test_many_logits_are_fused_without_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     fused = fused_losses
-    monkeypatch.setattr("matta.objectives.objective.fused_losses", lambda *a, **k: used.append(1) or fused(*a, **k))
+    monkeypatch.setattr(
+        "matta.objectives.classification.fused_losses", lambda *a, **k: used.append(1) or fused(*a, **k)
+    )
     outcome(make(), CausalLM(), batch())
     assert not used
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", BATCH * LENGTH * VOCABULARY)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", BATCH * LENGTH * VOCABULARY)
     outcome(make(), CausalLM(), batch())
     outcome(make(), Classification(), batch())
     assert len(used) == 2
@@ -364,7 +366,7 @@ def test_few_logits_are_not_put_off(labels: str, monkeypatch: pytest.MonkeyPatch
     target = batch(labels)[1]
     assert CausalLM(fused=False).least_deferred(target) is None
     assert CausalLM(fused=True).least_deferred(target) == 1
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", BATCH * LENGTH * VOCABULARY)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", BATCH * LENGTH * VOCABULARY)
     assert CausalLM().least_deferred(target) == VOCABULARY
     nested = make()
     for least, kind in ((VOCABULARY, DeferredLogits), (VOCABULARY + 1, Tensor)):
@@ -382,14 +384,14 @@ def test_logits_that_are_worked_on_are_computed_as_ever(
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return outcome(nested, CausalLM(fused=fused), batch())
 
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", 1)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", 1)
     assert_same(run(None), run(False), 1e-2 if autocast else 1e-12)
     with pytest.raises(LabelError, match="fused=True.*the TA.*fused=None"):
         run(True)
 
 
 def test_a_head_with_hooks_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", 1)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", 1)
     nested = make()
     nested.ta.head.register_forward_hook(lambda module, args, out: out * 2)
     assert candidates(nested.ta) == []
@@ -493,7 +495,7 @@ class Checkpointed(Model):
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool, with_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", 1)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", 1)
     expected = outcome(make(Checkpointed), CausalLM(fused=False), batch())
     nested = make(Checkpointed)
     for module in (nested.ta, nested.student):
@@ -583,7 +585,7 @@ def test_decoders_of_transformers(name: str, training: bool, no_logits: None) ->
 
 
 def test_capped_logits_of_gemma_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matta.objectives.objective._FUSED_FROM", 1)
+    monkeypatch.setattr("matta.objectives.classification._FUSED_FROM", 1)
     found = []
     for fused in (False, None):
         torch.manual_seed(0)

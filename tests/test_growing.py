@@ -16,7 +16,7 @@ from torch.nn import functional
 import matta
 from matta.errors import GrowthError, TracingError
 from matta.nesting.growing import grow
-from matta.nesting.tracing import trace_layouts
+from matta.nesting.matching import trace_layouts
 
 
 class Ranker(nn.Module):

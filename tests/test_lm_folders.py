@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import ModelCard as HubCard
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 import matta
 from matta.choosing.family import Size
 from matta.cli import main
-from matta.errors import RunError, SubModelError
+from matta.errors import CheckpointError, RunError, SubModelError
 from matta.lm import folders
 from matta.lm.cards import Score, card_of
 from matta.lm.command_settings import ExtractSettings
@@ -30,9 +32,13 @@ from matta.lm.configurations import fit_configuration
 from matta.lm.extracting import require_writable, run, spec_of, specs_of
 from matta.lm.folders import CODE, auto_class, export
 from matta.lm.recipe import NESTED, read_recipe
+from matta.lm.streamed_folders import require_same_operators
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import RESULTS, write_run
+from matta.sizes.saving import WEIGHTS, nest_saved
+from matta.sizes.streamed_extraction import SavedWeights
 from matta.training.reporting import tensorboard
+from matta.training.run_folder import RunFolder
 
 VOCABULARY = 300
 IDS = torch.arange(5, 29).view(2, 12)
@@ -512,6 +518,96 @@ def test_models_of_a_run_are_extracted(
     printed = capsys.readouterr().out
     assert f'AutoModelForCausalLM.from_pretrained("{found[0]["folder"]}")' in printed
     assert f'from_pretrained("{found[1]["folder"]}", trust_remote_code=True)' in printed
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+QUICK = [("gpt2", "ta"), ("gpt2", "k=2"), ("llama", "*=wide,*.2=skip"), ("qwen3", "student")]
+FROM_FILES = [
+    pytest.param(name, text, id=f"{name}-{text}", marks=() if (name, text) in QUICK else pytest.mark.stress)
+    for name in DECODERS
+    for text in (*UNIFORM.values(), *MIXED.values())
+]
+
+
+@pytest.mark.parametrize(("name", "text"), FROM_FILES)
+def test_a_folder_written_from_a_file_is_the_one_written_from_memory(
+    name: str, text: str, nestings: dict[str, matta.Nested], tmp_path: Path
+) -> None:
+    nested = nestings[name]
+    saved = matta.save(nested, tmp_path / "saved")
+    with init_empty_weights(include_buffers=False):
+        modules = [type(nested.ta)(each.config) for each in (nested.student, nested.ta)]
+    for module in modules:
+        module.tie_weights()
+    mapped = nest_saved(saved, *modules).eval()
+    weights = SavedWeights(saved / WEIGHTS, mapped)
+    live = _live(mapped, text)
+    tokenizer = load_tokenizer("bytes")
+    expected = export(_extract(nested, text), tmp_path / "memory" / "model", tokenizer=tokenizer)
+    found = export(live, tmp_path / "file" / "model", tokenizer=tokenizer, weights=weights)
+    assert _files(found) == _files(expected)
+    assert all(each.is_meta for each in mapped.parameters())
+
+
+def test_models_are_compared_without_weights() -> None:
+    made, same, other = (_plain_gpt2().to("meta") for _ in range(3))
+    require_same_operators(made, same, {"input_ids": IDS})  # type: ignore[arg-type]
+    other.transformer.h[1].attn.scaling = 7.0  # type: ignore[union-attr, index]
+    with pytest.raises(
+        SubModelError, match=r"operator \d+ is aten.mul.Scalar, and another, or of other values, when it"
+    ):
+        require_same_operators(made, other, {"input_ids": IDS})  # type: ignore[arg-type]
+    llama, turned = (_extract(NESTINGS["llama"](), "student") for _ in range(2))
+    turned.model.rotary_emb.inv_freq.mul_(2)
+    with pytest.raises(SubModelError, match=r"model.rotary_emb.inv_freq is another tensor when it is loaded"):
+        require_same_operators(llama, turned, {})
+
+
+def test_weights_that_transformers_stores_otherwise_are_written_too(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 16, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    build = _build("MixtralForCausalLM", "MixtralConfig", **sizes)
+    nested = matta.nest(build(), build(num_hidden_layers=2), layers={"model.layers": "first"}).eval()
+    saved = matta.save(nested, tmp_path / "saved")
+    weights = SavedWeights(saved / WEIGHTS, nested)
+    expected = export(matta.extract(nested).eval(), tmp_path / "memory" / "model")
+    assert _files(export(nested.student, tmp_path / "file" / "model", weights=weights)) == _files(expected)
+
+
+def test_a_run_that_has_not_ended_is_extracted_from_its_checkpoint(
+    a_run: Path, nestings: dict[str, matta.Nested], tmp_path: Path
+) -> None:
+    expected = _files(Path(run(ExtractSettings(run=a_run, models=("k=2",)))["models"][0]["folder"]))
+    shutil.rmtree(a_run / NESTED)
+    with pytest.raises(RunError, match=r"has not ended and has no checkpoint; resume it: matta train RECIPE --resume"):
+        run(ExtractSettings(run=a_run))
+    folder = RunFolder(tmp_path / "fit", resume=False)
+    folder.begin()
+    cotrain = matta.CoTraining(nestings["gpt2"], matta.objectives.CausalLM())
+    folder.save(7, cotrain, {})
+    folder.wait()
+    for made in folder.path.iterdir():
+        shutil.move(made, a_run)
+    found = Path(run(ExtractSettings(run=a_run, models=("k=2",)))["models"][0]["folder"])
+    assert found == a_run / "models-step-7" / "k-2"
+    card, old = _files(found).pop("README.md").decode(), expected.pop("README.md").decode()
+    assert "\n7 steps on pydoc" in card and "\n12 steps on pydoc" in old
+    ignored = ("README.md", "SHA256SUMS")
+    assert all(content == expected[name] for name, content in _files(found).items() if name not in ignored)
+
+
+def test_damaged_weights_are_found_on_demand(a_run: Path, tmp_path: Path) -> None:
+    file = a_run / NESTED / WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run(ExtractSettings(run=a_run, out=tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"nested.safetensors is damaged: its checksum"):
+        run(ExtractSettings(run=a_run, out=tmp_path / "again", check=True))
+    assert not (tmp_path / "again").exists()
 
 
 def test_models_that_a_run_has_written_are_told_again(a_run: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -29,6 +28,7 @@ from matta.lm.command_settings import TrainSettings
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
+from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, read_recipe, recipe_from_values, recipe_to_values
 from matta.lm.recipe_training import Meter, run
@@ -130,6 +130,23 @@ def test_the_small_recipe_is_planned_as_json(capsys: pytest.CaptureFixture[str])
     assert figures["steps"] == 10
     assert figures["memory_bytes"]["total"] == sum(figures["memory_bytes"].values()) - figures["memory_bytes"]["total"]
     assert "Where the Student lives in the TA" in err
+
+
+def test_a_way_that_fits_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(RECIPES / "gpt2_mini"), "--gpus", "8", "--json", "train.optimizer=adamw"]
+    assert main([*command, "--memory-gb", "0.001"]) == 0
+    out, err = capsys.readouterr()
+    figures = json.loads(out)["gpus"]
+    totals = [each["memory"]["total"] for each in figures["choices"]]
+    ways = [(each["sharding"], each["activation_checkpointing"]) for each in figures["choices"]]
+    assert ways == [(each, again) for again in (False, True) for each in ("none", "whole", "block")]
+    assert (figures["chosen"], figures["bytes_over"]) == (None, min(totals) - 10**6)
+    assert "None fits 0.001 GB: the smallest is" in err
+    recipe = read_recipe(RECIPES / "gpt2_mini", ["train.optimizer=adamw"])
+    found = choices(recipe, nest_on_meta(recipe), num_gpus=8)
+    for index, choice in enumerate(found):
+        first = next(i for i, total in enumerate(totals) if total <= totals[index])
+        assert fitting(found, totals[index]) is found[first], choice
 
 
 def test_a_batch_that_cannot_be_trained_with_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -588,24 +605,14 @@ def test_processes_and_micro_batches_train_as_one_whatever_labels_are_masked(tmp
     path = write(tmp_path, recipe)
     run(TrainSettings(recipe=path, out=tmp_path / "one"))
     run(TrainSettings(recipe=path, out=tmp_path / "small", overrides=("train.micro_batch=1",)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "matta", "train", str(path), "--out", str(tmp_path / "two"), "--json"]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], [err[-2000:] for _, err in outputs]
-    assert json.loads(outputs[0][0])["processes"] == 2
-    assert outputs[1][0] == ""
-    for other in ("two", "small"):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "--processes", "2"], env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(ended.stdout)["processes"] == 2
+    begun_by_two = tmp_path / "two" / "checkpoint-00000002"
+    assert begun_by_two.is_dir()
+    shutil.copytree(tmp_path / "two", tmp_path / "changed", ignore=shutil.ignore_patterns("*00004", "nested", "models"))
+    run(TrainSettings(recipe=path, out=tmp_path / "changed", resume=True))
+    for other in ("two", "small", "changed"):
         torch.testing.assert_close(weights(tmp_path / other), weights(tmp_path / "one"), atol=1e-5, rtol=1e-4)

@@ -343,8 +343,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"Student cannot be nested: it is live, .*; expected a module of its own: matta.extract it first",
     ),
     "sparse": (
-        lambda: matta.nest(Embedded(4, sparse=True), Embedded(6, sparse=True)),
-        r"embedding.weight has sparse gradients and grows.*build the Student with sparse=False, or .*private",
+        lambda: matta.nest(Embedded(4, sparse=True, max_norm=1.0), Embedded(6, sparse=True, max_norm=1.0)),
+        r"embedding.weight has sparse gradients and max_norm=1.0.*build the Student with sparse=False or .*private",
     ),
     "listed": (
         lambda: matta.nest(Listed(4), Listed(6)),

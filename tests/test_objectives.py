@@ -377,7 +377,7 @@ def test_top_k_labels_that_do_not_fit_are_refused(labels: TopK, message: str) ->
 
 
 def test_one_logit_and_no_classes_have_no_top_k() -> None:
-    with pytest.raises(LabelError, match="a TopK as labels of one logit; expected 0 or 1"):
+    with pytest.raises(LabelError, match="a TopK as labels of Binary; expected a tensor"):
         Binary().cross_entropy(torch.zeros(2), _bad())
     for k in (0, CLASSES + 1):
         with pytest.raises(LabelError, match=f"received k={k}; expected 1 to {CLASSES}, the number of classes"):

@@ -14,8 +14,7 @@ from torch.nn import functional
 import matta
 import zoo
 from cases import Case
-from matta.nesting.batches import call, split_labels
-from matta.nesting.tracing import result_tensors
+from matta.nesting.batches import call, outputs_of, split_labels
 
 CHEAP = (
     *("mlp-width", "dlrm-concat", "dcn-embeddings-width-depth", "heads_first_qkv-heads", "swiglu_fused-d_model"),
@@ -25,11 +24,11 @@ CHEAP = (
 
 def outputs(module: nn.Module, batch: Any) -> list[Tensor]:
     with torch.no_grad():
-        return result_tensors(call(module.eval(), split_labels(batch)[0]))
+        return outputs_of(call(module.eval(), split_labels(batch)[0]))
 
 
 def squares(module: nn.Module, batch: Any) -> Tensor:
-    found = result_tensors(call(module, split_labels(batch)[0]))
+    found = outputs_of(call(module, split_labels(batch)[0]))
     return torch.stack([each.square().mean() for each in found if each.is_floating_point()]).sum()
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import matta
 from matta.cli import main
 from matta.errors import RunError
 from matta.training.feeding import Feed
 from matta.training.processes import make_accelerator, num_launched, require_all
+from matta.training.randomness import random_state
 
 Pair = tuple[Tensor, Tensor]
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")
@@ -72,17 +74,79 @@ class Trained:
         return {"weights": self.weights, "losses": self.result.losses, "steps": self.result.steps, "judged": judged}
 
 
+def loader(generator: torch.Generator) -> DataLoader[Any]:
+    data = TensorDataset(*(torch.cat(each)[:40] for each in zip(*batches(), strict=True)))
+    return DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+SHUFFLED = {
+    "list": lambda: batches()[:8],
+    "loader": lambda: loader(torch.Generator().manual_seed(5)),
+}
+"""Data whose order does not depend on how many processes share it."""
+
+
+class Stopped(Exception):
+    """What stops a run in these tests."""
+
+
+class StopAfter:
+    """An observer that stops a run after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def before_step(self, *_: object) -> None:
+        pass
+
+    def after_step(self, cotrain: object) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Idle(StopAfter):
+    def after_step(self, cotrain: object) -> None:
+        pass
+
+
+def begun(folder: str, name: str, *, stop: int) -> dict[str, Any]:
+    """Settings of a run that stops after a step, without having saved it."""
+    run = {"run": Path(folder, name), "checkpoint_every": 1, "tensorboard": False}
+    return {**run, "steps": 7, "log_every": 2, "observers": [StopAfter(stop)]}
+
+
+def resumed(folder: str, name: str) -> dict[str, Any]:
+    return {**begun(folder, name, stop=0), "observers": [Idle(0)], "resume": True}
+
+
 def work(folder: str) -> None:
     """A process of several, as torchrun starts it."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     snapshots = matta.Snapshots(Path(folder, "published"), every_events=10)
     once = Trained(batches(), clip_norm=0.1, observers=[snapshots], run=Path(folder, "run"), tensorboard=False)
-    loader = DataLoader(TensorDataset(*(torch.cat(each) for each in zip(*batches(), strict=True))), batch_size=4)
-    found = {"once": once.shown(), "loader": Trained(loader, clip_norm=0.1).shown()}
+    plain = DataLoader(TensorDataset(*(torch.cat(each) for each in zip(*batches(), strict=True))), batch_size=4)
+    found = {"once": once.shown(), "loader": Trained(plain, clip_norm=0.1).shown()}
     found["turns"] = Trained(batches(), in_turns=True, log_every=4).shown()
     if world == 2:
         found["twice"] = Trained(batches(), accumulate=2, log_every=3).shown()
-    share = make_accelerator().prepare_data_loader(loader)
+    if world == 2:
+        for name, make in SHUFFLED.items():
+            with suppress(Stopped):
+                Trained(make(), **begun(folder, f"two, {name}", stop=3), accumulate=2)
+            found[f"changed {name}"] = Trained(make(), **resumed(folder, f"one, {name}"), accumulate=2).shown()
+    share = make_accelerator().prepare_data_loader(plain)
     with pytest.raises(RunError, match="gives each process its share"):
         matta.Evaluation(data=share, objective=matta.objectives.Binary())(matta.nest(tower(4), tower(8)))
     torch.save(found, Path(folder, f"{rank}.pt"))
@@ -103,6 +167,9 @@ def torchrun(world: int, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.stress)])
 def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: Path) -> None:
+    for name, make in SHUFFLED.items():
+        with suppress(Stopped):
+            Trained(make(), **begun(str(tmp_path), f"one, {name}", stop=3), accumulate=4)
     ended = torchrun(world, tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world))
@@ -111,6 +178,13 @@ def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: P
     alone = Trained(batches(), accumulate=world, clip_norm=0.1).shown()
     for name in ("once", "loader"):
         torch.testing.assert_close(first[name], alone, atol=1e-6, rtol=1e-5)
+    if world == 2:
+        for name, make in SHUFFLED.items():
+            whole_run = Trained(make(), steps=7, accumulate=4, log_every=2).shown()
+            again = Trained(make(), **resumed(str(tmp_path), f"two, {name}"), accumulate=4).shown()
+            for changed in (again, first[f"changed {name}"]):
+                for part in ("weights", "losses", "steps"):
+                    torch.testing.assert_close(changed[part], whole_run[part], atol=1e-6, rtol=1e-5)
     in_turns = Trained(batches(), accumulate=world, in_turns=True, log_every=4).shown()
     torch.testing.assert_close(first["turns"], in_turns, atol=1e-6, rtol=1e-5)
     if world == 2:
@@ -145,7 +219,8 @@ def test_lists_are_shared_out_batch_by_batch() -> None:
         assert feed.num_batches() == 2
         assert [int(x) for x, _ in islice(feed, 4)] == [rank, 3 + rank, rank, 3 + rank], "what is left over is left out"
         resumed = Feed(data, one_of_three(rank), None)
-        resumed.resume({"epoch": 0, "batch": 1, "start": feed.state()["start"], "now": feed.state()["now"]})
+        state = {"epoch": 0, "batch": 1, "start": feed.state()["start"], "now": feed.state()["now"]}
+        resumed.resume([state] * 3)
         assert int(next(iter(resumed))[0]) == 3 + rank
 
 
@@ -195,6 +270,32 @@ def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
             Feed(uneven, three, 1)
     with pytest.raises(RunError, match="DistributedSampler, .* leave sampler= out"):
         Feed(DataLoader(data, sampler=DistributedSampler(data, 3, 0)), three, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "states", "message"),
+    [
+        (lambda: loader(torch.Generator()), {"generators": []}, "expected as many, or a DataLoader with a generator"),
+        (lambda: loader(torch.Generator()), {"batch": 3}, "and 3 batches of a pass are done; expected as many"),
+        (
+            lambda: DataLoader(Endless(), batch_size=4),
+            {},
+            "as many: a DataLoader over Endless gives them other batches",
+        ),
+        (lambda: batches()[:9], {}, "a pass of 9 batches is not a multiple of both"),
+    ],
+)
+def test_other_processes_are_refused_where_they_would_see_other_samples(
+    make: Any, states: dict[str, Any], message: str
+) -> None:
+    state = {"epoch": 0, "batch": states.get("batch", 2), "start": {}}
+    state["now"] = {
+        "global": random_state(),
+        "generators": states.get("generators", [None] * (type(make()) is not list)),
+    }
+    two = SimpleNamespace(**{**vars(one_of_three()), "num_processes": 2, "prepare_data_loader": lambda each: each})
+    with pytest.raises(RunError, match=rf"begun in 1 process\(es\), and now there are 2.*{message}"):
+        Feed(make(), two, None).resume([state])
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

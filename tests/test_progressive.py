@@ -118,7 +118,8 @@ def test_the_error_of_the_histogram_is_bounded(num_bins: int, scale: float) -> N
 def feed(validation: matta.ProgressiveValidation, logits: Tensor, labels: Tensor) -> None:
     """One model alone."""
     out = SimpleNamespace(all_student_logits=(logits,), ta_logits=logits)
-    validation.before_step(SimpleNamespace(nested=None), (logits, labels), out)  # type: ignore[arg-type]
+    cotrain = SimpleNamespace(nested=None, objective=matta.objectives.Binary())
+    validation.before_step(cotrain, (logits, labels), out)  # type: ignore[arg-type]
 
 
 def test_ignored_labels_and_logits_that_are_not_finite_are_left_out() -> None:

@@ -30,6 +30,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import matta
 from matta.errors import RunError
 from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.plain_state import PackedState, read_state
 from matta.training.resuming import arguments_of
 from test_fitting import Setup, Stopped, assert_equal, batches, examples, seed_all
 
@@ -378,8 +379,8 @@ def test_a_run_resumes_whatever_its_schedule_holds(tmp_path: Path) -> None:
     ours = Setup()
     begun = arguments_of(ours.cotrain, ours.optimizer, held(ours.optimizer), clip_norm=numpy.float64(1.5))
     assert begun["clip_norm"] == 1.5 and begun["scheduler.total_iters"] == 9
-    torch.save(begun, tmp_path / "arguments.pt")
-    assert torch.load(tmp_path / "arguments.pt", weights_only=True) == begun
+    PackedState(begun).write(tmp_path, "arguments")
+    assert read_state(tmp_path, "arguments") == begun
 
 
 def test_a_prolonged_run_takes_new_hyperparameters(tmp_path: Path) -> None:

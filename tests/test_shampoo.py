@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import matta
 from matta.errors import OptimizerError
-from matta.optim.preconditioner import Factors, Refresher, inverse_root, refresh_wave
-from matta.optim.shampoo import Shampoo, shampoo_groups
-from matta.optim.stacking import Grid
+from matta.optim.grids import Grid
+from matta.optim.parameter_groups import shampoo_groups
+from matta.optim.preconditioner import Factors, Refresher, inverse_roots, refresh_wave
+from matta.optim.shampoo import Shampoo
 from shampoo_reference import ReferenceShampoo
 
 GRAFTS = ("adam", "adagrad", "sgd")
@@ -395,11 +396,44 @@ def test_expanded_gradients_are_read_by_value() -> None:
     assert torch.equal(matrix, other[1])
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+@pytest.mark.parametrize("graft", ["adam", "adagrad", "sgd"])
+def test_a_sparse_gradient_moves_its_rows_alone(graft: Any) -> None:
+    """As the dense one does, if all rows were looked up; a row that was not keeps its weights and its state."""
+    torch.manual_seed(0)
+    tables = [nn.Embedding(5, 3, sparse=sparse) for sparse in (True, False)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    optimizers = [Shampoo(each, lr=0.1, graft=graft, weight_decay=0.1) for each in tables]
+    rows = torch.tensor([3, 0, 1, 3, 4])
+    for _ in range(3):
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            optimizer.zero_grad()
+            table(rows).square().sum().backward()
+            optimizer.step()
+    sparse, dense = (table.weight.detach() for table in tables)
+    torch.testing.assert_close(sparse[[0, 1, 3, 4]], dense[[0, 1, 3, 4]])
+    torch.manual_seed(0)
+    assert torch.equal(sparse[2], nn.Embedding(5, 3).weight.detach()[2])
+
+
+def test_a_sparse_gradient_of_what_is_preconditioned_is_refused() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(OptimizerError, match="sparse=False"):
-        Shampoo(table).step()
+    with pytest.raises(OptimizerError, match=r"sparse gradient of a matrix.*'precondition': False"):
+        Shampoo(table.parameters()).step()
+
+
+def test_a_table_of_a_million_rows_is_not_preconditioned() -> None:
+    """`max_dim` keeps it out even where the optimizer cannot tell that it is an embedding."""
+    table = nn.Parameter(torch.zeros(1_000_000, 2))
+    optimizer = Shampoo([table], lr=0.1)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    assert {name: tuple(value.shape) for name, value in optimizer.state[table].items()} == {
+        "step": (),
+        "exp_avg": (1_000_000, 2),
+        "exp_avg_sq": (1_000_000, 2),
+    }
+    torch.testing.assert_close(table.detach(), torch.full_like(table, -0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -507,30 +541,31 @@ def test_complex_parameters_are_refused() -> None:
 def test_a_failing_float32_decomposition_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     decompose = torch.linalg.eigh
 
-    def fail_in_float32(matrix: Tensor) -> Any:
-        if matrix.dtype == torch.float32:
+    def fail_in_float32(matrices: Tensor) -> Any:
+        if matrices.dtype == torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
-        return decompose(matrix)
+        return decompose(matrices)
 
-    matrix = torch.diag(torch.tensor([1.0, 4.0]))
-    expected = inverse_root(matrix, exponent=-0.25, eps=1e-6)
+    matrices, old = torch.diag_embed(torch.tensor([[1.0, 4.0], [2.0, 3.0]])), torch.eye(2).repeat(2, 1, 1)
+    expected = inverse_roots(matrices, old, exponent=-0.25, eps=1e-6)
     monkeypatch.setattr(torch.linalg, "eigh", fail_in_float32)
-    torch.testing.assert_close(inverse_root(matrix, exponent=-0.25, eps=1e-6), expected)
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fail_in_float32(matrix.float()))
-    factors = Factors.zeros(1, 2, matrix, exponent=-0.25)
-    factors.statistics[0] = matrix
-    factors.refresh(0, eps=1e-6)
-    assert torch.equal(factors.roots[0], torch.eye(2))
+    torch.testing.assert_close(inverse_roots(matrices, old, exponent=-0.25, eps=1e-6), expected)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrices: fail_in_float32(matrices.float()))
+    factors = Factors.zeros(2, 2, matrices, exponent=-0.25)
+    factors.statistics.copy_(matrices)
+    factors.refresh([0, 1], eps=1e-6)
+    assert torch.equal(factors.roots, old)
 
 
-def test_a_root_inverts_its_factor() -> None:
+def test_a_root_inverts_its_factor_whatever_the_others_of_its_stack_are() -> None:
     matrix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    factor = matrix @ matrix.T
-    root = inverse_root(factor, exponent=-0.25, eps=1e-12)
-    assert root is not None
-    scaled = factor / torch.linalg.eigvalsh(factor)[-1]
-    inverse = torch.linalg.matrix_power(root, 4)
+    stack = torch.stack([matrix @ matrix.T, torch.zeros(6, 6), torch.full((6, 6), torch.inf)])
+    old = 3 * torch.eye(6).double().repeat(3, 1, 1)
+    roots = inverse_roots(stack, old, exponent=-0.25, eps=1e-12)
+    scaled = stack[0] / torch.linalg.eigvalsh(stack[0])[-1]
+    inverse = torch.linalg.matrix_power(roots[0], 4)
     torch.testing.assert_close(inverse @ scaled, torch.eye(6).double(), atol=1e-6, rtol=0)
+    assert torch.equal(roots[1:], old[1:])
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 10, 20, 50])

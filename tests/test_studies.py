@@ -67,6 +67,7 @@ def made_ratings(count: int = 400) -> Ratings:
         film=torch.cat([torch.arange(9), draw(9)[9:]]),
         second=draw(1_476_000_000, 820_500_000),
         liked=draw(2).float(),
+        stars=draw(11, 1) / 2,
         is_held_out=torch.arange(count) < count // 10,
         genres=torch.eye(9)[:, :4],
         film_year=torch.arange(1990.0, 1999.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from cases import Case, places
 from matta.errors import TracingError
 from matta.nesting.channels import Channels
+from matta.nesting.dimensions import Part, Trace
 from matta.nesting.layout import Segment
-from matta.nesting.tracing import Part, Trace, trace, trace_layouts
+from matta.nesting.matching import trace_layouts
+from matta.nesting.tracing import trace
 from zoo import CASES
 
 
@@ -87,7 +90,7 @@ def test_channels_stay_in_sight(name: str) -> None:
 
 
 LOST: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
-    "heads": (lambda x: x.view(2, 2, 4).transpose(1, 2).reshape(2, 8), 8, "'view' splits 8 of them into 2 x 4"),
+    "heads": (lambda x: x.view(2, 2, 4).transpose(1, 2).reshape(2, 8), 8, "them into 2 x 4|merges their axis"),
     "heads merged": (lambda x: x.view(2, 4, 2).softmax(1).flatten(1), 8, "splits 8 of them into 4 x 2"),
     "sorted": (lambda x: x.sort(-1).values, 8, "reordered by 'sort'"),
     "top": (lambda x: x.topk(4, -1).values, 4, "reordered by 'topk'"),
@@ -105,7 +108,7 @@ def test_channels_lost_from_sight_are_said_to_be(name: str) -> None:
     found = trace(Through(function, size), (torch.ones(2, 3), None))
     for key in (("entry.weight", 0), ("head.weight", 1)) if size > 1 else (("entry.weight", 0),):
         problems = [found.dimensions[part.dimension].problem for part in found.axes[key]]
-        assert any(message in (problem or "") for problem in problems), problems
+        assert any(re.search(message, problem or "") for problem in problems), problems
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,8 @@ def test_wide_layers_are_no_harder() -> None:
     assert part.size == 4096
 
 
-WIDER = [case for case in CASES if "depth-" not in case.id]
+ONE_CHANNEL = ("llama_gqa-head_dim", "gpt_neox-d_model-head_dim-depth")  # rotary halves that are no axis to follow
+WIDER = [case for case in CASES if "depth-" not in case.id and case.id not in ONE_CHANNEL]
 
 
 @pytest.mark.parametrize("case", WIDER, ids=lambda case: case.id)
@@ -244,10 +248,12 @@ def test_layouts_leave_nothing_out_where_all_is_in_sight(name: str) -> None:
     assert trace_layouts(student, ta, case.batch()).keys() == grown
 
 
-def test_layouts_of_heads_are_left_to_nest() -> None:
+def test_layouts_of_heads_are_products() -> None:
     [case] = [case for case in CASES if case.id == "gpt2-d_model-head_dim"]
     student, ta = case.build()
-    assert not [name for name in trace_layouts(student, ta, case.batch()) if ".attn." in name and "bias" not in name]
+    layouts = trace_layouts(student, ta, case.batch())
+    assert layouts["transformer.h.0.attn.c_attn.weight"].axes[1] == (Segment((2, 2), (2, 3)),) * 3
+    assert layouts["transformer.h.0.attn.c_proj.weight"].axes[0] == (Segment((2, 2), (2, 3)),)
 
 
 def test_refuses_axes_of_other_parts() -> None:

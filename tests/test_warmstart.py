@@ -144,24 +144,24 @@ def test_a_projection_of_an_unknown_name_needs_an_example() -> None:
     assert torch.count_nonzero(extra.norm.weight) == extra.norm.weight.numel()
 
 
-def test_a_wider_hidden_state_starts_the_student_exactly_and_warns_of_the_ta() -> None:
+def test_a_wider_hidden_state_is_refused_and_the_student_starts_alone() -> None:
     student, ta = _gpt2(), _gpt2(n_embd=12, n_head=3, n_inner=24)
-    before = _logits(student, TOKENS)
-    with pytest.warns(UserWarning, match=r"differ from the Student's by .*norms over a wider hidden state"):
-        nested = matta.nest(student, ta, warm_start=True, example=TOKENS)
+    before, weights = _logits(student, TOKENS), copy.deepcopy(ta.state_dict())
+    with pytest.raises(NestingError, match=r"logits differ by .*norms over a wider hidden state.*load_state_dict"):
+        matta.nest(student, ta, warm_start=True, example=TOKENS)
+    assert all(torch.equal(weights[key], value) for key, value in ta.state_dict().items())
+    nested = matta.nest(student, ta, example=TOKENS)
+    nested.student.load_state_dict(student.state_dict())
     torch.testing.assert_close(_logits(nested.student, TOKENS), before)
 
 
-def test_a_wider_mlp_that_is_not_residual_warns_where_depth_is_added() -> None:
+def test_a_wider_mlp_that_is_not_residual_is_refused_where_depth_is_added() -> None:
     def deep(depth: int) -> nn.Module:
         torch.manual_seed(depth)
         return nn.Sequential(nn.Linear(5, 6), nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth))), nn.Linear(6, 2))
 
-    student = deep(2)
-    before = student(X)
-    with pytest.warns(UserWarning, match=r"not residual; the Student itself starts exactly where it was"):
-        nested = matta.nest(student, deep(3), layers={"1": "first"}, warm_start=True, example=(X, Y))
-    assert torch.equal(nested.student.eval()(X), before)
+    with pytest.raises(NestingError, match=r"blocks that are not residual .* nest without it and start the Student al"):
+        matta.nest(deep(2), deep(3), layers={"1": "first"}, warm_start=True, example=(X, Y))
 
 
 def test_inputs_that_are_not_known_are_named() -> None:
@@ -173,10 +173,13 @@ def test_inputs_that_are_not_known_are_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.up(x) @ self.down
 
-    with pytest.warns(UserWarning, match=r"which axis of down \(Raw\) its inputs are on.*pass example=batch"):
+    with pytest.raises(
+        NestingError, match=r"which axis of down \(Raw, of shape \(4, 2\)\) its inputs are on.*pass example"
+    ):
         matta.nest(Raw(4), Raw(6), warm_start=True)
-    with pytest.warns(UserWarning, match=r"differ from the Student's by"):
-        matta.nest(Raw(4), Raw(6), warm_start=True, example=(X, Y))
+    student = Raw(4)
+    nested = matta.nest(student, Raw(6), warm_start=True, example=(X, Y))
+    torch.testing.assert_close(nested.ta(X), student(X))
 
 
 def test_without_a_warm_start_the_ta_is_untouched() -> None:
@@ -211,8 +214,5 @@ def test_a_block_that_is_repeated_is_not_silenced() -> None:
             super().__init__(1, width)
             self.blocks = nn.ModuleList([self.blocks[0]] * depth)
 
-    student = Looped(2, 4)
-    before = student(X)
-    with pytest.warns(UserWarning, match="differ from the Student's"):
-        nested = matta.nest(student, Looped(3, 7), layers={"blocks": "first"}, warm_start=True, example=(X, Y))
-    assert torch.equal(nested.student.eval()(X), before)
+    with pytest.raises(NestingError, match="its logits differ by"):
+        matta.nest(Looped(2, 4), Looped(3, 7), layers={"blocks": "first"}, warm_start=True, example=(X, Y))

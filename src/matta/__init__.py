@@ -22,15 +22,17 @@ _PUBLIC_NAMES = {
         "Evaluation",
         "ProgressiveValidation",
         "Ramp",
+        "Rollback",
         "Snapshots",
         "Turns",
         "Weights",
         "fit",
         "read_snapshot",
+        "shard",
     ),
     "sizes": (
-        *("SubModel", "extract", "layer_names", "live", "load", "narrow", "random_sub_model", "recalibrate", "save"),
-        *("wide", "wide_narrow_wide"),
+        *("SubModel", "extract", "extract_saved", "layer_names", "live", "load", "narrow", "random_sub_model"),
+        *("recalibrate", "save", "wide", "wide_narrow_wide"),
     ),
     "choosing": ("Family", "family"),
     "exporting": ("OnnxModule", "export"),
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from matta.serving.serving_command import serve as serve
     from matta.sizes import SubModel as SubModel
     from matta.sizes import extract as extract
+    from matta.sizes import extract_saved as extract_saved
     from matta.sizes import layer_names as layer_names
     from matta.sizes import live as live
     from matta.sizes import load as load
@@ -83,11 +86,13 @@ if TYPE_CHECKING:
     from matta.training import Evaluation as Evaluation
     from matta.training import ProgressiveValidation as ProgressiveValidation
     from matta.training import Ramp as Ramp
+    from matta.training import Rollback as Rollback
     from matta.training import Snapshots as Snapshots
     from matta.training import Turns as Turns
     from matta.training import Weights as Weights
     from matta.training import fit as fit
     from matta.training import read_snapshot as read_snapshot
+    from matta.training import shard as shard
 else:
 
     def __getattr__(name):

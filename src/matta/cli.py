@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any, NoReturn, final, get_args, get_origin, get_type_hints
 
 from matta import __version__
-from matta.errors import MattaError
+from matta.errors import MattaError, Terminated
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -63,6 +63,13 @@ COMMANDS = (
         run="matta.lm.recipe_training:run",
         extra="lm",
         shared=True,
+    ),
+    Command(
+        words=("runs",),
+        summary="the runs below a folder: which are running, how far each is, its losses",
+        settings="matta.lm.command_settings:RunsSettings",
+        run="matta.lm.run_listing:run",
+        extra="lm",
     ),
     Command(
         words=("teach",),
@@ -121,6 +128,7 @@ COMMANDS = (
         extra="fit",
     ),
     _study("relevance", "rank films for users: Student, TA and all sizes between, against a tuned baseline"),
+    _study("ranking", "films in lists of users, ranked by a listwise loss: NDCG@10 against a tuned baseline"),
     _study("quality", "late flights, predicted online, with and without Shampoo, against a tuned baseline"),
     _study("ablations", "optimizers, sharing, weights, sizes, depth and Teachers, on both studies"),
     _study(
@@ -138,13 +146,15 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
-    """Exit code of one command line: 0, 2 for an error of the user's, 130 when interrupted."""
+    """Exit code of one command line: 0, 2 for an error of the user's, 128 and its number when a signal ended it."""
     options = vars(_parser(commands).parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
     try:
         _run(command, options, as_json=as_json)
     except KeyboardInterrupt as interrupt:
         return _complain(command, str(interrupt) or "interrupted", INTERRUPTED)
+    except Terminated as ended:
+        return _complain(command, str(ended), int(ended.code or 0))
     except (MattaError, OSError) as error:
         return _complain(command, str(error), USER_ERROR)
     except ImportError as error:

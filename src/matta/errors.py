@@ -12,6 +12,8 @@ Example:
     received Ramp(start=-1, steps=1000); expected start and steps of zero or more
 """
 
+from __future__ import annotations
+
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
@@ -199,6 +201,33 @@ class RunError(MattaError):
         Traceback (most recent call last):
         matta.errors.RunError: received every_events=None, every_s=None and keep=3; ...
     """
+
+
+class Terminated(SystemExit):
+    """A run ended its step and wrote a checkpoint since a signal came; the exit code is 128 and the signal's number.
+
+    It is no error of the user's: uncaught, the process ends with the code, and without a traceback.
+
+    Example:
+        >>> import signal
+        >>> ended = Terminated(signal.SIGTERM, "stopped after step 12")
+        >>> ended.code, str(ended)
+        (143, 'stopped after step 12')
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(128 + signal_number)
+        self.signal_number, self.message = int(signal_number), message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type[Terminated], tuple[int, str]]:
+        return Terminated, (self.signal_number, self.message)
+
+
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
 
 
 def first_line(error: BaseException) -> str:

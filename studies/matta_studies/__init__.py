@@ -12,7 +12,7 @@ Read in this order:
 - `experiment`: arms, plans, fresh seeds, what was found, and the run folder.
 - `presentation`: tables, notes and pictures.
 - `labelled_films`, `event_streams`, `rankers`: data and models of the two case studies.
-- `relevance`, `quality`, `language`: three studies.
+- `relevance`, `ranking`, `quality`, `language`: four studies.
 - `ablation_variants`, `ablations`: one change at a time, on both case studies.
 - `compute`: the family against its sizes trained alone, at equal processor time or with short data; what it trains is
   in `compute_tasks` and `compute_text`, and how in `compute_training`.

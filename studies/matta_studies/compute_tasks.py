@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
-from matta.objectives.objective import Binary, Objective
+from matta.objectives import Binary, Objective
 from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings

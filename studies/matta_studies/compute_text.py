@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested, nest
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 from matta_studies.compute_tasks import PRUNING_EXAMPLES, WIDEST, Task, important
 from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics
 

@@ -46,6 +46,7 @@ class Ratings:
     film: Int[Tensor, " ratings"]
     second: Int[Tensor, " ratings"]
     liked: Float[Tensor, " ratings"]
+    stars: Float[Tensor, " ratings"]
     is_held_out: Bool[Tensor, " ratings"]
     genres: Float[Tensor, "films genres"]
     film_year: Float[Tensor, " films"]
@@ -88,6 +89,7 @@ def load_ratings() -> Ratings:
         film=torch.tensor(film_codes),
         second=torch.tensor(table["timestamp"].to_numpy(dtype="int64")),
         liked=torch.tensor(table["rating"].to_numpy() >= LIKED).float(),
+        stars=torch.tensor(table["rating"].to_numpy(dtype="float32")),
         is_held_out=order < len(table) // 10,
         genres=torch.tensor(films["genres"].astype(str).str.get_dummies("|").to_numpy(dtype="float32")),
         film_year=torch.tensor(films["year"].to_numpy(dtype="float32")),

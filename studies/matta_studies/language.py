@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from matta.errors import RunError
 from matta.nesting.batches import logits_of
 from matta.nesting.nested import Nested, nest
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 from matta.optim.shampoo import Shampoo
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import SubModel, layer_names, wide_narrow_wide

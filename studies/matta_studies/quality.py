@@ -20,8 +20,9 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
-from matta.objectives.objective import Binary
-from matta.optim.shampoo import Shampoo, shampoo_groups
+from matta.objectives import Binary
+from matta.optim.parameter_groups import shampoo_groups
+from matta.optim.shampoo import Shampoo
 from matta_studies.event_streams import EventStream, load_flights, load_rated_films, load_stream, save_stream
 from matta_studies.experiment import (
     Arm,

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from matta.nesting.nested import Nested
-from matta.objectives.objective import Binary
+from matta.objectives import Binary
 from matta.optim.shampoo import Shampoo
 from matta.sizes.extraction import extract
 from matta.sizes.saving import load, save

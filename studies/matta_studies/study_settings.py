@@ -150,6 +150,24 @@ class LanguageSettings(StudySettings):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class RankingSettings(StudySettings):
+    """Settings of `matta study ranking`.
+
+    Example:
+        >>> RankingSettings().num_seeds
+        16
+
+    Raises:
+        RunError: Fewer than two seeds (a confidence interval needs two).
+    """
+
+    SEEDS = 16
+
+    seeds: int | None = field(default=None, metadata=_seeds("16; --quick: 2"))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class ComputeSettings(StudySettings):
     """Settings of `matta study compute`.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
-from matta.objectives.objective import Objective
+from matta.objectives import Objective
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import SubModel
 from matta.training.cotraining import CoTraining

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matta.ab_testing.traffic import Split
-from matta.errors import AbError
+from matta.errors import DAMAGE, AbError
 
 ENDINGS: Final = (".jsonl", ".json", ".parquet")
 
@@ -122,7 +122,7 @@ class _Reading:
         for number, record in records:
             try:
                 self._take(record, kind)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except DAMAGE as error:
                 if isinstance(error, AbError):
                     raise
                 told = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -137,7 +137,7 @@ class _Reading:
                     raise AbError(f"{path}, line {damaged}: not JSON; expected a line of an AnswerLog")
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except DAMAGE:
                     damaged = number
                     continue
                 yield number, record
@@ -154,7 +154,9 @@ class _Reading:
         values = [float(value) for value in record[name]]
         if not values or not all(map(math.isfinite, values)):
             raise ValueError(f"{name} {values}")
-        key, arm = hash(str(record["id"])), str(record["arm"]) if kind == "answer" else ""
+        key, arm = hash(str(record["id"])), record["arm"] if kind == "answer" else ""
+        if not isinstance(arm, str):
+            raise ValueError(f"arm {arm!r}")
         time_s, latency = (_number(record.get(each)) for each in ("time_s", "latency_ms"))
         columns.keys.append(key)
         columns.positions.append(self.num_lines)

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 from matta.choosing.measuring import Latency
 from matta.choosing.report_page import HeatMap, Points, ReportPage
-from matta.errors import ChoiceError
+from matta.errors import DAMAGE, ChoiceError
 from matta.nesting.plan import Plan
 from matta.sizes.storage import write_json
 from matta.sizes.submodels import SubModel
@@ -173,17 +173,19 @@ class Family:
         """
         source = _file(Path(path))
         try:
-            values = json.loads(source.read_text(encoding="utf-8"))
+            values = dict(json.loads(source.read_text(encoding="utf-8")))
             if values.pop("format") != FORMAT or values.pop("version") != VERSION:
                 raise ValueError("another format")
             sizes = tuple(_size_from_json(each) for each in values.pop("sizes"))
+            if not sizes:
+                raise ValueError("it has no size")
             return Family(sizes=sizes, **values)
         except FileNotFoundError:
             raise ChoiceError(
                 f"there is no family in {source}; make one: matta.family(nested, evaluate=..., example=...)"
                 f".save({str(Path(path))!r})"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *DAMAGE) as error:
             raise ChoiceError(f"{source} is no family of matta's, or is damaged: {error}") from None
 
     def report(
@@ -315,4 +317,10 @@ def _file(path: Path) -> Path:
 
 def _size_from_json(values: dict[str, Any]) -> Size:
     latencies = tuple(Latency(**each) for each in values.pop("latencies"))
-    return Size(latencies=latencies, **values)
+    size = Size(latencies=latencies, **values)
+    numbers = (size.parameters, size.quality, size.bytes, size.flops, size.activation_bytes)
+    times = [value for each in latencies for value in asdict(each).values()]
+    if wrong := [value for value in (*numbers, *times) if not isinstance(value, int | float)]:
+        raise TypeError(f"{wrong[0]!r} is no number")
+    SubModel(dict(size.layers))  # refuses what is no choice
+    return size

@@ -5,10 +5,11 @@ Read in this order:
 - `recipe`, checked by `typed_tables`: what a run trains, on what, and how. `command_settings`: options of the commands.
 - `text_files`, `documents`, `tokens`: text from files or the hub, as documents, as token ids.
 - `packing`, `text_streaming`: batches of packed blocks; text too large for the memory.
-- `decoders`: Student and TA of a recipe, nested. `costs` and `planning`: `matta plan`.
-- `recipe_training`: `matta train`. `trained_runs`: what its folder holds.
+- `decoders`: Student and TA of a recipe, nested. `costs`, `gpu_memory` and `planning`: `matta plan`.
+- `recipe_training`: `matta train`. `trained_runs`: what its folder holds. `run_listing`: `matta runs`.
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
 - `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
+  `streamed_folders`: their weights written from a file, piece by piece.
 - `choosing_sizes`: `matta choose`. `run_report`: `matta report`.
 - `drafting`: the Student drafts and the TA verifies, in Transformers' assisted generation.
 - `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.

@@ -26,7 +26,7 @@ from typing import Any, Final, final
 import torch
 import transformers
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta.lm.benchmark_tables import markdown, notes, rich_tables
 from matta.lm.bits_per_byte import TextScore, bits_per_byte, change
 from matta.lm.command_settings import EvaluateSettings
@@ -37,7 +37,7 @@ from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_o
 from matta.lm.recipe import SourcePart, is_run
 from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
 from matta.sizes.extraction import extract
-from matta.sizes.storage import write_json
+from matta.sizes.storage import verify_weights, write_json
 from matta.sizes.submodels import SubModel
 
 _HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -124,7 +124,7 @@ def _names_of_run(path: Path) -> list[str]:
         return []
     try:
         return [each["name"] for each in json.loads((path / RESULTS).read_text(encoding="utf-8"))["models"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise RunError(f"{path / RESULTS} is damaged: {error!r}; remove it to judge the models all the same") from None
 
 
@@ -140,9 +140,10 @@ def _of_folder(given: str, path: Path, trust: bool) -> Contestant:
             f"writes, or a run of matta train"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except DAMAGE as error:
         raise RunError(f"{file} is damaged: {error}") from None
+    verify_weights(path)
     has_code = any(True for _ in path.rglob("*.py"))
     if has_code and not trust and not is_own_code(path, config):
         raise RunError(

@@ -30,9 +30,14 @@ class TrainSettings:
         default=None, metadata={"help": "new folder of the run (default: runs/<recipe>-<date>)", "metavar": "DIR"}
     )
     resume: bool = field(default=False, metadata={"help": "resume the run in --out"})
+    processes: int = field(
+        default=1, metadata={"help": "of this machine, that train together (default: 1, or those of a launcher)"}
+    )
 
     def __post_init__(self) -> None:
-        """Refuse a resume of nothing."""
+        """Refuse a resume of nothing, and no process."""
+        if self.processes < 1:
+            raise RunError(f"--processes {self.processes}; expected at least 1")
         if self.resume and self.out is None:
             raise RunError("--resume without --out; expected the folder of the run to resume")
 
@@ -40,10 +45,25 @@ class TrainSettings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """Settings of `matta plan`."""
+    """Settings of `matta plan`.
+
+    Raises:
+        RunError: no GPU, or no memory.
+    """
 
     recipe: Path = field(metadata=_RECIPE)
     overrides: tuple[str, ...] = field(default=(), metadata=_OVERRIDES)
+    gpus: int | None = field(default=None, metadata={"help": "plan the memory of each of so many GPUs, by sharding"})
+    memory_gb: float | None = field(
+        default=None, metadata={"help": "memory of a GPU in GB (10^9 bytes): tells which way of sharding fits"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse to plan for nothing."""
+        if self.gpus is not None and self.gpus < 1:
+            raise RunError(f"gpus={self.gpus}: expected at least 1")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise RunError(f"memory_gb={self.memory_gb}: expected a number over 0")
 
 
 @final
@@ -84,6 +104,9 @@ class ExtractSettings:
     )
     out: Path | None = field(
         default=None, metadata={"help": "folder for the models (default: models in the run)", "metavar": "DIR"}
+    )
+    check: bool = field(
+        default=False, metadata={"help": "read all of the run's weights, to compare them with their checksum"}
     )
 
 
@@ -132,6 +155,16 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name}={value}: expected at least 1")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunsSettings:
+    """Settings of `matta runs`."""
+
+    folder: Path = field(
+        default=Path("runs"), metadata={"help": "folder below which the runs are (default: runs)", "metavar": "DIR"}
+    )
 
 
 @final

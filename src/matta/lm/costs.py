@@ -21,7 +21,7 @@ from matta.lm.decoders import from_config, make_optimizer
 from matta.lm.recipe import TrainPart
 from matta.nesting.nested import Nested
 from matta.objectives.fused_losses import _CHUNK_ELEMENTS
-from matta.optim.stacking import Grid
+from matta.optim.grids import Grid
 from matta.sizes.submodels import WIDE, live, narrow, wide_narrow_wide
 
 
@@ -233,10 +233,13 @@ def _state_bytes(parameter: Tensor, group: dict[str, Any]) -> int:
     columns = parameter.numel() // rows
     if not group["precondition"] or parameter.ndim < 2 or max(rows, columns) > group["max_dim"]:
         return 2 * parameter.numel() * BYTES
-    grid = Grid.of(rows, columns, block_size=group["block_size"])
+    return shampoo_bytes(Grid.of(rows, columns, block_size=group["block_size"]))
+
+
+def shampoo_bytes(grid: Grid) -> int:
+    """Shampoo's state of a matrix, with the two working copies."""
     down, across = grid.block_shape
-    factors = sum(2 * side * side for side in grid.block_shape if side > 1)
-    return grid.num_blocks * (4 * down * across + factors) * BYTES
+    return (grid.state_size + 2 * grid.num_blocks * down * across) * BYTES
 
 
 def _head_bytes(configs: list[PreTrainedConfig], *, rows: int) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from matta.errors import NestingError, RunError
 from matta.lm.recipe import ModelPart, TrainPart
@@ -24,8 +27,10 @@ from matta.nesting.block_ranking import best_layers
 from matta.nesting.growing import grow, reconfigured
 from matta.nesting.nested import Nested, nest
 from matta.nesting.ordering import order
-from matta.objectives.objective import CausalLM
-from matta.optim.shampoo import Shampoo, shampoo_groups
+from matta.objectives.classification import CausalLM
+from matta.optim.parameter_groups import shampoo_groups
+from matta.optim.shampoo import Shampoo
+from matta.sizes.storage import verify_weights
 from matta.sizes.submodels import layer_names
 from matta.sizes.units import HIDDEN
 
@@ -173,7 +178,7 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError, AssertionError) as error:
         raise RunError(
-            f"{config.model_type} cannot be built: {_first_sentence(error)}; change the values, or name a decoder of "
+            f"{config.model_type} cannot be built: {first_sentence(error)}; change the values, or name a decoder of "
             f"Transformers (AutoModelForCausalLM)"
         ) from None
 
@@ -189,13 +194,17 @@ def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> Pre
     Raises:
         RunError: there is no such model, or not all of its weights.
     """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        verify_weights(path)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            os.path.expanduser(name), dtype=dtype, output_loading_info=True
-        )
+        with without_progress_bars():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                os.path.expanduser(name), dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         raise RunError(
-            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"{who} cannot be loaded: {first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
             f"name on the hub"
         ) from None
     if missing := sorted(loaded["missing_keys"]):
@@ -207,15 +216,27 @@ def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> Pre
     return model
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Transformers reads and writes weights without showing how far it is."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _pretrained(name: str) -> PreTrainedModel:
     who = f"model.pretrained = {name!r}"
     if torch.get_default_device().type != "meta":
         return load_decoder(name, who)
     try:
-        config = AutoConfig.from_pretrained(os.path.expanduser(name))
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
+    except Exception as error:  # see above
         raise RunError(
-            f"{who} cannot be loaded: {_first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
+            f"{who} cannot be loaded: {first_sentence(error)}; expected a decoder: a folder of Transformers, or a "
             f"name on the hub"
         ) from None
     return from_config(config)
@@ -225,7 +246,7 @@ def _fresh(architecture: str, values: Mapping[str, Any], table: str) -> PreTrain
     try:
         config = CONFIG_MAPPING[architecture](**values)
     except Exception as error:  # configurations check themselves with errors of many kinds
-        raise RunError(f"{table}: {_first_sentence(error)}; change the values") from None
+        raise RunError(f"{table}: {first_sentence(error)}; change the values") from None
     _require_shared_heads(config, table)
     return from_config(config)
 
@@ -275,7 +296,7 @@ def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[None]}
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """An error of others in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (" ".join(lines[:2]) or type(error).__name__).rstrip(".")

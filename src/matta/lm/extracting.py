@@ -13,20 +13,22 @@ from typing import Any, Final, NamedTuple, final
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from matta.errors import MattaError, RunError, SubModelError
+from matta.errors import DAMAGE, MattaError, RunError, SubModelError
 from matta.lm.benchmark_tables import with_error
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
 from matta.lm.command_settings import ExtractSettings
 from matta.lm.folders import CODE, auto_class, export, require_configuration, require_new
 from matta.lm.recipe import Recipe
-from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
+from matta.lm.trained_runs import MODELS, RESULTS, MappedRun, folder_name, map_run
 from matta.nesting.nested import Nested
+from matta.nesting.slicing import materialize
 from matta.sizes.extraction import extract
 from matta.sizes.storage import write_json
-from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, wide, wide_narrow_wide
-from matta.training.loop import FitResult
+from matta.sizes.streamed_extraction import SavedWeights
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, live, wide, wide_narrow_wide
 from matta.training.reporting import rich_table
+from matta.training.run_settings import FitResult
 
 STUDENT: Final = "student"
 TA: Final = "ta"
@@ -105,10 +107,17 @@ def finish(outcome: Outcome) -> dict[str, Any]:
     return results
 
 
-def write_model(model: nn.Module, folder: Path, *, tokenizer: PreTrainedTokenizerBase, card: ModelCard) -> str | None:
-    """Write the folder of a model; why it cannot be written, or None."""
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    card: ModelCard,
+    weights: SavedWeights | None = None,
+) -> str | None:
+    """Write the folder of a model, as `export` does; why it cannot be written, or None."""
     try:
-        export(model, folder, tokenizer=tokenizer, card=card)
+        export(model, folder, tokenizer=tokenizer, card=card, weights=weights)
     except (MattaError, OSError) as error:
         return str(error)
     return None
@@ -195,19 +204,23 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
 def run(settings: ExtractSettings) -> dict[str, Any]:
     """Write the models asked for, and tell how they are loaded; what the run itself has written stays as it is.
 
+    They are written from the file of the nesting, or, of a run that has not ended, of its newest checkpoint, and are
+    never in memory.
+
     Raises:
-        RunError: the folder is no run, a model is none of its, or one of the folders of --out is there already; or
-            models could not be written, once the others are.
+        RunError: the folder is no run or has no weights yet, a model is none of its, or one of the folders of --out
+            is there already; or models could not be written, once the others are.
         SubModelError: a sub-model that the nesting does not hold.
     """
-    found = load_run(settings.run)
+    mapped = map_run(settings.run, check=settings.check)
+    found = mapped.run
     specs = specs_of(found.nested, settings.models, found.recipe.family.k)
-    out = settings.out or settings.run / MODELS
+    out = settings.out or settings.run / (MODELS if mapped.step is None else f"{MODELS}-step-{mapped.step}")
     folders = {name: out / folder_name(name) for name in specs}
     for folder in folders.values() if settings.out else ():
         require_new(folder)
-    results = _results(settings.run)
-    rows = [_write(found, name, spec, folders[name], results) for name, spec in specs.items()]
+    results = _results(settings.run) if mapped.step is None else _Results(mapped.step)
+    rows = [_write(mapped, name, spec, folders[name], results) for name, spec in specs.items()]
     _print([row for row in rows if row["not_written"] is None], out)
     require_written(rows)
     return {"run": str(settings.run), "models": rows}
@@ -277,15 +290,17 @@ def model_of(nested: Nested, name: str, spec: SubModel | None) -> nn.Module:
     return nested.ta if name == TA else extract(nested, spec).eval()
 
 
-def _write(found: LanguageRun, name: str, spec: SubModel | None, folder: Path, results: _Results) -> dict[str, Any]:
+def _write(mapped: MappedRun, name: str, spec: SubModel | None, folder: Path, results: _Results) -> dict[str, Any]:
     """Write one model, unless it is there; its row of the table."""
-    model = model_of(found.nested, name, spec)
-    assert isinstance(model, PreTrainedModel), "load_run builds nothing else"
+    found = mapped.run
+    shown = found.nested.student if spec is None else live(found.nested, spec).eval()
+    model = materialize(shown)
+    assert isinstance(model, PreTrainedModel), "map_run builds nothing else"
     not_written = None
     if not folder.exists():
         steps = results.steps or found.recipe.train.num_steps(found.recipe.data.context)
         card = recipe_card(found.nested, name, spec, found.recipe, steps=steps, scores=results.scores.get(name, ()))
-        not_written = write_model(model, folder, tokenizer=found.tokenizer, card=card)
+        not_written = write_model(shown, folder, tokenizer=found.tokenizer, card=card, weights=mapped.weights)
     return {
         "name": name,
         "parameters": model.num_parameters(),
@@ -315,7 +330,7 @@ def _results(path: Path) -> _Results:
         rows = [row for row in values["models"] if row[keys[0]] is not None]
         scores = {row["name"]: held_out_scores(*(row[key] for key in keys)) for row in rows}
         return _Results(int(values["steps"]), scores)
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise RunError(f"{file} is damaged: {error!r}; remove it to extract models without figures") from None
 
 

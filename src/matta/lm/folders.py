@@ -3,34 +3,37 @@
 A model that the stock class of its architecture builds from some configuration is loaded by that class. One whose
 blocks have different sizes is loaded by the code that goes along in the folder (`modeling_matta.py`), which needs
 Transformers alone. A folder is written under another name, loaded again, compared with the model by what both compute,
-and only then moved into place.
+and only then moved into place. A model without weights is written from the file that has them, and is compared by its
+operators.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging as transformers_logging
 
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
 from matta.lm.configurations import Fit, build, fit_configuration, signature
+from matta.lm.decoders import without_progress_bars
+from matta.lm.streamed_folders import require_same_operators, save_streamed
 from matta.nesting.batches import eval_mode
 from matta.nesting.slicing import is_live, materialize
+from matta.sizes.storage import whole_folder
+from matta.sizes.streamed_extraction import SavedWeights
 
 CODE: Final = "modeling_matta.py"
 _LENGTH: Final = 128  # tokens on which a folder is compared with its model
@@ -45,6 +48,7 @@ def export(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: ModelCard | None = None,
+    weights: SavedWeights | None = None,
 ) -> Path:
     """Write a model of Transformers as the new folder `path`, and give the path back.
 
@@ -54,6 +58,7 @@ def export(
         path: Where nothing is yet.
         tokenizer: Goes along; its special tokens are those at which generation ends.
         card: What README.md says beyond the model itself.
+        weights: Where those of a live model on the meta device are.
 
     Raises:
         RunError: there is something at `path`, or the tokenizer has more entries than the model.
@@ -67,16 +72,18 @@ def export(
         _require_vocabulary(model, tokenizer)
     made, code = _rebuilt(model, fit_configuration(model))
     _set_special_tokens(made, tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
-        _require_equal(model, _loaded(folder, type(made), model))
-        folder.chmod(0o755)
+    with whole_folder(target) as folder:
+        with without_progress_bars():
+            _add_to(folder, made, code, tokenizer, card or ModelCard(title=target.name), auto_class(model))
+            if weights is None:
+                made.save_pretrained(folder)
+                _require_equal(model, _loaded(folder, type(made), model))
+            else:
+                compare = partial(_require_same_operators, model, made)
+                save_streamed(made, folder, weights.tensors(module), meanwhile=compare)
+        for file in folder.iterdir():  # safetensors makes files that only their owner reads
+            file.chmod(0o644)
         require_new(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -165,9 +172,17 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
     return made, code
 
 
+def _require_same_operators(model: PreTrainedModel, made: PreTrainedModel) -> None:
+    """Compare a model without weights with the one that its folder will be loaded as."""
+    with init_empty_weights(include_buffers=False):
+        loaded = type(made)(copy.deepcopy(made.config))
+    loaded.tie_weights()
+    require_same_operators(model, loaded.to(model.dtype), _batch(model))
+
+
 def _loaded(folder: Path, kind: type[PreTrainedModel], model: PreTrainedModel) -> PreTrainedModel:
     """What was written, as loaded by a user of the folder, on the device of `model`."""
-    with _without_progress_bars():
+    with without_progress_bars():
         loaded = kind.from_pretrained(
             folder, dtype=model.dtype, attn_implementation=getattr(model.config, "_attn_implementation", None)
         )
@@ -267,7 +282,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                 setattr(model.generation_config, name, value)
 
 
-def _write(
+def _add_to(
     folder: Path,
     model: PreTrainedModel,
     code: str | None,
@@ -275,24 +290,10 @@ def _write(
     card: ModelCard,
     auto: str,
 ) -> None:
-    with _without_progress_bars():
-        model.save_pretrained(folder)
+    """Put everything but the weights into a folder."""
     if code is not None:
         (folder / CODE).write_text(code, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     text = render(card, model, auto_class=auto, own_code=code is not None, has_tokenizer=tokenizer is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    for file in folder.iterdir():  # safetensors makes files that only their owner reads
-        file.chmod(0o644)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

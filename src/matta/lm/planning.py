@@ -12,6 +12,7 @@ from rich.markup import escape
 from matta.lm.command_settings import PlanSettings
 from matta.lm.costs import Cost, cost_of, family_costs, step_memory
 from matta.lm.decoders import build_pair, nest_pair, require_context, require_family
+from matta.lm.gpu_memory import Choice, choices, fitting, rows_of
 from matta.lm.recipe import Recipe, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
@@ -32,9 +33,36 @@ def run(settings: PlanSettings) -> dict[str, Any]:
         MattaError: the recipe or its models cannot work.
     """
     recipe = read_recipe(settings.recipe, settings.overrides)
-    figures = plan_figures(recipe, nest_on_meta(recipe))
+    nested = nest_on_meta(recipe)
+    figures = plan_figures(recipe, nested)
+    found: list[Choice] = []
+    memory = None if settings.memory_gb is None else int(settings.memory_gb * 1e9)
+    if settings.gpus is not None or memory is not None:
+        num_gpus = settings.gpus or 1
+        found = choices(recipe, nested, num_gpus=num_gpus)
+        figures["gpus"] = gpu_figures(found, num_gpus, memory)
     _print(figures)
+    if found:
+        _print_choices(found, figures["gpus"], memory)
     return figures
+
+
+def gpu_figures(found: list[Choice], num_gpus: int, memory: int | None) -> dict[str, Any]:
+    """The choices, the one to take if there is one that fits, and how much the smallest has over the memory if not."""
+    best = None if memory is None else fitting(found, memory)
+    smallest = min(each.memory.total for each in found)
+    return {
+        "num_gpus": num_gpus,
+        "memory_bytes": memory,
+        "choices": [_choice_values(each) for each in found],
+        "chosen": None if best is None else _choice_values(best),
+        "bytes_over": None if memory is None or best is not None else smallest - memory,
+    }
+
+
+def _choice_values(choice: Choice) -> dict[str, Any]:
+    values = asdict(choice)
+    return {**values, "memory": {**values["memory"], "total": choice.memory.total}}
 
 
 def nest_on_meta(recipe: Recipe) -> Nested:
@@ -119,6 +147,34 @@ def _print(figures: Mapping[str, Any]) -> None:
     console.print(_model_table(figures))
     for line in _lines(figures):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_choices(found: list[Choice], figures: Mapping[str, Any], memory: int | None) -> None:
+    from rich.console import Console
+
+    columns = (
+        *("run as", "recompute", "weights", "gradients", "optimizer", "gathered", "activations", "heads", "total"),
+        *("sent a step", "fits"),
+    )
+    title = f"GiB on each of {figures['num_gpus']} GPUs"
+    console = Console()
+    console.print(rich_table(title, columns, list(rows_of(found, memory)), left=columns[:2]))
+    if memory is not None:
+        console.print(_advice(figures), highlight=False, soft_wrap=True)
+
+
+def _advice(figures: Mapping[str, Any]) -> str:
+    chosen, memory = figures["chosen"], figures["memory_bytes"] / 1e9
+    if chosen is None:
+        return (
+            f"None fits {memory:g} GB: the smallest is {figures['bytes_over'] / 1e9:.2f} GB over; take more GPUs, or a "
+            f"smaller train.micro_batch"
+        )
+    recompute = str(chosen["activation_checkpointing"]).lower()
+    return (
+        f"The first that fits {memory:g} GB: train.sharding={chosen['sharding']} "
+        f"train.activation_checkpointing={recompute}"
+    )
 
 
 def _nesting_table(nesting: Mapping[str, Any]) -> Table:

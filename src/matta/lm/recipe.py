@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError, first_line
 from matta.lm.typed_tables import Value, part_of
 
 RECIPE: Final = "recipe.json"  # in the folder of a run
@@ -206,6 +206,8 @@ class TrainPart:
         weights: Of the three losses.
         ramp: When distillation comes in.
         sample: Train a random sub-model along in each step.
+        sharding: In several processes: "none" (each has all weights), or FSDP2 by "block" or as a "whole".
+        activation_checkpointing: Compute blocks again in the backward pass in place of keeping what is in them.
         teacher: A folder of a Transformers model that labels every batch, or of labels that `matta teach` has
             written; none: the tokens of the text are the labels.
         checkpoint_every: Steps between checkpoints.
@@ -232,6 +234,8 @@ class TrainPart:
     weights: WeightsPart = field(default_factory=WeightsPart)
     ramp: RampPart = field(default_factory=RampPart)
     sample: bool = False
+    sharding: Literal["none", "block", "whole"] = "none"
+    activation_checkpointing: bool = False
     teacher: str = ""
     checkpoint_every: int = 1000
     evaluate_every: int | None = None
@@ -330,8 +334,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     file = _find(path)
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is not TOML: {error}") from None
+    except DAMAGE as error:
+        raise RunError(f"{file} is not TOML: {first_line(error)}") from None
     for override in overrides:
         _replace(values, override)
     values.setdefault("name", file.stem)
@@ -373,7 +377,7 @@ def _without_none(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _find(path: Path) -> Path:
-    for file in (path, path.with_name(f"{path.name}.toml")):
+    for file in (path, Path(f"{path}.toml")):
         if file.is_file():
             return file
     known = sorted(file.stem for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
@@ -402,7 +406,7 @@ def _replace(values: dict[str, Value], override: str) -> None:
 def _read_value(text: str) -> Value:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except DAMAGE:
         return text
 
 

@@ -1,6 +1,6 @@
 """`matta train`: co-train the language models of a recipe, then extract the family and judge it.
 
-In one process, or in several: `accelerate launch -m matta train RECIPE`.
+In one process, or in several: `matta train RECIPE --processes 2`, or by torchrun, accelerate launch or srun.
 """
 
 from __future__ import annotations
@@ -15,38 +15,47 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from matta.errors import RunError
+from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
 from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import DataPart, Recipe, is_run, read_recipe, recipe_to_values
+from matta.lm.recipe import DataPart, Recipe, TrainPart, is_run, read_recipe, recipe_to_values
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import read_run_recipe, write_recipe, write_run
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
-from matta.objectives.objective import CausalLM
+from matta.nesting.sharded_slices import is_sharded
+from matta.objectives import CausalLM
 from matta.sizes.submodels import random_sub_model
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.fitting import fit
-from matta.training.loop import FitResult
+from matta.training.interrupts import restated
+from matta.training.launching import in_processes
 from matta.training.loss_schedule import Ramp, Weights
-from matta.training.processes import make_accelerator
+from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
+from matta.training.run_settings import FitResult
+from matta.training.sharding import shard, whole_nested
+from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 MAY_CHANGE: Final = (
     "train.checkpoint_every",
     "train.evaluate_every",
+    "train.sharding",
+    "train.activation_checkpointing",
     "data.evaluate",
     "data.evaluate_bytes",
     "data.cache",
@@ -63,6 +72,10 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
         KeyboardInterrupt: it was stopped; a checkpoint was written before that.
     """
     recipe = read_recipe(settings.recipe, settings.overrides)
+    if settings.processes > 1 and num_launched() == 1:
+        return in_processes(run, settings, num_processes=settings.processes)
+    if settings.processes not in (1, num_launched()):
+        raise RunError(f"--processes {settings.processes} in a launcher's {num_launched()}; leave --processes out")
     accelerator = make_accelerator()
     path = _agreed_path(settings.out, recipe.name, accelerator)
     _require_free(path, resume=settings.resume)
@@ -71,6 +84,8 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
     session = _Session(recipe, accelerator)
     with _folder(path, session, accelerator):
         result = _train(session, path)
+    if is_sharded(session.nested):
+        session.nested = whole_nested(session.nested)
     if not accelerator.is_main_process:
         return None
     try:
@@ -148,11 +163,16 @@ class _Session:
         self.nested = nest_pair(recipe.model, student, ta, to_measure)
         require_family(self.nested, recipe.family.k)
         require_writable(self.nested, recipe.family.k)
+        for model in (self.nested.student, self.nested.ta) if recipe.train.activation_checkpointing else ():
+            checkpoint_activations(model)
         self.data = packed_text(recipe.data, self.tokenizer, batch=micro_batch)
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
         self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
         self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
+        if accelerator.num_processes > 1 and recipe.train.sharding != "none":
+            self.cotrain.to(accelerator.device)
+            shard(self.cotrain, by=recipe.train.sharding, policy=_mixed(recipe.train))
         set_seed(recipe.train.seed, device_specific=True)
         self.seconds, self.meter = 0.0, Meter()
 
@@ -171,6 +191,21 @@ class _Session:
             num_processes=self.accelerator.num_processes,
             batch=self.data.batch,
         )
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let the blocks of a Transformers model be computed again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _mixed(part: TrainPart) -> MixedPrecisionPolicy | None:
+    """With bf16, blocks are gathered in it; weights and the reduction of gradients stay in float32."""
+    if part.precision == "no":
+        return None
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def packed_text(part: DataPart, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> PackedTokens:
@@ -317,9 +352,9 @@ def _train(session: _Session, path: Path) -> FitResult:
                 checkpoint_every=part.checkpoint_every,
                 accelerator=session.accelerator,
             )
-    except KeyboardInterrupt as interrupt:
-        step = str(interrupt).partition(";")[0] or "stopped"
-        raise KeyboardInterrupt(f"{step}; resume with the same command and --resume --out {path}") from None
+    except (KeyboardInterrupt, Terminated) as ended:
+        step = str(ended).partition(";")[0] or "stopped"
+        raise restated(ended, f"{step}; resume with the same command and --resume --out {path}") from None
     finally:
         session.seconds = time.perf_counter() - start
 

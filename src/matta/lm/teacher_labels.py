@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, final
 from zlib import crc32
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta.lm.packing import IGNORED, PackedTokens
 from matta.objectives.labels import TopK
 from matta.sizes.storage import checked_file, verify, whole_file
@@ -113,11 +113,21 @@ def read_about(path: Path) -> About:
             raise RunError(
                 f"{file} is of {found}; expected {FORMAT}: write the labels again with this version of matta"
             )
-        return About(**values)
-    except (ValueError, TypeError, AttributeError) as error:
+        return _checked_about(About(**values))
+    except DAMAGE as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{file} is damaged: {error}; write the labels again: matta teach, into a new folder") from None
+
+
+def _checked_about(about: About) -> About:
+    for each in fields(about):
+        value = getattr(about, each.name)
+        if type(value).__name__ != each.type:
+            raise TypeError(f"{each.name} is {value!r}")
+    if min(about.top, about.vocabulary, about.context - 1, about.num_samples, about.samples_per_shard) < 1:
+        raise ValueError("numbers below 1")
+    return about
 
 
 def begin(path: Path, about: About) -> None:
@@ -163,7 +173,7 @@ def write_shard(path: Path, shard: int, about: About, samples: NDArray[np.int64]
     arrays["checks"] = np.array(checks, dtype=np.uint32)
     try:
         with whole_file(file) as made:
-            save_file(arrays, made)
+            save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, made)
     except SafetensorError as error:  # also of a disk that is full
         raise RunError(
             f"{file} cannot be written: {error}; make room for it, and run the same matta teach again, which continues "
@@ -230,11 +240,14 @@ class StoredTeacher:
         try:
             opened = ExitStack().enter_context(safe_open(file, framework="np"))
             found = {name: opened.get_slice(name).get_shape() for name in expected}
+            kinds = [opened.get_slice(name).get_dtype() for name in expected]
         except (SafetensorError, OSError) as error:
             raise RunError(f"{file} is damaged: {error}; delete it, and run the same matta teach again") from None
-        if found != expected:
+        token_type = {"u1": "U8", "u2": "U16", "i4": "I32"}[self.about.token_type.str[1:]]
+        if found != expected or kinds != ["I64", token_type, "F16", "U32"]:
             raise RunError(
-                f"{file} holds {found}, and {MANIFEST} says {expected}; delete it, and run matta teach again"
+                f"{file} holds {found} of {', '.join(kinds)}, and {MANIFEST} says {expected}; delete it, and run matta "
+                f"teach again"
             )
         return opened
 

@@ -92,7 +92,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if {"vocab.json", "merges.txt"} <= names and not names & {"tokenizer.json", "tokenizer_config.json"}:
             return GPT2Tokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         there = ", ".join(sorted(names))[:200]
         raise RunError(
@@ -105,7 +105,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise RunError(f"there is no folder {name!r}; expected 'bytes', a tokenizer's folder, or a name on the hub")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of the network, of the hub and of Transformers: they have no common base
         raise RunError(
             f"the tokenizer {name!r} is not a folder here, and cannot be loaded from the hub: {first_line(error)}; "

@@ -1,5 +1,6 @@
 """Folders of `matta train`: everything that the run's models need, without the hub.
 
+    plan/             where the Student lives in the TA
     recipe.json       the recipe, its overrides and defaults put in
     configs/          the configurations of Student and TA
     tokenizer/        the tokenizer
@@ -8,27 +9,32 @@
     results.json      what came of the run
     ...               and what `matta.fit` writes
 
-`load_run` reads one back.
+`load_run` reads one back; `map_run` tells where its weights are, of the newest checkpoint if it has not ended.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from matta.errors import RunError
-from matta.lm.decoders import from_config
+from matta.errors import DAMAGE, CheckpointError, RunError
+from matta.lm.decoders import first_sentence, from_config
 from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
-from matta.sizes.saving import load
+from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
+from matta.sizes.streamed_extraction import SavedWeights
+from matta.training.run_folder import MODEL, checkpoints_in
 
 RESULTS: Final = "results.json"
+PLAN: Final = "plan"
 TOKENIZER: Final = "tokenizer"
 MODELS: Final = "models"
 CONFIGS: Final = {"student": "configs/student", "ta": "configs/ta"}
@@ -37,12 +43,22 @@ CONFIGS: Final = {"student": "configs/student", "ta": "configs/ta"}
 @final
 @dataclass(frozen=True, kw_only=True)
 class LanguageRun:
-    """A run that has ended: its recipe, the trained pair, and the tokenizer."""
+    """A run: its recipe, the pair, and the tokenizer."""
 
     recipe: Recipe
     nested: Nested
     tokenizer: PreTrainedTokenizerBase
     path: Path
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MappedRun:
+    """A run on the meta device, where its weights are, and, if it has not ended, the step of the checkpoint."""
+
+    run: LanguageRun
+    weights: SavedWeights
+    step: int | None
 
 
 def load_run(path: Path) -> LanguageRun:
@@ -55,13 +71,66 @@ def load_run(path: Path) -> LanguageRun:
     recipe = read_run_recipe(path)
     if not (path / NESTED).is_dir():
         raise RunError(f"the run in {path} has not ended; resume it: matta train RECIPE --resume --out {path}")
-    for folder in (*CONFIGS.values(), TOKENIZER):
-        verify(path / folder)
+    nested = load(path / NESTED, *_models(path))
+    return LanguageRun(recipe=recipe, nested=nested.eval(), tokenizer=_tokenizer(path), path=path)
+
+
+def map_run(path: Path, *, check: bool = False) -> MappedRun:
+    """A run whose pair has no weights, and where they are: at its end, or else in its newest checkpoint.
+
+    With `check` the file of the weights is compared with its checksum, for which it is read as a whole.
+
+    Raises:
+        RunError: the folder is no run, or has no weights yet.
+        CheckpointError: weights, plan, configurations or tokenizer are damaged.
+    """
+    recipe = read_run_recipe(path)
+    folder, file, prefix, step = path / NESTED, WEIGHTS, "", None
+    plan = folder
+    if not folder.is_dir():
+        checkpoints = checkpoints_in(path)
+        if not checkpoints:
+            raise RunError(
+                f"the run in {path} has not ended and has no checkpoint; resume it: matta train RECIPE --resume --out "
+                f"{path}"
+            )
+        folder, file, prefix, plan = checkpoints[-1], MODEL, "nested.", path / PLAN
+        step = int(re.sub(r"\D", "", folder.name))
+    if check:
+        verify(folder, file)
+    with init_empty_weights(include_buffers=False):
+        modules = _models(path)
+    for module in modules:
+        module.tie_weights()  # parameters that are made anew on the meta device are tied no longer
+    nested = nest_saved(plan, *modules).eval()
+    run = LanguageRun(recipe=recipe, nested=nested, tokenizer=_tokenizer(path), path=path)
+    return MappedRun(run=run, weights=SavedWeights(folder / file, nested, prefix), step=step)
+
+
+def _models(path: Path) -> list[PreTrainedModel]:
+    """Student and TA with fresh weights, by the configurations of a run."""
     with torch.random.fork_rng(devices=[]):
-        modules = [from_config(AutoConfig.from_pretrained(path / folder)) for folder in CONFIGS.values()]
-    nested = load(path / NESTED, *modules)
-    tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER)
-    return LanguageRun(recipe=recipe, nested=nested.eval(), tokenizer=tokenizer, path=path)
+        return [from_config(_read(AutoConfig, path / folder)) for folder in CONFIGS.values()]
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    found: PreTrainedTokenizerBase = _read(AutoTokenizer, path / TOKENIZER)
+    return found
+
+
+def _read(kind: type[AutoConfig | AutoTokenizer], folder: Path) -> Any:
+    """What Transformers reads from a folder of the run; no code in it is run.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+    """
+    verify(folder)
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
+        raise CheckpointError(
+            f"{folder} is damaged: {first_sentence(error)}; take another copy of the folder"
+        ) from None
 
 
 def read_run_recipe(path: Path) -> Recipe:
@@ -75,7 +144,7 @@ def read_run_recipe(path: Path) -> Recipe:
         raise RunError(f"{path} holds no run of matta train: there is no {RECIPE}; expected the folder of one")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except DAMAGE as error:
         raise RunError(f"{file} is damaged: {error}") from None
     return recipe_from_values(values, str(file))
 
@@ -88,6 +157,7 @@ def write_run(path: Path, recipe: Recipe, nested: Nested, tokenizer: PreTrainedT
     tokenizer.save_pretrained(path / TOKENIZER)
     for folder in (*CONFIGS.values(), TOKENIZER):
         add_checksums(path / folder)
+    save_plans(nested, path / PLAN)
     write_recipe(path, recipe)
 
 

@@ -7,10 +7,12 @@ needs to be known, and no module is edited.
 Read in this order:
 
 - `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
-- `slicing`: live modules, whose weights are slices of another module's parameters.
+- `slicing`: live modules, whose weights are slices of another module's parameters. `sparse_tables`: those of embeddings
+  with sparse gradients. `sharded_slices`: under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
-- `channels`, `operators`, `tracing`: the layout of fused axes, found by following channels through both models.
-- `probing`: both models run, and compared, with all but the Student's slices silenced.
+- `channels`, `operators`, `dimensions`, `tracing`: channels followed through a run of a model.
+- `matching`: one traced model over another, which gives the layout of fused axes and of heads.
+- `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.
 - `ordering`, with `channel_groups` and `importance`: a trained TA's channels in the order in which they matter;
   `block_ranking`: which of its blocks to keep; `ta_start`: a Student that starts as its slice.
@@ -22,9 +24,9 @@ from matta.nesting.batches import Batch
 from matta.nesting.block_ranking import best_layers
 from matta.nesting.growing import grow
 from matta.nesting.layout import Layout
+from matta.nesting.matching import trace_layouts
 from matta.nesting.nested import Nested, nest, probe
 from matta.nesting.ordering import Ordering, find_order, order
-from matta.nesting.tracing import trace_layouts
 
 __all__ = [
     "Batch",

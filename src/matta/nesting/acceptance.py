@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from matta.errors import NestingError
 from matta.nesting.plan import Placement
 from matta.nesting.slicing import deep_copy, graph_tensors, is_live
+from matta.nesting.sparse_tables import is_sparse_table
 
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -45,6 +46,7 @@ def _reasons(module: nn.Module) -> Iterator[str]:
                 f"{where} is live, its weights are slices of another module's; expected a module of its own: "
                 f"matta.extract it first, or nest several Students in one TA with matta.nest([...], ta)"
             )
+        yield from _hidden_weights(path or type(part).__name__, part)
     for path, name, tensor in graph_tensors(module):
         if not _is_recomputed(module.get_submodule(path), name):
             yield (
@@ -54,6 +56,28 @@ def _reasons(module: nn.Module) -> Iterator[str]:
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if is_lazy(tensor):
             yield f"{name} has no shape yet; expected sizes: run the lazy module on a batch once, then nest"
+
+
+def _hidden_weights(path: str, part: nn.Module) -> Iterator[str]:
+    """Weights that are no parameters of a module: packed integers, or layers that torch does not see."""
+    for name, value in [*vars(part).items(), *part._buffers.items()]:
+        packed = isinstance(value, torch.ScriptObject)
+        integers = isinstance(value, Tensor) and "weight" in name and not value.is_floating_point()
+        if packed or (integers and not value.is_complex()):
+            yield (
+                f"{path} ({type(part).__name__}) is quantised, its weights are in {name!r} and do not train; expected "
+                f"parameters of a floating type: nest first, and quantise what is extracted"
+            )
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if name not in ("_modules", "_parameters", "_buffers") and any(_is_layer(each) for each in inside):
+            yield (
+                f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters"
+                f"; expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"
+            )
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, nn.Module) and any(True for _ in value.parameters())
 
 
 def _is_recomputed(part: nn.Module, name: str) -> bool:
@@ -95,16 +119,16 @@ def require_real_buffers(student: nn.Module, ta: nn.Module) -> None:
             )
 
 
-def refuse_sparse_gradients(student: nn.Module, placement: Placement) -> None:
-    """Refuse an embedding whose sparse gradient would have to pass through a slice.
+def refuse_renormalised_tables(student: nn.Module, placement: Placement) -> None:
+    """Refuse a table with sparse gradients whose rows are scaled in place as they are looked up.
 
     Raises:
-        NestingError: with the embedding, and the argument to change.
+        NestingError: with the embedding, and the arguments to change.
     """
     owner = student.get_submodule(placement.student.rpartition(".")[0])
-    trains = student.get_parameter(placement.student).requires_grad
-    if placement.grows and trains and getattr(owner, "sparse", False) is True:
+    if placement.grows and is_sparse_table(owner) and owner.max_norm is not None:
         raise NestingError(
-            f"{placement.student} has sparse gradients and grows in the TA; they cannot pass through a slice; build "
-            f"the Student with sparse=False, or keep it apart with private=[{placement.student!r}]"
+            f"{placement.student} has sparse gradients and max_norm={owner.max_norm}, which scales in place what is a "
+            f"slice of the TA; expected one of the two: build the Student with sparse=False or max_norm=None, or keep "
+            f"it apart with private=[{placement.student!r}]"
         )

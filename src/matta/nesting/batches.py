@@ -6,11 +6,12 @@ arguments, or a pair (inputs, labels) with inputs a tensor or a tuple of positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from matta.errors import LabelError
 
@@ -98,18 +99,62 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def logits_of(output: Any) -> Tensor:
+def outputs_of(output: Any) -> list[Tensor]:
+    """The logits in what a module returned; where it has none, all tensors of numbers in it.
+
+    Example:
+        >>> import torch
+        >>> outputs_of({"loss": None, "prediction": (torch.ones(1), torch.ones(1, dtype=torch.long))})
+        [tensor([1.])]
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = tree_leaves(output if logits is None else logits)
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def has_logits(output: Any) -> bool:
+    """Whether a module returned logits: a tensor, or an object or mapping with `logits`."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return isinstance(output, Tensor) or named is not None
+
+
+def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, names: Iterable[str] | None = None) -> Any:
     """The logits in what a module returned: a tensor, or an object or mapping with `logits`.
+
+    Args:
+        output: What the module returned.
+        where: The name of the field that holds them, or a function of the output; None: as above.
+        names: Those of several outputs, each a field of its own; the logits are a mapping then.
 
     Raises:
         LabelError: there are none.
+
+    Example:
+        >>> import torch
+        >>> logits_of({"prediction_logits": torch.ones(1)}, "prediction_logits")
+        tensor([1.])
     """
-    if isinstance(output, Tensor):
+    if where is not None and not isinstance(where, str):
+        return where(output)
+    if names is not None:
+        return {name: logits_of(output, name) for name in names}
+    if where is None and isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    name = where or "logits"
+    logits = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if isinstance(logits, Tensor):
         return logits
+    fields = [each for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
     raise LabelError(
-        f"the module returned {type(output).__name__} without logits; expected a tensor of logits, "
-        f"or an object with .logits; wrap the module in one that returns its logits"
+        f"the module returned {type(output).__name__} without {name}; its tensors are: {', '.join(fields) or 'none'}; "
+        f"expected a tensor of logits, or an object with .logits; say where they are by CoTraining(logits=...), the "
+        f"name of a field or a function of the output, or wrap the module in one that returns its logits"
     )
+
+
+def _fields_of(output: Any) -> Mapping[str, Any]:
+    if isinstance(output, Mapping):
+        return output
+    if type(output) in (tuple, list):
+        return {str(index): each for index, each in enumerate(output)}
+    return output._asdict() if hasattr(output, "_asdict") else getattr(output, "__dict__", {})

@@ -6,8 +6,8 @@ its arguments by name, and how rows of channels go through an operator that only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from math import prod
 from typing import Any, final
 
 import torch
@@ -74,8 +74,11 @@ class Channels:
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.long)
         self._is_input = torch.zeros(1, dtype=torch.bool)
-        self.problems: list[tuple[Row, str]] = []
+        self.problems: list[tuple[Row, str, str]] = []
         self.cuts: list[Row] = []
+        self.products: list[tuple[Row, tuple[Row, ...]]] = []
+        self._splits: dict[tuple[bytes, tuple[int, ...]], tuple[Row, ...]] = {}
+        self._merges: dict[tuple[bytes, ...], Row] = {}
 
     def __len__(self) -> int:
         """Number of channels, that of the unknown one included."""
@@ -117,37 +120,85 @@ class Channels:
         """All channels of the axes of such tensors."""
         return self._is_input.nonzero().flatten()
 
-    def blame(self, row: Row, problem: str) -> None:
-        """Leave a problem at the channels of a row."""
-        self.problems.append((row[row != 0], problem))
+    def blame(self, row: Row, problem: str, kind: str) -> None:
+        """Leave a problem of a kind ("split", "picked" or "lost") at the channels of a row."""
+        self.problems.append((row[row != 0], problem, kind))
+
+    def split(self, row: Row, sizes: tuple[int, ...]) -> tuple[Row, ...]:
+        """The factors of a row that is a product of axes of these sizes."""
+        key = _key(row), sizes
+        if key not in self._splits:
+            self._multiply(row, tuple(self.new(size) for size in sizes))
+        return self._splits[key]
+
+    def merge(self, factors: tuple[Row, ...]) -> Row:
+        """The row that is the product of several, from the slowest to the fastest."""
+        key = tuple(map(_key, factors))
+        if key not in self._merges:
+            self._multiply(self.new(prod(map(len, factors))), factors)
+        return self._merges[key]
+
+    def _multiply(self, whole: Row, factors: tuple[Row, ...]) -> None:
+        self.products.append((whole, factors))
+        self._splits[_key(whole), tuple(map(len, factors))] = factors
+        self._merges.setdefault(tuple(map(_key, factors)), whole)
+
+    def product_rows(self) -> list[Row]:
+        """All rows that are a product, and their factors."""
+        return [row for whole, factors in self.products for row in (whole, *factors)]
+
+    def close_products(self) -> None:
+        """Tie the factors of products that are the same; a product of fewer factors is refined by one of more."""
+        changed = True
+        while changed:
+            changed = False
+            alike: dict[bytes, list[tuple[Row, ...]]] = {}
+            for whole, factors in list(self.products):
+                alike.setdefault(_key(self.classes(whole)), []).append(factors)
+            for group in alike.values():
+                finest = max(group, key=len)
+                for factors in group:
+                    changed |= factors is not finest and self._refine(factors, finest)
+
+    def _refine(self, coarse: tuple[Row, ...], fine: tuple[Row, ...]) -> bool:
+        """Tie each factor to the product of the finer ones that it consists of; whether anything was new."""
+        changed, rest = False, list(fine)
+        for factor in coarse:
+            taken: list[Row] = []
+            while rest and prod(map(len, taken)) < len(factor):
+                taken.append(rest.pop(0))
+            if prod(map(len, taken)) != len(factor):
+                return changed
+            if len(taken) > 1:
+                known = (_key(factor), tuple(map(len, taken))) in self._splits
+                changed |= not known
+                taken = [factor] if known else taken
+            if len(taken) > 1:
+                self._multiply(factor, tuple(taken))
+            elif not torch.equal(self.classes(factor), self.classes(taken[0])):
+                self.tie(factor, taken[0])
+                changed = True
+        return changed
 
 
-@final
-@dataclass(frozen=True)
-class Product:
-    """An axis that is a product, such as heads times head_dim.
-
-    Legend: `whole` are its channels; `factors` those of each factor at the same indices, from the slowest on.
-    """
-
-    whole: Row
-    factors: tuple[Row, ...]
+def _key(row: Row) -> bytes:
+    return row.numpy().tobytes()
 
 
 @final
 class Known:
-    """The rows of tensors that are known so far, and `place`, the names of the modules that are running.
+    """The rows of tensors that are known so far; `place`, the modules that are running; `read`, what operators got.
 
-    With `keep_products`, an axis that is split into several, or merged from several, is noted in `products`; without
-    it a problem is left there.
+    `summed` are rows of weights that a product with data has summed over: the inputs of a layer.
     """
 
-    def __init__(self, *, keep_products: bool = False) -> None:
+    def __init__(self) -> None:
         self.channels = Channels()
         self.place: list[str] = []
-        self.keep_products = keep_products
-        self.products: list[Product] = []
+        self.read: set[int] = set()
+        self.summed: list[Row] = []
         self._rows: Any = WeakTensorKeyDictionary()
+        self._weights: Any = WeakTensorKeyDictionary()
 
     def rows(self, tensor: object) -> Rows:
         """The rows known of a tensor."""
@@ -155,16 +206,25 @@ class Known:
 
     def put(self, tensor: Tensor, rows: Rows) -> None:
         """Take note of the rows of a tensor."""
-        kept = {axis: row for axis, row in rows.items() if len(row) > 1 and bool((row != 0).any())}
+        kept = {axis: row for axis, row in rows.items() if bool((row != 0).any())}
         assert all(tensor.shape[axis] == len(row) for axis, row in kept.items())
         self._rows[tensor] = kept
 
     def label(self, tensor: Tensor, *, is_input: bool = False) -> Rows:
         """Give the axes of `tensor` channels of their own; of an input, all but the batch axis."""
-        axes = range(1 if is_input else 0, tensor.ndim)
+        axes = [axis for axis in range(1 if is_input else 0, tensor.ndim) if tensor.shape[axis] > 1]
         rows = {axis: self.channels.new(tensor.shape[axis], is_input=is_input) for axis in axes}
         self.put(tensor, rows)
         return self.rows(tensor)
+
+    def mark_weights(self, tensors: Iterable[Tensor]) -> None:
+        """Note that tensors are weights, or made of weights alone."""
+        for tensor in tensors:
+            self._weights[tensor] = True
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of weights alone, so that a product with it sums over inputs of a layer."""
+        return tensor in self._weights
 
     def tie_all(self, found: Iterable[tuple[int, Row]]) -> Rows:
         """The rows of one tensor from those of several; what falls on the same axis is tied."""
@@ -173,38 +233,17 @@ class Known:
             rows[axis] = self.channels.tie(rows[axis], row) if axis in rows else row
         return rows
 
-    def blame(self, rows: Iterable[Row], problem: str) -> None:
+    def blame(self, rows: Iterable[Row], problem: str, kind: str = "lost") -> None:
         """Leave a problem, with the place where it arose, at rows of channels."""
         place = f" in {self.place[-1]!r}" if self.place and self.place[-1] else ""
         for row in rows:
-            self.channels.blame(row, f"{problem}{place}")
+            self.channels.blame(row, f"{problem}{place}", kind)
 
     def lose(self, size: int, problem: str) -> Row:
         """A row in place of one that cannot be followed: what it meets has the problem as well."""
         row = self.channels.new(size)
         self.blame([row], problem)
         return row
-
-    def split(self, row: Row, shown: Tensor, axes: Sequence[int], problem: str) -> Rows:
-        """The rows of the axes that one row was split into; `shown` has its channels where they are now."""
-        if not self.keep_products:
-            self.blame([row], problem)
-            return {axis: self.lose(shown.shape[axis], problem) for axis in axes}
-        is_input = self.channels.is_input(row)
-        rows = {axis: self.channels.new(shown.shape[axis], is_input=is_input) for axis in axes}
-        along = {axis: [-1 if i == axis else 1 for i in range(shown.ndim)] for axis in axes}
-        factors = [part.view(along[axis]).expand(shown.shape).flatten() for axis, part in rows.items()]
-        self.products.append(Product(shown.flatten(), tuple(factors)))
-        return rows
-
-    def merge(self, rows: list[Row], problem: str) -> Row:
-        """The row of an axis that several were merged into, given as they lie on it."""
-        if not self.keep_products or len(rows) == 1:
-            self.blame(rows[:-1], problem)
-            return rows[-1]
-        merged = self.channels.new(len(rows[0]))
-        self.products.append(Product(merged, tuple(rows)))
-        return merged
 
 
 def move(known: Known, call: Call) -> None:
@@ -219,7 +258,7 @@ def move(known: Known, call: Call) -> None:
         for slot, moved in zip(landed, tree_leaves(_again(call, shadow)), strict=True):
             _land(known, call, slot, axis, row, moved)
     for out, slot in zip(results, landed, strict=True):
-        known.put(out, {axis: _innermost(known, call, rows) for axis, rows in slot.items()})
+        known.put(out, {axis: _merged(known, call, axis, out.shape, rows) for axis, rows in slot.items()})
 
 
 def _again(call: Call, shadow: Tensor) -> Any:
@@ -238,6 +277,7 @@ def _to_cpu(value: Any) -> Any:
 
 def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis: int, row: Row, moved: Tensor) -> None:
     """Find the axis that a row has come to lie on."""
+    whole = moved.shape
     for i, stride in enumerate(moved.stride()):
         moved = moved.narrow(i, 0, 1) if stride == 0 and moved.shape[i] > 1 else moved
     if not moved.numel():
@@ -252,10 +292,20 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
     elif len(varying) > 1:
         sizes = " x ".join(str(moved.shape[i]) for i in varying)
         problem = f"{call.name!r} splits {len(row)} of them into {sizes}"
-        for i, part in known.split(row, moved, varying, problem).items():
-            slot.setdefault(i, []).append((axis, part))
+        flat = moved.amax([i for i in range(moved.ndim) if i not in varying]) if len(varying) < moved.ndim else moved
+        is_product = torch.equal(flat.flatten(), row) and bool((row != 0).all())
+        factors = known.channels.split(row, tuple(flat.shape)) if is_product else None
+        known.blame([row, *(factors or ())[:-1]], problem, "split" if factors else "lost")
+        for n, i in enumerate(varying):
+            slot.setdefault(i, []).append((axis, factors[n] if factors else known.lose(whole[i], problem)))
+    elif call.name in _CUTTING and whole[axis] == 1 and bool((moved != 0).any()):
+        known.channels.cuts.append(found := moved.flatten()[:1])
+        slot.setdefault(axis, []).append((axis, found))  # a stretch of one channel, such as half of two
     elif bool((moved != 0).any()):
-        known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index")
+        known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index", "picked")
+
+
+_CUTTING = frozenset("slice narrow split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split())
 
 
 def _varies(moved: Tensor, axis: int) -> bool:
@@ -263,9 +313,29 @@ def _varies(moved: Tensor, axis: int) -> bool:
     return bool(((moved != moved.amax(axis, keepdim=True)) & (moved != 0)).any())
 
 
-def _innermost(known: Known, call: Call, rows: list[tuple[int, Row]]) -> Row:
-    """Where axes merge into one, its row is that of the innermost; the others cannot grow."""
-    own = [row for _, row in sorted(rows) if not known.channels.is_input(row[row != 0])]
-    if not own:
-        return rows[-1][1]
-    return known.merge(own, f"{call.name!r} merges their axis with another")
+def _merged(known: Known, call: Call, axis: int, shape: torch.Size, rows: list[tuple[int, Row]]) -> Row:
+    """Where axes merge into one, its row is their product; those of an input count for nothing beside others."""
+    own = sorted((source, row) for source, row in rows if not known.channels.is_input(row[row != 0]))
+    if len(own) < 2:
+        return own[0][1] if own else rows[-1][1]
+    problem = f"{call.name!r} merges their axis with another"
+    factors = _factors_of(known, call, axis, shape, [source for source, _ in own])
+    if factors is None:
+        known.blame([row for _, row in own[:-1]], problem)
+        return own[-1][1]
+    whole = known.channels.merge(factors)
+    known.blame(factors[:-1], problem, "split")
+    return whole
+
+
+def _factors_of(known: Known, call: Call, axis: int, shape: torch.Size, own: list[int]) -> tuple[Row, ...] | None:
+    """The rows of the axes that a view merges into one, in order, with new ones where nothing is known of an axis."""
+    before, after = call.shape, prod(shape[axis + 1 :])
+    end = next((i for i in reversed(range(len(before) + 1)) if prod(before[i:]) >= after), 0)
+    start = next((i for i in reversed(range(end + 1)) if prod(before[i:end]) >= shape[axis]), 0)
+    exact = prod(before[end:]) == after and prod(before[start:end]) == shape[axis]
+    if not exact or call.name not in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+        return None
+    rows, new = known.rows(call.first), known.channels.new
+    factors = [rows[i] if i in own else new(before[i]) for i in range(start, end) if before[i] > 1]
+    return tuple(factors) if all(bool((factor != 0).all()) for factor in factors) else None

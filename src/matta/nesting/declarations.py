@@ -173,6 +173,11 @@ class Rules:
             self._unused.pop((argument, pattern), None)
         return found[0] if found else None
 
+    def declares(self, name: str) -> bool:
+        """Whether there is a layout for a parameter, or for the weight that it is the bias of."""
+        names = (name, f"{name.removesuffix('bias')}weight") if name.endswith("bias") else (name,)
+        return any(self.match("layouts", each, self.layouts) for each in names)
+
     def used(self, argument: str, pattern: str) -> None:
         """Note that a pattern has matched."""
         self._unused.pop((argument, pattern), None)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import OrderError
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
-from matta.nesting.channel_groups import AxisKey, Group, tensors_taken
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels, tensors_of
+from matta.nesting.channel_groups import AxisKey, Group
 
 Importance = Literal["activation", "taylor", "magnitude"]
 KINDS: Final = ("activation", "taylor", "magnitude")
@@ -155,7 +155,7 @@ class _watched:
 
     def _hook(self, path: str, places: set[tuple[int, int]]) -> Any:
         def add(_: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = tensors_taken(args, kwargs)
+            tensors = tensors_of((args, kwargs))
             for argument, axis in places:
                 values = tensors[argument].detach().abs().float()
                 others = [i for i in range(values.ndim) if i != axis]

@@ -119,6 +119,11 @@ class Axis:
         return any(segment.grows for segment in self.segments)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the axis is one stretch, of which the Student holds the leading part."""
+        return len(self.segments) == 1 and len(self.segments[0].ta) == 1
+
+    @property
     def is_leading(self) -> bool:
         """Whether the Student's indices are simply the first ones."""
         return self.positions() == list(range(self.student_size))
@@ -226,6 +231,7 @@ class Layout:
         if (found.student_size, found.ta_size) != (student, ta):
             raise LayoutError(
                 f"axis {axis} is laid out as {found.student_size} of {found.ta_size}, "
-                f"but is {student} long in the Student and {ta} in the TA"
+                f"but is {student} long in the Student and {ta} in the TA; expected parts that sum to both: "
+                f"correct their sizes"
             )
         return found

@@ -8,21 +8,22 @@ the same map with other sizes and other names; no layer type needs to be known.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, final
 
 from torch import nn
 
-from matta.errors import NestingError, TracingError
+from matta.errors import NestingError
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
+from matta.nesting.matching import Shown, shown_layouts
 from matta.nesting.placing import plan_nesting, private_placements, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
-from matta.nesting.probing import probe_pair
+from matta.nesting.probing import probe_pair, settle_pair
 from matta.nesting.slicing import LiveSlice, bind, copy_module
 from matta.nesting.ta_start import start_from_ta
-from matta.nesting.tracing import trace_layouts
 from matta.nesting.warm_start import warm_start_pair
 
 
@@ -120,9 +121,10 @@ def nest(
         private: Patterns of Student parameters that the Student keeps for itself.
         share: "all", "embeddings" (section 4.3.2), "none", or patterns of what is shared.
         warm_start: True: put the Student's present weights into the TA, and silence what the TA has
-            beyond them, so that both start as good as that Student. "ta": the TA's weights stay, and
-            the Student starts as its slice of them, private parameters and statistics of norms
-            included; `matta.order` first puts what matters most into the leading slices.
+            beyond them, so that both start as good as that Student; refused where the TA cannot.
+            "ta": the TA's weights stay, and the Student starts as its slice of them, private parameters
+            and statistics of norms included; `matta.order` first puts what matters most into the
+            leading slices.
         example: A batch. With it both modules are run: axes that shapes leave ambiguous (embeddings
             one after the other, flattened images, halves of a gate) are laid out as the flow of the
             data shows, and the whole nesting is probed.
@@ -130,8 +132,7 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, a warm start that
-            is none, or a module that cannot be nested (lazy, compiled, scripted, live, with sparse
-            gradients, not to be copied).
+            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -153,19 +154,29 @@ def nest(
             f'warm_start={warm_start!r}; expected True (from a trained Student), "ta" (from a trained TA), or False'
         )
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
-    traced = [_trace(each, ta, example) for each in students]
-    plans = [plan_nesting(each, ta, rules, layouts) for each, layouts in zip(students, traced, strict=True)]
+    shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
+    plans = [
+        plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)
+    ]
     rules.require_all_used()
     if example is not None:
-        for each, plan in zip(students, plans, strict=True):
-            probe_pair(each, ta, plan, example)
+        together = zip(students, plans, shown, strict=True)
+        plans = [
+            replace(
+                settle_pair(each, ta, plan, example, seen, rules.declares),
+                products=seen.products,
+                spanning=seen.spanning,
+            )
+            for each, plan, seen in together
+            if seen
+        ]
     if warm_start is True:
-        for each, plan in zip(students, plans, strict=True):
-            warm_start_pair(each, ta, plan, example)
+        for each, plan, seen in zip(students, plans, shown, strict=True):
+            warm_start_pair(each, ta, plan, example, seen or Shown())
     nested = Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
     if warm_start == "ta":
-        for i, each in enumerate(students):
-            own = private_placements(each, ta, plans[i], rules, traced[i])
+        for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
+            own = private_placements(each, ta, plans[i], rules, seen and seen.parameters)
             start_from_ta(nested.students[i], ta, plans[i], own)
     return nested
 
@@ -190,16 +201,6 @@ def nested_from_plans(students: Sequence[nn.Module], ta: nn.Module, plans: Seque
                     f"{tuple(named[name].shape)} of {tuple(target.shape)}"
                 )
     return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
-
-
-def _trace(student: nn.Module, ta: nn.Module, example: Batch | None) -> Mapping[str, Layout] | None:
-    """The layouts that running both on an example shows; None without an example."""
-    if example is None:
-        return None
-    try:
-        return trace_layouts(student, ta, example)
-    except TracingError:  # the probe has the last word
-        return {}
 
 
 def _live(student: nn.Module, ta: nn.Module, plan: Plan) -> nn.Module:

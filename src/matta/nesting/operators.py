@@ -10,11 +10,13 @@ row of channels over two axes, leaves a *problem* at them; nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,8 +27,7 @@ from matta.nesting.channels import Call, Known, Rows, move, name_of
 class Flow(TorchDispatchMode):
     """Passes rows of channels along while it is active, from what is known of its arguments to its results.
 
-    Leave out the fused operators that torch takes for speed while this is active:
-    `matta.nesting.tracing.trace` switches them off.
+    Leave out the fused operators that torch takes for speed while this is active: `plain_kernels` switches them off.
     """
 
     def __init__(self, known: Known) -> None:
@@ -42,11 +43,29 @@ class Flow(TorchDispatchMode):
     ) -> Any:
         """Run an operator, then its rule on the rows of its arguments."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.known.read.update(map(id, tensors))
         shape = tensors[0].shape if tensors else torch.Size()  # some operators change it in place
         out = func(*args, **(kwargs or {}))
         if any(self.known.rows(tensor) for tensor in tensors):
-            _rule(func)(self.known, Call(func, args, kwargs or {}, out, shape))
+            call = Call(func, args, kwargs or {}, out, shape)
+            _rule(func)(self.known, call)
+            if all(map(self.known.is_weight, tensors)):
+                self.known.mark_weights(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Switch off fused kernels, which a dispatch mode cannot look into."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mkldnn.enabled = onednn
 
 
 _Rule = Callable[[Known, Call], None]
@@ -140,9 +159,17 @@ def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
     last, inner = first.ndim - 1, max(second.ndim - 2, 0)
     if last in left and inner in right:
         known.channels.tie(left[last], right[inner])
+    _sum_over(known, (first, last), (second, inner))
     found = [(axis, row) for axis, row in left.items() if axis != last]
     found += [(axis, row) for axis, row in right.items() if axis != inner]
     return known.tie_all(found)
+
+
+def _sum_over(known: Known, *operands: tuple[Tensor, int]) -> None:
+    """Note the axis that a product of data with a weight sums over; of two weights, that of the first."""
+    tensor, axis = next((each for each in operands if known.is_weight(each[0])), (None, 0))
+    if axis in known.rows(tensor):
+        known.summed.append(known.rows(tensor)[axis])
 
 
 def _product(known: Known, call: Call) -> None:
@@ -155,12 +182,55 @@ def _add_product(known: Known, call: Call) -> None:
     known.put(call.result, known.tie_all([*rows.items(), *added.items()]))
 
 
+def _trilinear(known: Known, call: Call) -> None:
+    """A product of three tensors, each with new axes of length 1, of which some axes are summed."""
+    found = []
+    for tensor, expand in zip(call.args[:3], call.args[3:6], strict=True):
+        axes = [axis for axis in range(tensor.ndim + len(expand)) if axis not in expand]
+        found += [(axes[axis], row) for axis, row in known.rows(tensor).items()]
+    summed = set(call["sumdim"])
+    weight, axes = (
+        call.args[1],
+        [axis for axis in range(call.args[1].ndim + len(call.args[4])) if axis not in call.args[4]],
+    )
+    for axis in range(weight.ndim):
+        if axes[axis] in summed:
+            _sum_over(known, (weight, axis))
+    rows = {axis: row for axis, row in known.tie_all(found).items() if axis not in summed}
+    known.put(call.result, {axis - sum(gone < axis for gone in summed): row for axis, row in rows.items()})
+
+
+def _grouped_product(known: Known, call: Call) -> None:
+    """Rows of data times the matrix of the group (the expert) that each belongs to."""
+    data, weight = call.args[0], call.args[1]
+    left, right = known.rows(data), known.rows(weight)
+    if (data.ndim, weight.ndim) != (2, 3):
+        _unknown(known, call)
+        return
+    known.tie_all([(0, rows[1]) for rows in (left, right) if 1 in rows])
+    _sum_over(known, (weight, 1))
+    known.put(call.result, {1: right[2]} if 2 in right else {})
+
+
+def _restride(known: Known, call: Call) -> None:
+    """The same shape in another order of memory."""
+    (_keep if call.result.shape == call.shape else _unknown)(known, call)
+
+
+def _as_complex(known: Known, call: Call) -> None:
+    """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
+    axes = min(call.first.ndim, call.result.ndim)
+    known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
+
+
 def _convolution(known: Known, call: Call) -> None:
     """Channels in and out; a depthwise one ties them, another grouped one is refused."""
     data, weight = known.rows(call["input"]), known.rows(call["weight"])
     groups, transposed = call["groups"], call["transposed"]
     source, target = (0, 1) if transposed else (1, 0)
     in_channels = call["input"].shape[1]
+    if groups == 1:
+        _sum_over(known, (call["weight"], source))
     bias = known.rows(call["bias"]).items()
     rows: Rows = {0: data[0]} if 0 in data else {}
     if groups == 1:
@@ -286,6 +356,10 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
     **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    "_trilinear": _trilinear,
+    "_grouped_mm": _grouped_product,
+    "as_strided": _restride,
+    **dict.fromkeys(["view_as_complex", "view_as_real"], _as_complex),
     "glu": _glu,
     "cat": _cat,
     "stack": _stack,

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from matta.errors import OrderError
 from matta.nesting.acceptance import require_nestable
-from matta.nesting.batches import Batch, call, map_tensors, split_labels
+from matta.nesting.batches import Batch, call, map_tensors, outputs_of, split_labels
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.importance import Importance, Loss, channel_scores
 from matta.nesting.slicing import deep_copy
-from matta.nesting.tracing import result_tensors
 
 _SEED = 20250523
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -176,7 +175,7 @@ def _outputs(module: nn.Module, example: Batch) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(_SEED)
         try:
-            found = result_tensors(call(module.eval(), split_labels(example)[0]))
+            found = outputs_of(call(module.eval(), split_labels(example)[0]))
         finally:
             for part, mode in modes:
                 part.training = mode

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from matta.errors import LayoutError, NestingError
-from matta.nesting.acceptance import refuse_sparse_gradients
+from matta.nesting.acceptance import refuse_renormalised_tables
 from matta.nesting.ambiguity import refuse_ambiguous_axes
 from matta.nesting.declarations import LayerMap, Rules, is_module_list, map_layers, translate
 from matta.nesting.known_modules import known_layout, output_axis
@@ -41,7 +41,7 @@ def plan_nesting(student: nn.Module, ta: nn.Module, rules: Rules, traced: Mappin
     for name in shared:
         layout, by_user = _layout(student, name, rules)
         placements[name] = _place(name, translate(name, maps), student, ta, layout, (traced or {}).get(name))
-        refuse_sparse_gradients(student, placements[name])
+        refuse_renormalised_tables(student, placements[name])
         if by_user or _is_known(placements[name], student, ta):
             declared.add(name)
     placements = _tie(named, placements)
@@ -139,7 +139,10 @@ def _place(
             f"same number of axes; keep it apart with private=[{name!r}]"
         )
     if layout is not None and any(not 0 <= axis < parameter.ndim for axis in layout.axes):
-        raise LayoutError(f"{name} has {parameter.ndim} axes; its layout names axis {max(layout.axes)}")
+        raise LayoutError(
+            f"{name} has {parameter.ndim} axes; its layout names axis {max(layout.axes)}; expected axis=0 to "
+            f"{parameter.ndim - 1}"
+        )
     if parameter.dtype != target.dtype:
         raise NestingError(
             f"{name} is {parameter.dtype} and the TA's {ta_name} {target.dtype}; expected one type, since they are the "
@@ -195,7 +198,8 @@ def _axis(
             raise LayoutError(f"{name}: {error}") from None
     if sizes[0] == sizes[1]:
         return Axis.plain(*sizes)
-    known = _from_table(name, ta_name, student, ta, axis, sizes) or traced
+    seen = traced if traced is not None and axis in traced.axes else None
+    known = seen or _from_table(name, ta_name, student, ta, axis, sizes)
     try:
         return Axis.plain(*sizes) if known is None else known.resolve(axis, *sizes)
     except LayoutError:  # traced on other blocks than the one it lives in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import final
 
@@ -19,11 +19,15 @@ from matta.nesting.slicing import LiveSlice
 @final
 @dataclass(frozen=True)
 class Placement:
-    """Where one Student parameter lives: a TA parameter, and the indices of each of its axes."""
+    """Where one Student parameter lives: a TA parameter, and the indices of each of its axes.
+
+    `note` says how that was found, if neither sizes nor a declaration say it.
+    """
 
     student: str
     ta: str
     axes: tuple[Axis, ...]
+    note: str = field(default="", compare=False)
 
     @property
     def num_elements(self) -> int:
@@ -42,11 +46,17 @@ class Placement:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The nesting of one Student: shared parameters by Student name, private ones, module lists."""
+    """The nesting of one Student: shared parameters by Student name, private ones, module lists.
+
+    `products` are Student parameters of which the modules' code splits an axis that grows (into heads), by numbers
+    that go with the other widths; `spanning` are those with a width that several blocks of a list share.
+    """
 
     placements: Mapping[str, Placement]
     private: tuple[str, ...]
     layers: tuple[LayerMap, ...]
+    products: frozenset[str] = frozenset()
+    spanning: frozenset[str] = frozenset()
 
     @property
     def num_shared(self) -> int:
@@ -80,7 +90,9 @@ def _rows(plan: Plan, private: Mapping[str, Tensor]) -> Iterator[tuple[str, str,
     for name, placement in plan.placements.items():
         shape = "x".join(str(axis.student_size) for axis in placement.axes) or "scalar"
         first = home.setdefault(str(placement), name)
-        yield name, shape, str(placement) + (f"  (tied to {first})" if first != name else "")
+        remarks = [placement.note] if placement.note else []
+        remarks += [f"tied to {first}"] if first != name else []
+        yield name, shape, str(placement) + (f"  ({'; '.join(remarks)})" if remarks else "")
     for name in plan.private:
         shape = "x".join(map(str, private[name].shape)) if name in private else "tied"
         yield name, shape, "private: the Student's own"

@@ -7,34 +7,41 @@ gradients flow to the owner, and a block that activation checkpointing computes 
 wrong gradients). The optimizer, DDP and FSDP see the owner's parameters alone.
 
 In training the slices are views. Outside training they are contiguous copies, since products with
-strided weights can differ in the last bit from those of an extracted module.
+strided weights can differ in the last bit from those of an extracted module. Tables with sparse gradients
+are never copied: `sparse_tables` has their slices.
 """
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, final
+from contextlib import contextmanager
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.layout import Axis
+from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
 
 _SLICES = "_live_slices"
+FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
 
 
 @final
 class LiveSlice:
     """A slice of one parameter of another module.
 
-    `axes` has one entry for each axis of the parameter; `detach` cuts the gradient.
+    `axes` has one entry for each axis of the parameter; `detach` cuts the gradient. With `adds_at_once` the gradient
+    is added to the parameter's as soon as it is there, not when all that read the parameter have theirs.
     """
 
     def __init__(self, owner: nn.Module, name: str, axes: tuple[Axis, ...], *, detach: bool = False) -> None:
         self.owner, self.name, self.axes, self.detach = owner, name, axes, detach
+        self.adds_at_once = False
         self._growing = tuple((dim, axis) for dim, axis in enumerate(axes) if axis.grows)
 
     @property
@@ -42,14 +49,39 @@ class LiveSlice:
         """What two slices share when they are the same part of the same parameter, be it a tied one."""
         return id(getattr(self.owner, self.name)), self.axes
 
-    def read(self, *, contiguous: bool) -> Tensor:
-        """The present weights: a view in training, a contiguous copy otherwise."""
-        tensor: Tensor = getattr(self.owner, self.name)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the owner's parameter is divided among processes at present."""
+        return hasattr(getattr(self.owner, self.name), "full_tensor")
+
+    def outline(self) -> Tensor:
+        """A tensor of the slice's shape and type without contents."""
+        owner: Tensor = getattr(self.owner, self.name)
+        return torch.empty([axis.student_size for axis in self.axes], dtype=owner.dtype, device="meta")
+
+    def read(self, *, contiguous: bool, sparse: bool = False) -> Tensor:
+        """The present weights: a view in training, a contiguous copy otherwise; of a `sparse` table always a view."""
+        tensor = _whole(getattr(self.owner, self.name))
+        if self.adds_at_once and tensor.requires_grad and torch.is_grad_enabled():
+            tensor = _adding_at_once(tensor)
+        if sparse and self._growing:
+            tensor = SparseSlice.apply(tensor, self.axes)
+            return tensor.detach() if self.detach else tensor
         for dim, axis in self._growing:
             tensor = axis.take(tensor, dim)
         if self.detach:
             tensor = tensor.detach()
         return tensor.contiguous() if contiguous else tensor
+
+    def as_parameter(self) -> Tensor:
+        """The present weights without their graph, that say of themselves whether they train, as a parameter does.
+
+        Without gradients, torch multiplies a transposed input in another order by weights that ask for none.
+        """
+        value, source = self.read(contiguous=True), getattr(self.owner, self.name)
+        if value.requires_grad or not source.requires_grad or self.detach:
+            return value
+        return value.detach().requires_grad_()
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
@@ -57,12 +89,14 @@ class LiveSlice:
         tensor: Tensor = getattr(self.owner, self.name)
         write_slice(tensor, value, self.axes)
 
+    @torch.no_grad()
     def own(self) -> nn.Parameter:
         """A parameter with a copy of the present weights."""
         value = self.read(contiguous=True).detach().clone(memory_format=torch.contiguous_format)
         source: nn.Parameter = getattr(self.owner, self.name)
         return nn.Parameter(value, requires_grad=source.requires_grad and not self.detach)
 
+    @torch.no_grad()
     def shared(self) -> nn.Parameter:
         """A parameter without gradient over the owner's memory, where one view can show the slice; else a copy.
 
@@ -70,6 +104,40 @@ class LiveSlice:
         """
         value = self.read(contiguous=False).detach()
         return nn.Parameter(value.contiguous() if value.ndim > 2 else value, requires_grad=False)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """The tensor, gathered from all processes if it is sharded.
+
+    Raises:
+        NestingError: it is sharded in a step that trains it.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise NestingError(
+            f"a live slice of a sharded parameter of shape {tuple(tensor.shape)} is read while nothing gathers it; "
+            f"expected to run the CoTraining that was sharded (fully_shard or matta.shard), and not the Student alone"
+        )
+    return tensor.full_tensor()
+
+
+def _adding_at_once(parameter: Tensor) -> Tensor:
+    """The parameter as a leaf of its own, whose gradient is added to the parameter's as soon as it is there.
+
+    Autograd would hold the gradients of all of the Student's blocks, whole, until the TA's blocks have theirs.
+    """
+
+    def add(leaf: Tensor) -> None:
+        if parameter.grad is None:
+            parameter.grad = leaf.grad
+        elif leaf.grad is not None:
+            parameter.grad += leaf.grad
+        leaf.grad = None
+
+    leaf = parameter.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(add)
+    return leaf
 
 
 @torch.no_grad()
@@ -97,18 +165,55 @@ def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn
 def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """What copy.deepcopy gives, with tensors that a forward left among the attributes cut off from their graph.
 
+    A module that FSDP2 has sharded is copied without FSDP, with whole parameters: all processes must call this.
+
     Raises:
         NestingError: the module holds something that cannot be copied.
     """
-    cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
+    memo = dict(memo or {})
     try:
-        return copy.deepcopy(module, {**cut, **(memo or {})})
+        with _without_fsdp(module, memo):
+            cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
+            return copy.deepcopy(module, {**cut, **memo})
     except (RuntimeError, TypeError, NotImplementedError, pickle.PicklingError) as error:
         raise NestingError(
             f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; expected attributes that can be "
             f"copied: keep locks, generators, files and tensors with a graph out of the module, or give the class that "
             f"holds them a __deepcopy__"
         ) from error
+
+
+@contextmanager
+def _without_fsdp(module: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
+    """For a while, modules of FSDP2 as they were before: of the user's class, without its hooks; parameters whole."""
+    held: list[Any] = [each for part in module.modules() for each in part._parameters.values()]
+    for parameter in held:
+        if hasattr(parameter, "full_tensor") and id(parameter) not in memo:
+            whole = parameter.detach().full_tensor()
+            memo[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    kept = [(part, part.__class__, dict(part.__dict__)) for part in module.modules()]
+    try:
+        for part, kind, attributes in kept:
+            part.__class__ = kind.__mro__[2] if is_unit(part) else kind
+            for name, value in attributes.items():
+                if "fsdp" in name or (name == "forward" and hasattr(value, FOLLOWS)):
+                    del part.__dict__[name]
+                elif isinstance(value, OrderedDict) and any(map(_is_of_fsdp, value.values())):
+                    part.__dict__[name] = OrderedDict((k, v) for k, v in value.items() if not _is_of_fsdp(v))
+        yield
+    finally:
+        for part, kind, attributes in kept:
+            part.__class__ = kind
+            part.__dict__.update(attributes)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers what is in the module together: `fully_shard(module)` was called."""
+    return hasattr(module, "set_requires_gradient_sync")  # an FSDPModule, whose import takes half a second
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def graph_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -184,13 +289,13 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
 
     Parameters of its own are copied as well, unless `keep_own` keeps the very same ones.
     """
-    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules()}
+    memo: dict[int, Any] = {id(part.__dict__[_SLICES]): {} for part in module.modules() if is_live(part)}
     if keep_own:
         memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
     made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         plain.__class__ = type(part).__mro__[1]
-        del plain.__dict__[_SLICES]
+        plain.__dict__.pop(_SLICES, None)  # gone where a class copies itself, as the layers of einops do
     return made
 
 
@@ -224,7 +329,10 @@ def _plain(
 
 
 def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The present weights of a live module by name: own parameters and slices, tied ones once."""
+    """The present weights of a live module by name: own parameters and slices, tied ones once.
+
+    Slices of sharded parameters have no contents here: what asks for names and shapes must not wait for all processes.
+    """
     seen: set[Any] = set()
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -236,7 +344,7 @@ def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[s
         for name, live in slices.items():
             if not (once and live.key in seen):
                 seen.add(live.key)
-                yield prefix + name, getattr(part, name)
+                yield prefix + name, live.outline() if live.is_sharded else getattr(part, name)
 
 
 def _read(name: str) -> Callable[[nn.Module], Tensor]:
@@ -244,9 +352,20 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        return live.read(contiguous=not (self.training and torch.is_grad_enabled()))
+        is_sparse = is_sparse_table(self)
+        if is_sparse or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return live.read(contiguous=not (self.training and torch.is_grad_enabled()), sparse=is_sparse)
+        return live.as_parameter()
 
     return read
+
+
+def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
+    live: LiveSlice | None = self.__dict__[_SLICES].get("weight")
+    if live is None or not self.sparse:
+        return nn.EmbeddingBag.forward(self, *args, **options)
+    table: Tensor = getattr(live.owner, live.name)
+    return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -260,6 +379,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
+        if base.forward is nn.EmbeddingBag.forward:
+            body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
@@ -283,7 +404,7 @@ def _named_parameters(
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle the user's class and the names, from which the live class is made again."""
-    return _new_live, (type(self).__mro__[1], tuple(self.__dict__[_SLICES])), self.__dict__
+    return _new_live, (type(self).__mro__[1], tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
 
 
 def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -293,8 +414,8 @@ def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-    for name in self.__dict__[_SLICES]:
-        tensor = getattr(self, name)
+    for name, live in self.__dict__.get(_SLICES, {}).items():
+        tensor = live.outline() if live.is_sharded else getattr(self, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
 
@@ -305,7 +426,7 @@ def _load_from_state_dict(
     """Weights that are loaded into a live module are written into the owner's."""
     unexpected, errors = rest
     taken: set[str] = set()
-    for name, live in self.__dict__[_SLICES].items():
+    for name, live in self.__dict__.get(_SLICES, {}).items():
         value = state.get(prefix + name)
         if value is None:
             missing.extend([prefix + name] if strict else [])

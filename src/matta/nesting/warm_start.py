@@ -9,7 +9,6 @@ the TA keeps its fresh weights, through which it learns.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.nesting.batches import Batch, call, eval_mode, outputs_of, split_labels
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role
+from matta.nesting.matching import Shown
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import write_slice
 
@@ -27,48 +27,50 @@ _OUTPUT_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "down_proj", "wo", "w2", 
 _TOLERANCE = 1e-4
 
 
-def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch | None) -> None:
+def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch | None, shown: Shown) -> None:
     """Write the Student's weights into the TA and silence the TA's extra parts.
 
-    With an example it is checked that the TA now computes what the Student computes; where it
-    cannot (norms over a wider hidden state, blocks that are not residual), a warning gives the
-    difference. Without one, a warning names a parameter of which it is not known what its inputs are.
+    With an example it is checked that the TA now computes what the Student computes.
 
     Raises:
-        NestingError: an extra block has no output projection that is known, and no example is
-            given to find it with.
+        NestingError: the TA cannot start as the Student does (norms over a wider hidden state, blocks that are not
+            residual), and has its weights of before again; or, without an example, it is not known what feeds a
+            parameter, or what makes an extra block an identity.
     """
+    if example is None:
+        _refuse_unknown_inputs(student, plan)
+    before = None if example is None else [parameter.detach().clone() for parameter in ta.parameters()]
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in plan.placements.items():
         target = ta.get_parameter(placement.ta)
-        path, _, leaf = name.rpartition(".")
-        _silence_extra_inputs(target, placement, student.get_submodule(path), leaf)
+        inputs = shown.input_axes(placement.ta) or _input_axes(student, name, len(placement.axes))
+        _silence_extra_inputs(target, placement, inputs)
         write_slice(target, named[name], placement.axes)
     used = {id(ta.get_parameter(placement.ta)) for placement in plan.placements.values()}
     for layer_map in plan.layers:
         _silence_extra_blocks(ta, layer_map, example, used)
-    if example is not None:
-        _warn_if_different(student, ta, example)
-    else:
-        _warn_of_unknown_inputs(student, plan)
+    if before is not None and example is not None:
+        _require_same(student, ta, example, before)
 
 
 @torch.no_grad()
-def _silence_extra_inputs(target: Tensor, placement: Placement, owner: nn.Module, leaf: str) -> None:
+def _silence_extra_inputs(target: Tensor, placement: Placement, inputs: list[int]) -> None:
     """Zero the weights that lead from the TA's extra inputs to the Student's outputs."""
-    inputs = _input_axes(owner, leaf, len(placement.axes))
-    if not inputs or not placement.axes[inputs[0]].grows:
+    if not any(placement.axes[axis].grows for axis in inputs):
         return
-    mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
+    fed = torch.ones(target.shape, dtype=torch.bool, device=target.device)
+    outputs = fed.clone()
     for dim, axis in enumerate(placement.axes):
         inside = torch.zeros(target.shape[dim], dtype=torch.bool, device=target.device)
         inside[axis.positions()] = True
-        shape = [-1 if i == dim else 1 for i in range(target.ndim)]
-        mask &= (~inside if dim == inputs[0] else inside).reshape(shape)
-    target[mask] = 0
+        mask = fed if dim in inputs else outputs
+        mask &= inside.reshape([-1 if i == dim else 1 for i in range(target.ndim)])
+    target[outputs & ~fed] = 0
 
 
-def _input_axes(owner: nn.Module, leaf: str, num_axes: int) -> list[int]:
+def _input_axes(student: nn.Module, name: str, num_axes: int) -> list[int]:
+    path, _, leaf = name.rpartition(".")
+    owner = student.get_submodule(path)
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):  # weight_ih, weight_hh, weight_hr
         return [1] if num_axes > 1 else []
     return [axis for axis in range(num_axes) if axis_role(owner, leaf, axis) == "in"]
@@ -144,36 +146,52 @@ def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
     with eval_mode(block):
         found = block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     found = found[0] if isinstance(found, tuple) else found
-    given = args[0] if args else next(iter(kwargs.values()))
+    given = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(given, Tensor):
+        return False
     return isinstance(found, Tensor) and found.shape == given.shape and torch.allclose(found, given, atol=1e-5)
 
 
-def _warn_of_unknown_inputs(student: nn.Module, plan: Plan) -> None:
+def _refuse_unknown_inputs(student: nn.Module, plan: Plan) -> None:
     for name, placement in plan.placements.items():
         path, _, leaf = name.rpartition(".")
         owner, grows = student.get_submodule(path), [axis for axis, each in enumerate(placement.axes) if each.grows]
+        if grows and isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            raise NestingError(
+                f"the warm start does not know whether the TA can start as the Student: {name} is of a norm over a "
+                f"width that grows; let widths grow between norms alone, or pass example=batch to have it checked"
+            )
         is_vector = sum(axis.ta_size > 1 for axis in placement.axes) < 2
-        if is_vector or _input_axes(owner, leaf, len(placement.axes)):
+        if is_vector or _input_axes(student, name, len(placement.axes)):
             continue
         if any(axis_role(owner, leaf, axis) == "unknown" for axis in grows):
-            warnings.warn(
-                f"the warm start does not know which axis of {name} ({type(owner).__name__}) its inputs are on, and "
-                f"silenced none: the TA may start worse than the Student; pass example=batch to have that checked",
-                stacklevel=4,
+            raise NestingError(
+                f"the warm start does not know which axis of {name} ({type(owner).__name__}, of shape "
+                f"{tuple(student.get_parameter(name).shape)}) its inputs are on; expected a layer of torch; pass "
+                f"example=batch to have them found"
             )
-            return
 
 
 @torch.no_grad()
-def _warn_if_different(student: nn.Module, ta: nn.Module, example: Batch) -> None:
+def _require_same(student: nn.Module, ta: nn.Module, example: Batch, before: list[Tensor]) -> None:
+    """Refuse a TA that does not compute what the Student does; it then has its weights of before."""
     inputs = split_labels(example)[0]
     with eval_mode(student, ta):
-        logits = [logits_of(call(module, inputs)) for module in (student, ta)]
-    error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-12))
-    if not error <= _TOLERANCE:
-        warnings.warn(
-            f"after the warm start the TA's logits differ from the Student's by {error:.2g} (relative): it has parts "
-            f"that cannot be silenced, such as norms over a wider hidden state or blocks that are not residual; the "
-            f"Student itself starts exactly where it was",
-            stacklevel=4,
-        )
+        found = [outputs_of(call(module, inputs)) for module in (student, ta)]
+    error = max([_error(*pair) for pair in zip(*found, strict=True)], default=0.0)
+    if error <= _TOLERANCE:
+        return
+    for parameter, value in zip(ta.parameters(), before, strict=True):
+        parameter.copy_(value)
+    raise NestingError(
+        f"warm_start=True cannot start the TA as the Student: with the Student's weights its logits differ by "
+        f"{error:.2g} (relative), since it has parts that cannot be silenced, such as norms over a wider hidden state, "
+        f"blocks that are not residual or a scale of their own width; let widths grow inside the blocks alone, or nest "
+        f"without it and start the Student alone: nested.student.load_state_dict(student.state_dict())"
+    )
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from matta.errors import GrowthError, TracingError
 from matta.nesting.batches import Batch
-from matta.nesting.tracing import Part, Trace, trace
+from matta.nesting.dimensions import Part, Trace
+from matta.nesting.tracing import trace
 
 
 def widened(module: nn.Module, widths: Mapping[str, float], example: Batch) -> nn.Module:
@@ -82,7 +83,11 @@ def _new_sizes(module: nn.Module, found: Trace, widths: Mapping[str, float]) -> 
                         f"widths= asks for {before} channels through {who!r} and for {size} through {name!r}, "
                         f"which must be as wide as one another: {found.describe(dimension)}; ask for one width"
                     )
-    return [wanted.get(i, (dimension.size,))[0] for i, dimension in enumerate(found.dimensions)]
+    sizes = [wanted.get(i, (dimension.size,))[0] for i, dimension in enumerate(found.dimensions)]
+    for i, each in enumerate(found.dimensions):
+        if i not in wanted and each.factors:
+            sizes[i] = prod(_length(parts, sizes) for parts in each.factors)
+    return sizes
 
 
 def _is_layer(module: nn.Module) -> bool:

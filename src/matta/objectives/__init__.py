@@ -3,8 +3,14 @@
 Read in this order:
 
 - `losses`: the three cross-entropies of one batch, in nats.
-- `labels`: hard and soft labels, a Teacher's likeliest classes (`TopK`), and which positions are ignored.
-- `objective`: the interface `Objective`, and `Binary`, `Classification` and `CausalLM`.
+- `labels`: hard and soft labels, a Teacher's likeliest classes (`TopK`), which are ignored, and what each weighs.
+- `objective`: the interface `Objective`.
+- `classification`: one of several classes: `Classification` and `CausalLM`.
+- `elementwise`: what the next four share.
+- `yes_or_no`: `Binary` and `MultiLabel`.
+- `regression`: `SquaredError`, `Huber` and `Quantiles`.
+- `ranked_lists`: `Listwise` and `Pairwise`. `transcription`: `CTC`.
+- `custom` and `several_heads`: functions of your own, and several outputs.
 - `heads` and `fused_losses`: large linear heads, computed with their losses over chunks of rows.
 
 Example:
@@ -15,14 +21,34 @@ Example:
     True
 """
 
-from matta.objectives.labels import Labels, TopK, top_k
-from matta.objectives.objective import (
-    Binary,
-    CausalLM,
-    Classification,
-    Joint,
-    Losses,
-    Objective,
-)
+from matta.objectives.classification import CausalLM, Classification
+from matta.objectives.custom import Custom
+from matta.objectives.labels import Labels, TopK, Weighted, top_k
+from matta.objectives.objective import Joint, Losses, Objective
+from matta.objectives.ranked_lists import Listwise, Pairwise
+from matta.objectives.regression import Huber, Quantiles, SquaredError
+from matta.objectives.several_heads import Heads
+from matta.objectives.transcription import CTC
+from matta.objectives.yes_or_no import Binary, MultiLabel
 
-__all__ = ["Binary", "CausalLM", "Classification", "Joint", "Labels", "Losses", "Objective", "TopK", "top_k"]
+__all__ = [
+    "CTC",
+    "Binary",
+    "CausalLM",
+    "Classification",
+    "Custom",
+    "Heads",
+    "Huber",
+    "Joint",
+    "Labels",
+    "Listwise",
+    "Losses",
+    "MultiLabel",
+    "Objective",
+    "Pairwise",
+    "Quantiles",
+    "SquaredError",
+    "TopK",
+    "Weighted",
+    "top_k",
+]

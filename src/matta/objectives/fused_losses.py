@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from matta.errors import MattaError
 from matta.objectives.heads import LinearLogits
-from matta.objectives.losses import LossWeights
+from matta.objectives.losses import LossWeights, averaged, divisor
 
 _CHUNK_ELEMENTS = 2**23  # logits at a time: large enough for matrix products at full speed
 _STRIP_ELEMENTS = 2**18  # of an intermediate product that should stay in the cache
@@ -72,13 +72,15 @@ class RowLabels:
             rest=None if self.rest is None else self.rest[rows],
         )
 
-    def cross_entropy(self, log_probs: Float[Tensor, "rows classes"], kept: Bool[Tensor, " rows"]) -> Float[Tensor, ""]:
-        """Eq. 1 and 2 in the plain form, of labels with a `rest`, averaged over the rows kept."""
+    def cross_entropy(
+        self, log_probs: Float[Tensor, "rows classes"], counts: Shaped[Tensor, " rows"]
+    ) -> Float[Tensor, ""]:
+        """Eq. 1 and 2 in the plain form, of labels with a `rest`, averaged over the rows that count."""
         assert self.indices is not None and self.rest is not None
         limits = torch.finfo(log_probs.dtype)
         left = log_probs.scatter(1, self.indices, -torch.inf).logsumexp(1, keepdim=True)
         rows = -self.dot(log_probs.clamp(min=limits.min)) - self.rest.prob * left.clamp(min=math.log(limits.tiny))
-        return rows.squeeze(1).masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+        return averaged(rows.squeeze(1), counts)
 
     def mass(self, left: Float[Tensor, "rows 1"] | None) -> Float[Tensor, "rows 1"]:
         """Y of each row, which rounding leaves beside 1; `left` is what `left_by` gave."""
@@ -146,7 +148,7 @@ def fused_losses(
     ta: LinearLogits,
     students: Sequence[LinearLogits],
     labels: RowLabels,
-    kept: Tensor,
+    counts: Tensor,
     weights: LossWeights,
     *,
     chunk: int | None = None,
@@ -157,7 +159,7 @@ def fused_losses(
         ta: Hidden states (rows, width) and head of the TA.
         students: Those of each Student.
         labels: In the type that the losses are computed in.
-        kept: Which rows count in the mean.
+        counts: Which rows count in the mean, or the weight of each.
         weights: ω₁, ω₂ and ω₃.
         chunk: Rows at a time; by default some eight million logits.
 
@@ -171,12 +173,12 @@ def fused_losses(
         gradients = {id(each): torch.zeros_like(each, dtype=labels.probs.dtype) for each in wanted}
         heads = [_Head(model, gradients) for model in models]
         rows = chunk or max(1, _CHUNK_ELEMENTS // ta.shape[-1])
-        totals = _sum_over_chunks(heads, labels, kept, weights, rows)
-        means = [total / kept.sum().clamp(min=1) for total in totals]
+        totals = _sum_over_chunks(heads, labels, counts, weights, rows)
+        means = [total / divisor(counts.sum()) for total in totals]
     distill, plain = means[: len(students)], means[len(students) :]
     loss = weights.combine(plain[0], plain[1:], distill)
     if wanted:
-        left = _Left(loss, gradients, kept.sum().clamp(min=1))
+        left = _Left(loss, gradients, divisor(counts.sum()))
         loss = _Attach.apply(left, *wanted)
     return FusedLosses(loss=loss, ta=plain[0], students=tuple(plain[1:]), distill=tuple(distill))
 
@@ -220,7 +222,7 @@ class _Head:
 
 
 def _sum_over_chunks(
-    heads: Sequence[_Head], labels: RowLabels, kept: Tensor, weights: LossWeights, chunk: int
+    heads: Sequence[_Head], labels: RowLabels, counts: Tensor, weights: LossWeights, chunk: int
 ) -> Tensor:
     """Sums over the rows of L_D of each Student, L_TA and L_S of each Student; gradients are gathered."""
     num_rows, num_classes = heads[0].hidden.shape[0], heads[0].weight.shape[0]
@@ -229,9 +231,9 @@ def _sum_over_chunks(
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         ours, theirs = buffers[:, : rows.stop - start]
-        step = _Chunk(rows, labels[rows], kept[rows].unsqueeze(1), weights)
+        step = _Chunk(rows, labels[rows], counts[rows].unsqueeze(1), weights)
         values = step.run(heads, ours, theirs)
-        totals += torch.cat(values, 1).masked_fill(~step.kept, 0.0).sum(0)
+        totals += (torch.cat(values, 1).masked_fill(step.counts == 0, 0.0) * step.counts).sum(0)
     return totals
 
 
@@ -240,7 +242,7 @@ def _sum_over_chunks(
 class _Chunk:
     rows: slice
     labels: RowLabels
-    kept: Tensor
+    counts: Tensor
     weights: LossWeights
 
     def run(self, heads: Sequence[_Head], student_buffer: Tensor, ta_buffer: Tensor) -> list[Tensor]:
@@ -264,7 +266,7 @@ class _Chunk:
         if ta.learns:
             mass = self.labels.mass(ta_left)
             self.labels.subtract_from(ta_buffer, _ratio(torch.ones_like(mass), mass), ta_left)
-            ta.gather(ta_buffer, self.kept * mass * self.weights.ta, self.rows)
+            ta.gather(ta_buffer, self.counts * mass * self.weights.ta, self.rows)
         return [*distill_losses, ta_loss, *student_losses]
 
     def _gather_student(self, student: _Head, probs: Tensor, ta_probs: Tensor, left: Tensor | None) -> None:
@@ -272,7 +274,7 @@ class _Chunk:
         scale = self.weights.student * self.labels.mass(left) + self.weights.distill
         self.labels.subtract_from(probs, _ratio(torch.full_like(scale, self.weights.student), scale), left)
         probs.addcmul_(ta_probs, _ratio(self.weights.distill.expand_as(scale), scale), value=-1)
-        student.gather(probs, self.kept * scale, self.rows)
+        student.gather(probs, self.counts * scale, self.rows)
 
 
 def _softmax_(logits: Float[Tensor, "rows classes"]) -> Float[Tensor, "rows 1"]:

@@ -1,12 +1,13 @@
-"""What the labels of several classes may be, and which are refused: classes, probabilities, a Teacher's top k."""
+"""What labels may be, and which are refused: classes, probabilities, values, a Teacher's top k, all with weights."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from matta.errors import LabelError
 from matta.objectives.losses import log_probabilities
@@ -51,7 +52,65 @@ class TopK(NamedTuple):
         return TopK(*(each[index] for each in self))
 
 
-Labels = Tensor | TopK
+class Weighted(NamedTuple):
+    """Labels, and what each of them weighs in the mean: the importance of events, say.
+
+    `CoTraining` makes it of a batch that is a mapping, for an objective with `weights="importance"`, where that is the
+    name of a field. Where the batch is a pair, make it yourself. Weights of 1 change nothing.
+
+    Attributes:
+        labels: Labels as without weights.
+        weights: Numbers of 0 or more, one for each example, of shape (batch), or one for each label, of the labels'
+            shape (without the classes).
+
+    Example:
+        >>> import matta
+        >>> labels = Weighted(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]))
+        >>> loss = matta.objectives.Binary().cross_entropy(torch.tensor([0.0, 100.0]), labels)
+        >>> round(4 * loss.item(), 4)  # the first one's, 0.6931, weighs 1 of 4
+        0.6931
+    """
+
+    labels: Tensor | TopK
+    weights: Float[Tensor, "*batch"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the labels."""
+        return self.labels.shape
+
+
+Labels = Tensor | TopK | Weighted
+
+
+def unweighted(labels: Labels) -> tuple[Tensor | TopK, Tensor | None]:
+    """The labels themselves, and their weights where they have some."""
+    return (labels.labels, labels.weights) if isinstance(labels, Weighted) else (labels, None)
+
+
+def weighted_counts(kept: Bool[Tensor, "*batch"], weights: Tensor | None) -> Shaped[Tensor, "*batch"]:
+    """Which labels count, or, where they have weights, the weight of each, which is 0 for those that do not.
+
+    Raises:
+        LabelError: weights of another shape, below 0 or not finite.
+    """
+    if weights is None:
+        return kept
+    if weights.shape != kept.shape and weights.numel() in (len(kept), kept.numel()):
+        weights = weights.reshape(kept.shape if weights.numel() == kept.numel() else [-1, *[1] * (kept.ndim - 1)])
+    elif weights.shape != kept.shape:
+        raise LabelError(
+            f"the weights have shape {tuple(weights.shape)}, and the labels {tuple(kept.shape)}; expected one weight "
+            f"for each example or for each label"
+        )
+    if weights.device.type == "cpu" and weights.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(weights)
+        if not (low >= 0 and high < torch.inf):
+            raise LabelError(
+                f"the weights lie between {float(low):.4g} and {float(high):.4g}; expected finite numbers of 0 or "
+                f"more; look for NaN in them"
+            )
+    return weights.to(torch.promote_types(weights.dtype, torch.float32)) * kept
 
 
 def top_k(logits: Float[Tensor, "*batch classes"], k: int, observed: Int[Tensor, "*batch"] | None = None) -> TopK:
@@ -70,17 +129,41 @@ def top_k(logits: Float[Tensor, "*batch classes"], k: int, observed: Int[Tensor,
     return TopK(indices, log_probs, indices[..., 0] if observed is None else observed)
 
 
-def num_examples(labels: Labels) -> int:
-    """The length of the first axis."""
-    return int(labels.shape[0])
+def whole(labels: Labels, use: str) -> Tensor:
+    """Labels that are a tensor.
+
+    Raises:
+        LabelError: a `TopK`.
+    """
+    if not isinstance(labels, Tensor):
+        raise LabelError(f"received a {type(labels).__name__} as labels {use}; expected a tensor of labels")
+    return labels
 
 
-def ignored_positions(labels: Labels, ignore_index: int) -> Bool[Tensor, "*batch"]:
+def num_examples(labels: Any) -> int:
+    """The length of the first axis, of labels or logits in any structure."""
+    return len(tree_leaves(labels)[0])
+
+
+def ignored_positions(labels: Tensor | TopK, ignore_index: int) -> Bool[Tensor, "*batch"]:
     """Which positions do not count, whatever the form of the labels."""
     if isinstance(labels, TopK):
         return labels.observed == ignore_index
     ignored = labels == ignore_index
     return ignored.all(-1) if labels.is_floating_point() else ignored
+
+
+def refuse_infinite(values: Tensor) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        LabelError: NaN, or an infinite value.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise LabelError(
+            "a label is NaN or infinite; expected finite values; to leave out what is missing give the objective "
+            "ignore_index, such as float('nan')"
+        )
 
 
 def refuse_improbable(probs: Tensor) -> None:

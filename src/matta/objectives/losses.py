@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Real, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,20 +43,37 @@ def at_least_float32(logits: Float[Tensor, ...]) -> Float[Tensor, ...]:
     return logits if logits.dtype.itemsize >= 4 else logits.float()
 
 
+def divisor(total: Real[Tensor, "*parts"]) -> Real[Tensor, "*parts"]:
+    """What a sum over labels is divided by for their mean: their number, or the sum of their weights; 1 for none."""
+    return total.clamp(min=1) if not total.is_floating_point() else total.where(total > 0, 1.0)
+
+
+def averaged(rows: Float[Tensor, " rows"], counts: Shaped[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """The mean of the rows that count: `counts` tells which do, or gives the weight of each."""
+    if counts.dtype == torch.bool:
+        return rows.masked_fill(~counts, 0.0).sum() / divisor(counts.sum())
+    return (rows.masked_fill(counts == 0, 0.0) * counts).sum() / divisor(counts.sum())
+
+
 def hard_cross_entropy(
-    log_probs: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"], ignore_index: int
+    log_probs: Float[Tensor, "rows classes"],
+    labels: Int[Tensor, " rows"],
+    ignore_index: int,
+    counts: Shaped[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Eq. 1 and 2 for labels that are classes, averaged over the rows that are not ignored."""
+    """Eq. 1 and 2 for labels that are classes, averaged over the rows that are not ignored, or by their weights."""
+    if counts is not None and counts.dtype != torch.bool:
+        return averaged(functional.nll_loss(log_probs, labels, ignore_index=ignore_index, reduction="none"), counts)
     total = functional.nll_loss(log_probs, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    return total / divisor((labels != ignore_index).sum())
 
 
 def soft_cross_entropy(
     log_probs: Float[Tensor, "rows classes"],
     probs: Float[Tensor, "rows classes"],
-    kept: Bool[Tensor, " rows"] | None = None,
+    counts: Shaped[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Eq. 1 and 2 for labels that are probabilities, and Eq. 3, averaged over the rows kept.
+    """Eq. 1 and 2 for labels that are probabilities, and Eq. 3, averaged over the rows that count.
 
     Example:
         >>> import torch
@@ -66,13 +83,11 @@ def soft_cross_entropy(
     """
     lowest = torch.finfo(log_probs.dtype).min  # a class that is masked out, with a logit of -inf: 0 times it is 0
     rows = -(probs * log_probs.clamp(min=lowest)).sum(-1)
-    if kept is None:
-        return rows.mean()
-    return rows.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+    return rows.mean() if counts is None else averaged(rows, counts)
 
 
 def binary_cross_entropy(
-    logits: Float[Tensor, " rows"], probs: Float[Tensor, " rows"], shares: Float[Tensor, " rows"]
+    logits: Float[Tensor, "*rows"], probs: Float[Tensor, "*rows"], shares: Float[Tensor, "*rows"]
 ) -> Float[Tensor, ""]:
     """Eq. 1-3 for two classes and one logit, that of the positive class.
 

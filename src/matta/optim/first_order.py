@@ -31,6 +31,25 @@ class FirstOrder:
     move: Callable[[list[Tensor], list[Tensor], list[State], float, Mapping[str, Any]], None]
 
 
+class TouchedRows:
+    """The rows of a table that its sparse gradient has, with their part of the state, as an entry of their own."""
+
+    def __init__(self, parameter: Tensor, state: State, dtype: torch.dtype) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.coalesce()
+        self._parameter, self._state, self._rows = parameter, state, gradient.indices()[0]
+        self._names = [name for name in state if name != "step"]
+        own = {name: state[name].index_select(0, self._rows) for name in self._names}
+        self.target = parameter.index_select(0, self._rows).to(dtype)
+        self.entry: Entry = (self.target, gradient.values().to(dtype), {**own, "step": state["step"]})
+
+    def write(self) -> None:
+        """Put what has moved back into the table and its state."""
+        self._parameter.index_copy_(0, self._rows, self.target.to(self._parameter.dtype))
+        for name in self._names:
+            self._state[name].index_copy_(0, self._rows, self.entry[2][name])
+
+
 def _move_adam(
     targets: list[Tensor],
     gradients: list[Tensor],

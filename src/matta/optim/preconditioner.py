@@ -38,6 +38,10 @@ class Factors:
         self.statistics = statistics
         self.roots = roots
         self.exponent = exponent
+        # of blocks that are divided among processes: which of all of them are these
+        self.places: Sequence[int] = range(len(roots))
+        self.num_everywhere = len(roots)
+        self.is_shared = True  # every process has these blocks, so that one may compute a root for all
 
     @classmethod
     def zeros(cls, num_blocks: int, side: int, like: Tensor, *, exponent: float) -> Factors:
@@ -51,40 +55,41 @@ class Factors:
         gradient = gradient_BDX[blocks]
         self.statistics[blocks].baddbmm_(gradient, gradient.mT, beta=decay, alpha=weight)
 
-    def refresh(self, block: int, *, eps: float) -> None:
-        """Computes the root of one block anew; where that fails the old root stays."""
-        root = inverse_root(self.statistics[block], exponent=self.exponent, eps=eps)
-        if root is not None:
-            self.roots[block] = root
+    def refresh(self, blocks: Sequence[int], *, eps: float) -> None:
+        """Computes the roots of some blocks anew; where that fails the old root stays."""
+        chosen = torch.as_tensor(blocks, device=self.roots.device)
+        self.roots[chosen] = inverse_roots(self.statistics[chosen], self.roots[chosen], exponent=self.exponent, eps=eps)
 
 
-def inverse_root(factor_DD: Tensor, *, exponent: float, eps: float) -> Tensor | None:
-    """(S / λ + eps)^exponent of a positive semi-definite S with largest eigenvalue λ; None where it has none.
+def inverse_roots(factors_BDD: Tensor, old_BDD: Tensor, *, exponent: float, eps: float) -> Tensor:
+    """(S / λ + eps)^exponent of positive semi-definite S with largest eigenvalues λ; the old root where that fails.
 
     The epsilon is relative, so the root does not depend on the scale of gradients. Dividing by λ changes
-    the root by a number only, which grafting takes out again. Dead ReLU rows can make float32 `eigh` fail:
-    float64 is tried next.
+    the root by a number only, which grafting takes out again. Nothing waits for the device but `eigh` itself. Dead ReLU
+    rows can make it fail in float32: then each factor of the stack is tried by itself, and in float64.
 
     Example:
-        >>> inverse_root(torch.diag(torch.tensor([16.0, 1.0])), exponent=-0.25, eps=0.0)
-        tensor([[1., 0.],
-                [0., 2.]])
-        >>> inverse_root(torch.zeros(2, 2), exponent=-0.25, eps=1e-6) is None
-        True
+        >>> inverse_roots(torch.diag(torch.tensor([16.0, 1.0]))[None], torch.eye(2)[None], exponent=-0.25, eps=0.0)
+        tensor([[[1., 0.],
+                 [0., 2.]]])
+        >>> inverse_roots(torch.zeros(1, 2, 2), torch.eye(2)[None], exponent=-0.25, eps=1e-6)
+        tensor([[[1., 0.],
+                 [0., 1.]]])
     """
-    for dtype in (factor_DD.dtype, torch.float64):
-        try:
-            eigenvalues, basis = torch.linalg.eigh(factor_DD.to(dtype))
-        except RuntimeError:
-            continue
-        largest = float(eigenvalues[-1])
-        if not 0.0 < largest < float("inf"):
-            return None
-        scales = eigenvalues.div_(largest).clamp_(min=0.0).add_(eps).pow_(exponent)
-        root = (basis * scales) @ basis.mT
-        if bool(root.isfinite().all()):
-            return root.to(factor_DD.dtype)
-    return None
+    try:
+        eigenvalues, basis = torch.linalg.eigh(factors_BDD)
+    except RuntimeError:
+        if len(factors_BDD) > 1:
+            pairs = zip(factors_BDD.split(1), old_BDD.split(1), strict=True)
+            return torch.cat([inverse_roots(each, old, exponent=exponent, eps=eps) for each, old in pairs])
+        if factors_BDD.dtype == torch.float64:
+            return old_BDD
+        return inverse_roots(factors_BDD.double(), old_BDD.double(), exponent=exponent, eps=eps).to(old_BDD.dtype)
+    largest = eigenvalues[:, -1:]
+    scales = (eigenvalues / largest).clamp_(min=0.0).add_(eps).pow_(exponent)
+    roots = (basis * scales[:, None]) @ basis.mT
+    is_good = (largest > 0) & largest.isfinite() & roots.isfinite().all(dim=(1, 2))[:, None]
+    return torch.where(is_good[..., None], roots, old_BDD)
 
 
 def refresh_wave(step: int, every: int) -> tuple[int, int]:
@@ -105,43 +110,53 @@ class Refresher:
     """Computes roots round robin: each wave's work is spread evenly over its steps, and over the processes.
 
     The work of a root counts as the cube of its side. Which roots a step computes follows from the step's
-    number alone, so a resumed run repeats an uninterrupted one exactly.
+    number alone, so a resumed run repeats an uninterrupted one exactly, with any number of processes.
     """
 
     def __init__(self, factors: Sequence[Factors]) -> None:
-        self.units = [(each, block) for each in factors for block in range(len(each.roots))]
-        self.work_before: list[int] = []
+        units: list[tuple[int, Factors, int]] = []
         self.work = 0
-        for each, _ in self.units:
-            self.work_before.append(self.work)
-            self.work += int(each.roots.shape[-1]) ** 3
+        for each in factors:
+            of_one = int(each.roots.shape[-1]) ** 3
+            units += [(self.work + of_one * place, each, block) for block, place in enumerate(each.places)]
+            self.work += of_one * each.num_everywhere
+        self.work_before = [before for before, _, _ in units]
+        self.units = [(each, block) for _, each, block in units]
 
     def due(self, step: int, every: int) -> list[tuple[Factors, int]]:
         """The roots that this step computes, as factors and the index of a block."""
-        if not self.units:
-            return []
         start, length = refresh_wave(step, every)
         bounds = (-(-self.work * k // length) for k in (step - start, step - start + 1))
         first, last = (bisect_left(self.work_before, bound) for bound in bounds)
         return self.units[first:last]
 
     def refresh(self, step: int, *, every: int, eps: float, group: dist.ProcessGroup | None) -> None:
-        """Computes this step's roots; in a process group each process does its share and sends it on."""
+        """Computes this step's roots; of those that all processes have, each does its share and sends it on."""
         due = self.due(step, every)
+        shared = [unit for unit in due if unit[0].is_shared]
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        for factors, block in due[rank::size]:
-            factors.refresh(block, eps=eps)
-        if group is not None and size > 1:
-            for owner in range(size):
-                _send_roots(due[owner::size], owner, group)
+        by_factors: dict[int, tuple[Factors, list[int]]] = {}
+        for factors, block in [unit for unit in due if not unit[0].is_shared] + shared[rank::size]:
+            by_factors.setdefault(id(factors), (factors, []))[1].append(block)
+        for factors, blocks in by_factors.values():
+            factors.refresh(blocks, eps=eps)
+        if group is not None and size > 1 and shared:
+            _exchange_roots(shared, group, rank, size)
 
 
-def _send_roots(units: Sequence[tuple[Factors, int]], owner: int, group: dist.ProcessGroup) -> None:
-    """Copies the roots of these units from one process of the group to all."""
-    if not units:
-        return
-    roots = [factors.roots[block] for factors, block in units]
-    message = torch.cat([root.flatten() for root in roots])
-    dist.broadcast(message, group_src=owner, group=group)
-    for root, part in zip(roots, message.split([root.numel() for root in roots]), strict=True):
-        root.copy_(part.view_as(root))
+def _exchange_roots(units: Sequence[tuple[Factors, int]], group: dist.ProcessGroup, rank: int, size: int) -> None:
+    """Every process gets the roots of all: one all-gather for each type and device."""
+    kinds = {(unit[0].roots.dtype, unit[0].roots.device) for unit in units}
+    for dtype, device in sorted(kinds, key=str):
+        roots = [[f.roots[b] for f, b in units[owner::size] if f.roots.dtype == dtype] for owner in range(size)]
+        longest = max(sum(root.numel() for root in each) for each in roots)
+        message = torch.zeros(longest, dtype=dtype, device=device)
+        torch.cat(
+            [message[:0], *(root.flatten() for root in roots[rank])], out=message[: sum(map(torch.numel, roots[rank]))]
+        )
+        received = [torch.empty_like(message) for _ in range(size)]
+        dist.all_gather(received, message, group=group)
+        for part, theirs in zip(received, roots, strict=True):
+            sizes = [root.numel() for root in theirs]
+            for root, values in zip(theirs, part[: sum(sizes)].split(sizes), strict=True):
+                root.copy_(values.view_as(root))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, Literal, final, overload
 
 import torch
@@ -12,34 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matta.errors import OptimizerError
-from matta.optim.first_order import GRAFTS, Entry, FirstOrder
-from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
-from matta.optim.stacking import Grid, Stack
+from matta.optim.divided_parameters import is_sharded, local, placed, sharding_group, whole_on_first
+from matta.optim.exchange import gathered
+from matta.optim.group_step import GroupStep
+from matta.optim.parameter_groups import check_group, distinct, expand_modules, refuse_sparse_matrices
 
 Graft = Literal["adam", "adagrad", "sgd"]
-
-
-def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups of a module that keep embeddings (and weights tied to one) out of the preconditioner.
-
-    `Shampoo(module)` uses them by itself. Call this to give the groups their own settings; a table that is no
-    `nn.Embedding` belongs in a group with `"precondition": False` too.
-
-    Example:
-        >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
-        >>> [(len(group["params"]), group["precondition"]) for group in shampoo_groups(module)]
-        [(2, True), (1, False)]
-    """
-    tables = {
-        id(parameter)
-        for each in module.modules()
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag)
-        for parameter in each.parameters(recurse=False)
-    }
-    embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
-    others = [parameter for parameter in module.parameters() if id(parameter) not in tables]
-    groups = [{"params": others, "precondition": True}, {"params": embedded, "precondition": False}]
-    return [group for group in groups if group["params"]]
 
 
 @final
@@ -49,12 +27,15 @@ class Shampoo(torch.optim.Optimizer):
     Section 3.3; Gupta et al. 2018, with the factors of equal blocks of at most `block_size` a side. A block's
     step is as long as that of the graft: AdamW (averaged statistics, Nesterov's momentum, p = 1/2), Adagrad
     (summed statistics, no momentum, p = 1/4: for streams) or SGD with momentum (p = 1/4). Embeddings, vectors
-    and matrices with a side over `max_dim` get the graft's own step.
+    and matrices with a side over `max_dim` get the graft's own step. A sparse gradient, of `nn.Embedding(sparse=True)`,
+    moves the rows that it has and their state alone, weight decay included, at a cost without regard to the others.
 
     Give it the module: a list of parameters does not tell which of them are embeddings (see
     `shampoo_groups`). State is float32 at least. A step with a non-finite gradient, or one too large to be
     squared in float32, changes nothing and is counted in `num_skipped`. In an initialised process group (DDP)
-    the processes share the refreshes of roots.
+    the processes share the refreshes of roots. Of sharded parameters (FSDP2) each process keeps the state of its share
+    of the blocks, makes their steps, and sends them to those that hold the parameters; make Shampoo after
+    `fully_shard`.
 
     Args:
         params: a module, parameters, or groups of either.
@@ -74,7 +55,8 @@ class Shampoo(torch.optim.Optimizer):
         process_group: who shares the refreshes; None: each process does all of its own.
 
     Raises:
-        OptimizerError: a setting is out of range, or a parameter is sharded (FSDP2), complex or an integer.
+        OptimizerError: a setting is out of range, or a parameter is complex, an integer, or sharded otherwise than
+            FSDP2 does by itself (by rows).
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -120,8 +102,8 @@ class Shampoo(torch.optim.Optimizer):
         }
         self.num_skipped = 0
         self.process_group = process_group
-        self._parts: dict[int, _Part] = {}
-        super().__init__(_expand_modules(params), defaults)
+        self._parts: dict[int, GroupStep] = {}
+        super().__init__(expand_modules(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, with settings of their own where the group holds any; a repeated one counts once.
@@ -131,10 +113,10 @@ class Shampoo(torch.optim.Optimizer):
         """
         params = param_group["params"]
         if not isinstance(params, Tensor):
-            params = _distinct(params)
+            params = distinct(params)
         super().add_param_group({**param_group, "params": params})
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except OptimizerError:
             self.param_groups.pop()
             raise
@@ -149,28 +131,67 @@ class Shampoo(torch.optim.Optimizer):
         """One step of every parameter that has a gradient, or of none if any gradient is not finite.
 
         Raises:
-            OptimizerError: a gradient is sparse.
+            OptimizerError: a gradient of a matrix that is preconditioned is sparse; or, in several processes, none is
+                there in the first step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not _all_finite([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]):
+        for group in self.param_groups:
+            refuse_sparse_matrices(group)
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not gradients and not self._parts and dist.is_available() and dist.is_initialized():
+            raise OptimizerError(
+                "received a first step in which no parameter has a gradient; expected the parameters that are trained: "
+                "make the optimizer after fully_shard (or matta.shard), which puts others in their place"
+            )
+        if not _all_finite(gradients):
             self.num_skipped += 1
             return loss
         sharing = self._sharing_group()
         for index, group in enumerate(self.param_groups):
             if index not in self._parts:
-                self._parts[index] = _Part(group, self.state)
+                self._parts[index] = GroupStep(group, self.state)
             self._parts[index].step(group, sharing)
         return loss
 
+    def state_bytes(self) -> int:
+        """Bytes of the state that this process keeps: averages, factors and roots.
+
+        Example:
+            >>> parameter = nn.Parameter(torch.ones(2, 3))
+            >>> optimizer = Shampoo([parameter])
+            >>> parameter.sum().backward(); optimizer.step(); optimizer.state_bytes()  # averages, L, R, roots
+            156
+        """
+        kept = [state for part in self._parts.values() for state in part.kept.values()]
+        tensors = [local(each) for state in (*self.state.values(), *kept) for each in state.values()]
+        return sum(each.numel() * each.element_size() for each in tensors)
+
     def state_dict(self) -> dict[str, Any]:
-        """Flat tensors by parameter, settings by group, and `num_skipped`; loads with `weights_only=True`."""
-        return {**super().state_dict(), "num_skipped": self.num_skipped}
+        """Flat tensors by parameter, settings by group, and `num_skipped`; loads with `weights_only=True`.
+
+        With sharded parameters all processes must call this. The first gets the state of whole parameters, as one
+        process would have it, in the memory of its CPU, and the others the settings alone.
+        """
+        found = {**super().state_dict(), "num_skipped": self.num_skipped}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if any(map(is_sharded, parameters)):
+            strips = [part for part in self._parts.values() if part.strips]
+            whole = ChainMap({}, *(gathered(part.kept, part.strips) for part in strips))
+            for number, parameter in enumerate(parameters):
+                state = whole.get(parameter) or found["state"].get(number, {})
+                found["state"][number] = {name: whole_on_first(value) for name, value in state.items()}
+            found["state"] = {number: each for number, each in found["state"].items() if each}
+            if dist.get_rank() != 0:
+                found["state"] = {}
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state, on the parameters' devices and at full precision; training continues bit for bit.
+
+        Every process of sharded parameters is given the whole state, of any number of processes, and keeps its part.
 
         Raises:
             OptimizerError: the state is another optimizer's.
@@ -190,7 +211,7 @@ class Shampoo(torch.optim.Optimizer):
         for number, parameter in zip(saved, params, strict=True):
             if number in state_dict["state"]:
                 values = state_dict["state"][number]
-                self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in values.items()}
+                self.state[parameter] = {name: placed(value, parameter) for name, value in values.items()}
         self.num_skipped = state_dict.get("num_skipped", 0)
         self._parts = {}
 
@@ -205,6 +226,11 @@ class Shampoo(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds."""
+        if any(part.strips for part in self._parts.values()):
+            raise OptimizerError(
+                "received a Shampoo to copy or to pickle whose state is divided among processes; expected "
+                "state_dict(), called by all of them"
+            )
         group = None if self.process_group is None else "default"  # a process group cannot be pickled
         return {**super().__getstate__(), "num_skipped": self.num_skipped, "process_group": group}
 
@@ -214,179 +240,17 @@ class Shampoo(torch.optim.Optimizer):
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-class _Part:
-    """What belongs to one parameter group: stacks of blocks, and parameters that are not preconditioned."""
-
-    def __init__(self, group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
-        self.graft = GRAFTS[group["graft"]]
-        places: dict[Any, _Place] = {}
-        grids: dict[Any, dict[Any, list[tuple[Tensor, Grid]]]] = {}
-        for parameter in group["params"]:
-            key = (parameter.device, _state_dtype(parameter))
-            place = places.setdefault(key, _Place(state, self.graft, key[1]))
-            if _is_preconditioned(parameter, group):
-                grid = Grid.of(*_matrix_shape(parameter), block_size=group["block_size"])
-                grids.setdefault(key, {}).setdefault(grid.block_shape, []).append((parameter, grid))
-            elif parameter.numel():
-                place.plain.append(parameter)
-        for key, by_shape in grids.items():
-            places[key].stacks = [Stack(each, state, self.graft, key[1]) for each in by_shape.values()]
-        self.places = list(places.values())
-        self.stacks = [stack for place in self.places for stack in place.stacks]
-        self.refresher = Refresher([factors for stack in self.stacks for factors in stack.factors])
-
-    def step(self, group: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
-        """One step of the group's parameters that have a gradient."""
-        group["num_steps"] += 1
-        for stack in self.stacks:
-            stack.load_gradients()
-        self._update_factors(group)
-        seen = num_statistics(group["num_steps"], group["statistics_every"])
-        eps = max(group["root_eps"], group["young_eps"] / seen)
-        self.refresher.refresh(group["num_steps"], every=group["refresh_every"], eps=eps, group=process_group)
-        for place in self.places:
-            place.move(group)
-
-    def _update_factors(self, group: dict[str, Any]) -> None:
-        step = group["num_steps"]
-        if step not in EARLY_STEPS and step % group["statistics_every"]:
-            return
-        decay = group["betas"][1] ** (step - group["statistics_step"])
-        weight = 1.0 - decay
-        if not self.graft.decays:
-            decay, weight = 1.0, 1.0
-        group["statistics_step"] = step
-        for stack in self.stacks:
-            stack.update_factors(decay=decay, weight=weight)
-
-
-class _Place:
-    """A group's parameters on one device with state of one type: the graft moves them in one call."""
-
-    def __init__(self, state: Mapping[Tensor, dict[str, Tensor]], graft: FirstOrder, dtype: torch.dtype) -> None:
-        self.state, self.graft, self.dtype = state, graft, dtype
-        self.stacks: list[Stack] = []
-        self.plain: list[Tensor] = []
-
-    def move(self, group: Mapping[str, Any]) -> None:
-        """One step of the graft, along the preconditioned direction where there is one."""
-        parameters = [each for each in self.plain if each.grad is not None]
-        weight_decay = group["lr"] * group["weight_decay"]
-        if weight_decay and parameters:
-            torch._foreach_mul_(parameters, 1.0 - weight_decay)
-        plain = [self._plain_entry(each) for each in parameters]
-        entries = [entry for stack in self.stacks for entry in stack.graft_entries()] + plain
-        if not entries:
-            return
-        targets, gradients, states = (list(each) for each in zip(*entries, strict=True))
-        torch._foreach_add_([state["step"] for state in states], 1.0)
-        self.graft.move(targets, gradients, states, group["lr"], group)
-        for parameter, (target, _, _) in zip(parameters, plain, strict=True):
-            if target is not parameter:
-                parameter.copy_(target)
-        for stack in self.stacks:
-            stack.move(momentum=group["betas"][0], weight_decay=weight_decay)
-
-    def _plain_entry(self, parameter: Tensor) -> Entry:
-        """The parameter itself where it is contiguous and as precise as its state, else a copy."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            for name in self.graft.state_names:
-                state[name] = torch.zeros(parameter.shape, dtype=self.dtype, device=parameter.device)
-        gradient = parameter.grad.to(self.dtype).contiguous()
-        return parameter.to(self.dtype).contiguous(), gradient, state
-
-
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """A convolution is the matrix (out, in * k * k)."""
-    return parameter.shape[0], parameter.numel() // max(parameter.shape[0], 1)
-
-
-def _is_preconditioned(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    if not group["precondition"] or parameter.ndim < 2 or parameter.numel() == 0:
-        return False
-    return max(_matrix_shape(parameter)) <= group["max_dim"]
-
-
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
-
-
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
-    for gradient in gradients:
-        if gradient.is_sparse:
-            raise OptimizerError(
-                "received a sparse gradient; expected dense ones: build the embedding with sparse=False, "
-                "or leave it to an optimizer of its own"
-            )
+    gradients = [each._values() if each.is_sparse else each for each in gradients]
     if not gradients:
         return True
     # float16 would overflow in its own norm
-    wide = [each.float() if each.dtype == torch.float16 else each for each in gradients]
+    divided = {sharding_group(each) for each in gradients if is_sharded(each)}
+    wide = [each.float() if each.dtype == torch.float16 else each for each in map(local, gradients)]
     norms = list(torch._foreach_norm(wide))
     if any(norm.dtype != norms[0].dtype or norm.device != norms[0].device for norm in norms):
         norms = [norm.to(norms[0]) for norm in norms]
-    return math.isfinite(torch.stack(norms).sum())
-
-
-def _distinct(params: Iterable[Any]) -> list[Any]:
-    """Each parameter once, in order; entries may be (name, parameter)."""
-    return list({id(each[1] if isinstance(each, tuple) else each): each for each in params}.values())
-
-
-def _expand_modules(params: nn.Module | Iterable[Any]) -> Iterable[Any]:
-    """Parameters or groups as torch takes them: a module or a group's module becomes its `shampoo_groups`."""
-    if isinstance(params, nn.Module):
-        return shampoo_groups(params)
-    expanded: list[Any] = []
-    for entry in params:
-        if isinstance(entry, dict) and isinstance(entry["params"], nn.Module):
-            groups = shampoo_groups(entry["params"])
-            expanded += [{**group, **entry, "params": group["params"]} for group in groups]
-        else:
-            expanded.append(entry)
-    return expanded
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name, expected, holds in _RANGES:
-        try:
-            is_right = holds(group[name])
-        except TypeError:
-            is_right = False
-        if not is_right:
-            raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
-    for parameter in group["params"]:
-        if hasattr(parameter, "placements"):
-            raise OptimizerError(
-                f"received a parameter sharded over processes (DTensor of shape {tuple(parameter.shape)}); "
-                "expected whole ones, since a shard's factors miss the rest of the matrix: use "
-                "DistributedDataParallel, or AdamW with FSDP"
-            )
-        if not parameter.is_floating_point():
-            raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral)
-
-
-_RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
-    ("lr", "a number from 0 up", lambda value: value >= 0),
-    (
-        "betas",
-        "two numbers from 0 to below 1",
-        lambda value: len(value) == 2 and 0 <= min(value) <= max(value) < 1,
-    ),
-    ("eps", "a number from 0 up", lambda value: value >= 0),
-    ("weight_decay", "a number from 0 up", lambda value: value >= 0),
-    ("graft", " or ".join(map(repr, GRAFTS)), lambda value: value in GRAFTS),
-    ("block_size", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("max_dim", "a whole number from 0 up", lambda value: _is_whole(value) and value >= 0),
-    ("statistics_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("refresh_every", "a whole number from 1 up", lambda value: _is_whole(value) and value >= 1),
-    ("root_eps", "a number over 0", lambda value: value > 0),
-    ("young_eps", "a number from 0 up", lambda value: value >= 0),
-)
+    total = torch.stack(norms).sum()
+    for group in divided:
+        dist.all_reduce(total, group=group)
+    return math.isfinite(total)

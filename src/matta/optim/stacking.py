@@ -1,4 +1,4 @@
-"""Matrices cut into equal blocks; blocks of one shape from all parameters stacked, to be worked on at once.
+"""Blocks of one shape from all parameters stacked, to be worked on at once.
 
 Shape suffixes: B blocks in a stack, M rows and N columns of a block.
 """
@@ -6,117 +6,57 @@ Shape suffixes: B blocks in a stack, M rows and N columns of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from matta.optim.first_order import Entry, FirstOrder
+from matta.optim.grids import Piece, Whole
 from matta.optim.preconditioner import Factors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """How a matrix is cut into equal blocks, padded with zeros where they do not come out even.
-
-    Example:
-        >>> grid = Grid.of(5, 4, block_size=3)
-        >>> grid.num_blocks, grid.block_shape, grid.padded
-        (4, (3, 2), True)
-        >>> matrix = torch.arange(20.0).view(5, 4)
-        >>> bool((grid.join(grid.cut(matrix)) == matrix).all())
-        True
-    """
-
-    shape: tuple[int, int]
-    counts: tuple[int, int]
-    block_shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, rows: int, columns: int, *, block_size: int) -> Grid:
-        """The fewest equal blocks with no side over `block_size`."""
-        down, across = -(-rows // block_size), -(-columns // block_size)
-        return cls(
-            shape=(rows, columns),
-            counts=(down, across),
-            block_shape=(-(-rows // down), -(-columns // across)),
-        )
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks the matrix is cut into."""
-        return self.counts[0] * self.counts[1]
-
-    @property
-    def padded(self) -> bool:
-        """Whether the blocks cover more than the matrix."""
-        (down, across), (rows, columns) = self.counts, self.block_shape
-        return (down * rows, across * columns) != self.shape
-
-    def cut(self, matrix: Tensor) -> Tensor:
-        """The blocks as (down, across, M, N): a view of the matrix unless it needs padding."""
-        (down, across), (rows, columns) = self.counts, self.block_shape
-        if self.padded:
-            matrix = F.pad(matrix, (0, across * columns - self.shape[1], 0, down * rows - self.shape[0]))
-        return matrix.view(down, rows, across, columns).transpose(1, 2)
-
-    def join(self, blocks: Tensor) -> Tensor:
-        """The matrix of blocks (down, across, M, N), without the padding."""
-        (down, across), (rows, columns) = self.counts, self.block_shape
-        matrix = blocks.transpose(1, 2).reshape(down * rows, across * columns)
-        return matrix[: self.shape[0], : self.shape[1]]
-
-
+@final
 class Member:
-    """One parameter of a stack, and the views that it has of the stack's tensors."""
+    """A piece of this process in a stack, and the views that it has of the stack's tensors."""
 
-    def __init__(self, parameter: Tensor, grid: Grid, blocks: slice) -> None:
-        self.parameter = parameter
-        self.grid = grid
+    def __init__(self, piece: Piece, blocks: slice) -> None:
+        self.piece = piece
         self.blocks = blocks
         self.gradient = torch.empty(0)
         self.scratch = torch.empty(0)
         self.state: dict[str, Tensor] = {}
         self.shared = torch.empty(0)
 
-    def cut_gradient(self) -> Tensor:
-        """The gradient's blocks, to be copied into the stack."""
-        gradient = self.parameter.grad
-        assert gradient is not None
-        return self.grid.cut(gradient if gradient.shape == self.grid.shape else gradient.reshape(self.grid.shape))
-
-    def move(self) -> None:
-        """Adds what the stack holds in the gradient's place to the parameter."""
-        parameter = self.parameter
-        if self.grid.padded or not parameter.is_contiguous():
-            parameter.add_(self.grid.join(self.shared).reshape(parameter.shape))
-        else:
-            self.grid.cut(parameter.view(self.grid.shape)).add_(self.shared)
-
 
 class Stack:
     """Blocks of one shape with their gradients, graft state and factors, each as one tensor.
 
     The optimizer's `state[parameter]` holds views of these tensors; values found there (a loaded state) are
-    taken over.
+    taken over. Of pieces that other processes own it only knows how many blocks they have.
     """
 
     def __init__(
         self,
-        parameters: Sequence[tuple[Tensor, Grid]],
-        state: Mapping[Tensor, dict[str, Tensor]],
+        pieces: Sequence[Piece],
+        state: Mapping[Any, dict[str, Tensor]],
         graft: FirstOrder,
         dtype: torch.dtype,
     ) -> None:
         self.graft = graft
         self.members: list[Member] = []
-        num_blocks = 0
-        for parameter, grid in parameters:
-            self.members.append(Member(parameter, grid, slice(num_blocks, num_blocks + grid.num_blocks)))
-            num_blocks += grid.num_blocks
+        self.num_everywhere, num_blocks = 0, 0
+        places: list[int] = []
+        for piece in pieces:
+            if piece.is_mine:
+                self.members.append(Member(piece, slice(num_blocks, num_blocks + piece.grid.num_blocks)))
+                places += range(self.num_everywhere, self.num_everywhere + piece.grid.num_blocks)
+                num_blocks += piece.grid.num_blocks
+            self.num_everywhere += piece.grid.num_blocks
+        self.is_shared = any(isinstance(piece, Whole) for piece in pieces)
+        self.places = places
         self.gradient = torch.zeros(
-            num_blocks, *parameters[0][1].block_shape, dtype=dtype, device=parameters[0][0].device
+            num_blocks, *pieces[0].grid.block_shape, dtype=dtype, device=pieces[0].parameter.device
         )
         self.scratch = torch.zeros_like(self.gradient)
         self.averages = {name: torch.zeros_like(self.gradient) for name in graft.state_names}
@@ -125,7 +65,7 @@ class Stack:
         self.right = self._factors(columns)
         self.active: list[Member] = []
         for member in self.members:
-            self._share(member, state[member.parameter])
+            self._share(member, state[member.piece.key])
 
     @property
     def factors(self) -> list[Factors]:
@@ -134,10 +74,11 @@ class Stack:
 
     def load_gradients(self) -> None:
         """Takes the gradients of the members that have one; the others sit out this step."""
-        self.active = [member for member in self.members if member.parameter.grad is not None]
+        found = [(member, member.piece.gradient()) for member in self.members]
+        self.active = [member for member, gradient in found if gradient is not None]
         if self.active:
-            targets = [member.shared for member in self.active]
-            torch._foreach_copy_(targets, [member.cut_gradient() for member in self.active])
+            blocks = [member.piece.grid.cut(gradient) for member, gradient in found if gradient is not None]
+            torch._foreach_copy_([member.shared for member in self.active], blocks)
 
     def graft_entries(self) -> list[Entry]:
         """What the graft is to move: from zero, so that its steps are left in the scratch tensors."""
@@ -165,10 +106,11 @@ class Stack:
         # a block without any gradient yet has the length 0 / 0
         scales = (lengths / torch.linalg.vector_norm(update, dim=(1, 2))).nan_to_num_(0.0, posinf=0.0).neg_()
         torch.mul(update, scales[:, None, None], out=self.gradient)
-        if weight_decay:
-            torch._foreach_mul_([member.parameter for member in self.active], 1.0 - weight_decay)
+        whole = [member.piece.parameter for member in self.active if isinstance(member.piece, Whole)]
+        if weight_decay and whole:
+            torch._foreach_mul_(whole, 1.0 - weight_decay)
         for member in self.active:
-            member.move()
+            member.piece.move(member.shared)
 
     def _direction(self, momentum: float) -> Tensor:
         update = self.gradient
@@ -186,7 +128,9 @@ class Stack:
     def _factors(self, side: int) -> Factors | None:
         if side == 1:
             return None
-        return Factors.zeros(len(self.gradient), side, self.gradient, exponent=self.graft.exponent)
+        made = Factors.zeros(len(self.gradient), side, self.gradient, exponent=self.graft.exponent)
+        made.places, made.num_everywhere, made.is_shared = self.places, self.num_everywhere, self.is_shared
+        return made
 
     def _share(self, member: Member, state: dict[str, Tensor]) -> None:
         """Points a parameter's state at its part of the stack, after copying what it holds."""
@@ -202,4 +146,4 @@ class Stack:
         state.setdefault("step", torch.zeros((), device=self.gradient.device))
         member.state = state
         member.gradient, member.scratch = self.gradient[member.blocks], self.scratch[member.blocks]
-        member.shared = member.gradient.view(*member.grid.counts, *member.grid.block_shape)
+        member.shared = member.gradient.view(*member.piece.grid.counts, *member.piece.grid.block_shape)

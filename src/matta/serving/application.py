@@ -35,6 +35,7 @@ from matta.serving.serving_metrics import ServingMetrics
 from matta.serving.size_policy import SizePolicy
 
 LOG: Final = logging.getLogger("matta.serve")
+LINGER_S: Final = 2.0
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MEGABYTE: Final = 2**20
 Handler = Callable[[Request], Awaitable[Response]]
@@ -318,6 +319,7 @@ class Application:
                 headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
                 response = JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
                 if error.status in (408, 413):
+                    await _discard(request)
                     response.headers["Connection"] = "close"  # what is left of the body is not read
                 if is_inference:
                     self.metrics.answered("", error.status, 0.0)
@@ -328,6 +330,14 @@ class Application:
             return response
 
         return guarded
+
+
+async def _discard(request: Request) -> None:
+    """Read on for a while: a client that is still sending when its connection closes never sees the answer."""
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: it was read to the end
+        async with asyncio.timeout(LINGER_S):
+            async for _ in request.stream():
+                pass
 
 
 async def _as_json(request: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from matta.choosing.family import Family
 from matta.choosing.measuring import num_examples, resized
 from matta.choosing.survey import STUDENT, TA, size_name, student_spec
-from matta.errors import MattaError, ServeError
+from matta.errors import CheckpointError, MattaError, ServeError
 from matta.exporting.formats import export
 from matta.exporting.onnx_runtime import OnnxModule
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels, tensor_names, tensors_of
@@ -34,7 +34,7 @@ from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
-from matta.training.snapshots import LATEST, read_snapshot
+from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
 OUTPUT, MODEL = "logits", "model"
 TORCH: Final = "torch"
@@ -227,8 +227,8 @@ def _spec(name: str, tensor: Tensor, open_axes: set[int]) -> TensorSpec:
 def _only_model(folder: Path) -> str:
     """The one model in the newest version."""
     try:
-        models = [each.stem for each in (folder / (folder / LATEST).read_text("utf-8")).glob("*.safetensors")]
-    except FileNotFoundError:
+        models = [each.stem for each in newest_version(folder).glob("*.safetensors")]
+    except CheckpointError:
         models = []
     return models[0] if len(models) == 1 else "student"
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from matta.choosing.family import FILE, Family
-from matta.errors import ServeError
+from matta.errors import MattaError, ServeError, first_line
 from matta.nesting.batches import Batch
 from matta.serving.serve_settings import ServeCommandSettings, ServeSettings
 
@@ -104,12 +104,24 @@ def named_serving(source: str) -> Serving:
         raise ServeError(f"there is no module {module!r} here or installed; expected module:name") from None
     except AttributeError:
         raise ServeError(f"{module} has no {name!r}; expected a matta.Serving, or a function that gives one") from None
+    except Exception as error:  # of the user's module: any kind
+        raise _failed(source, error) from error
     finally:
         sys.path.remove("")
-    made = found() if callable(found) else found
+    try:
+        made = found() if callable(found) else found
+    except MattaError:
+        raise
+    except Exception as error:  # of the user's function: any kind
+        raise _failed(source, error) from error
     if not isinstance(made, Serving):
         raise ServeError(f"{source} is of type {type(made).__name__}; expected a matta.Serving, or a function for one")
     return made
+
+
+def _failed(source: str, error: Exception) -> ServeError:
+    told = f"{type(error).__name__}: {first_line(error)}"
+    return ServeError(f"{source} fails with {told}; expected module:name of a matta.Serving, or of a function for one")
 
 
 def _of_run(folder: Path) -> Serving:

@@ -16,12 +16,14 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import get_rank
 
-from matta.errors import CheckpointError, NestingError
+from matta.errors import DAMAGE, CheckpointError, NestingError
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
+from matta.nesting.sharded_slices import gathered, is_sharded, placed
 from matta.sizes.storage import has_checksums, verify, whole_folder
 
 WEIGHTS: Final = "nested.safetensors"
@@ -34,7 +36,8 @@ VERSION: Final = 2
 def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     """Write the TA, the Students' own parameters, all buffers and the plans into the folder `path`.
 
-    An earlier nesting at `path` is replaced as a whole.
+    An earlier nesting at `path` is replaced as a whole. Of a sharded nesting all processes must call this; the main
+    one writes.
 
     Raises:
         CheckpointError: `path` is something else than a saved nesting, or a module keeps an extra state
@@ -52,13 +55,24 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
     tensors, extra = split_state(nested)
     _require_json(extra)
+    if is_sharded(nested) and get_rank() != 0:
+        return target
     with whole_folder(target) as made:
         save_file(apart(tensors), made / WEIGHTS)
-        students = [_plan_to_json(plan) for plan in nested.plans]
-        described = {"students": students, **({"extra_state": extra} if extra else {})}
-        description = {"format": FORMAT, "version": VERSION, **described}
-        (made / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        _write_description(made, nested, {"extra_state": extra} if extra else {})
     return target
+
+
+def save_plans(nested: Nested, target: Path) -> None:
+    """Write the plans alone, without weights, for `nest_saved` and `saved_plans`."""
+    with whole_folder(target) as made:
+        _write_description(made, nested, {})
+
+
+def _write_description(folder: Path, nested: Nested, more: Mapping[str, Any]) -> None:
+    students = [_plan_to_json(plan) for plan in nested.plans]
+    description = {"format": FORMAT, "version": VERSION, "students": students, **more}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
@@ -81,24 +95,13 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
         True
     """
     folder = Path(path)
+    verify(folder)
     description = _read_description(folder)
-    plans = _read_plans(folder, description)
     tensors = _read_weights(folder, description)
-    if len(modules) == 1 and isinstance(modules[0], Nested):
-        nested = modules[0]
-        if nested.plans != plans:
-            raise CheckpointError(
-                f"{folder} holds another nesting than the one given: {_first_difference(nested, plans)}"
-            )
-    elif len(modules) == len(plans) + 1:
-        nested = _nest_fresh(folder, modules, plans)
-    else:
-        raise CheckpointError(
-            f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
-            f"load(path, student, ..., ta)"
-        )
+    nested = _nest(folder, _read_plans(folder, description), modules)
     require_fit(folder, tensors, split_state(nested)[0])
-    nested.load_state_dict({**tensors, **description.get("extra_state", {})}, strict=False)
+    state = placed(tensors, nested) if is_sharded(nested) else tensors
+    nested.load_state_dict({**state, **description.get("extra_state", {})}, strict=False)
     return nested
 
 
@@ -112,7 +115,26 @@ def saved_plans(path: str | os.PathLike[str]) -> tuple[Plan, ...]:
     return _read_plans(folder, _read_description(folder))
 
 
-def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan, ...]) -> Nested:
+def nest_saved(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
+    """The modules, as `load` takes them, nested as the saved ones; their weights stay as they are.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or something else, or does not fit the modules.
+    """
+    return _nest(Path(path), saved_plans(path), modules)
+
+
+def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...]) -> Nested:
+    if len(modules) == 1 and isinstance(modules[0], Nested):
+        if modules[0].plans != plans:
+            difference = _first_difference(modules[0], plans)
+            raise CheckpointError(f"{folder} holds another nesting than the one given: {difference}")
+        return modules[0]
+    if len(modules) != len(plans) + 1:
+        raise CheckpointError(
+            f"received {len(modules)} modules for a nesting of {len(plans)} Student(s); expected load(path, nested) or "
+            f"load(path, student, ..., ta)"
+        )
     try:
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
@@ -120,7 +142,10 @@ def _nest_fresh(folder: Path, modules: tuple[nn.Module, ...], plans: tuple[Plan,
 
 
 def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state by name: tensors (of tied names the first), and what else modules keep in their state."""
+    """The state by name: tensors (of tied names the first), and what else modules keep in their state.
+
+    Of a sharded module the main process has it whole; all must call this.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     seen: set[int] = set()
@@ -129,7 +154,7 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             others[name] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            tensors[name] = value.detach()
+            tensors[name] = gathered(value.detach())
     return tensors, others
 
 
@@ -169,12 +194,12 @@ def _digest(weights: Path, description: Mapping[str, Any]) -> str:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    verify(folder)
+    verify(folder, DESCRIPTION)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{folder} holds no saved nesting: {error.strerror} ({DESCRIPTION})") from None
-    except ValueError as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; take another copy of the folder") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{folder / DESCRIPTION} was not written by matta.save; expected format {FORMAT!r}")
@@ -188,7 +213,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _read_plans(folder: Path, description: Mapping[str, Any]) -> tuple[Plan, ...]:
     try:
         return tuple(_plan_from_json(plan) for plan in description["students"])
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION} is damaged: {error!r}; take another copy of the folder"
         ) from None
@@ -243,6 +268,8 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         "private": list(plan.private),
         "layers": [[each.student, each.ta, each.indices, each.num_ta] for each in plan.layers],
+        "products": sorted(plan.products),
+        "spanning": sorted(plan.spanning),
     }
 
 
@@ -252,4 +279,9 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
         found = tuple(Axis(tuple(Segment(tuple(s), tuple(t)) for s, t in axis)) for axis in axes)
         placements[student] = Placement(student, ta, found)
     layers = tuple(LayerMap(student, ta, tuple(indices), num) for student, ta, indices, num in saved["layers"])
-    return Plan(placements, tuple(saved["private"]), layers)
+    return Plan(
+        placements,
+        tuple(saved["private"]),
+        layers,
+        *(frozenset(saved.get(key, ())) for key in ("products", "spanning")),
+    )

@@ -28,7 +28,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield made
-        add_checksums(made)
+        entered = _read_checksums(made)
+        if missing := [each.name for each in made.iterdir() if each.is_file() and each.name not in entered]:
+            add_checksums(made, *missing)
         for file in (*made.iterdir(), made):
             _put_on_disk(file)
         made.chmod(0o755)
@@ -70,8 +72,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def add_checksums(folder: Path, *names: str) -> None:
     """Enter files into the checksums of their folder; without names, all that are there."""
-    found = names or sorted(each.name for each in folder.iterdir() if each.is_file() and each.name != SUMS)
+    found = set(names or (each.name for each in folder.iterdir() if each.is_file())) - {SUMS}
     _write_checksums(folder, {**_read_checksums(folder), **{name: _checksum(folder / name) for name in found}})
+
+
+def enter_checksum(file: Path, checksum: str) -> None:
+    """Enter a checksum that was computed as the file was written."""
+    _write_checksums(file.parent, {**_read_checksums(file.parent), file.name: checksum})
 
 
 def has_checksums(folder: Path) -> bool:
@@ -87,8 +94,10 @@ def verify(folder: Path, *names: str) -> None:
     """
     listed = _read_checksums(folder)
     for name in names or listed:
-        if name not in listed:
+        if name not in listed and not (listed and (folder / name).exists()):
             continue
+        if name not in listed:
+            raise CheckpointError(f"{folder / SUMS} is damaged: it lacks {name}; take another copy of the folder")
         try:
             found = _checksum(folder / name)
         except OSError as error:
@@ -97,6 +106,17 @@ def verify(folder: Path, *names: str) -> None:
             raise CheckpointError(
                 f"{folder / name} is damaged: its checksum is not the one in {SUMS}; take another copy of the folder"
             )
+
+
+def verify_weights(folder: Path) -> None:
+    """Compare the weights in a folder with their checksums, whatever else in it has been edited since.
+
+    Raises:
+        CheckpointError: a file is not the one written.
+    """
+    listed = [name for name in _read_checksums(folder) if name.endswith(".safetensors")]
+    if listed:
+        verify(folder, *listed)
 
 
 def _checksum(file: Path) -> str:
@@ -108,8 +128,10 @@ def _read_checksums(folder: Path) -> dict[str, str]:
     """Checksums by name; none without the file."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        pairs = [line.split("  ", 1) for line in lines]
-        return {name: checksum for checksum, name in pairs}
+        found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
+        if any(name != Path(name).name for name in found):
+            raise ValueError("a name that leads out of the folder")
+        return found
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
@@ -118,7 +140,7 @@ def _read_checksums(folder: Path) -> dict[str, str]:
 
 def _write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
     with whole_file(folder / SUMS) as made:
-        made.write_text("".join(f"{each}  {name}\n" for name, each in checksums.items()), encoding="utf-8")
+        made.write_text("".join(f"{each}  {name}\n" for name, each in sorted(checksums.items())), encoding="utf-8")
 
 
 def _move(made: Path, target: Path) -> None:

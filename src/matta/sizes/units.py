@@ -49,7 +49,10 @@ def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...
     patchable = all(
         is_patchable(student.get_submodule(spot[0].rpartition(".")[0])) for spots in crossing.values() for spot in spots
     )
-    if _has_wide_buffers(student, ta, plan, lists) or (crossing and (open_in_blocks or not patchable)):
+    spans = any(name in inside for name in plan.spanning)
+    is_split = any(spot[0] in plan.products for spots in crossing.values() for spot in spots)
+    joined = spans or (crossing and (open_in_blocks or not patchable or is_split))
+    if joined or _has_wide_buffers(student, ta, plan, lists):
         units = [Unit(HIDDEN)]
     else:
         units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, crossing)]

@@ -113,6 +113,9 @@ class Schema:
     def __post_init__(self) -> None:
         if not self.columns:
             raise RunError("received no columns; expected at least one feature")
+        if strange := [name for name, each in self.columns.items() if not isinstance(each, Column)]:
+            kind = type(self.columns[strange[0]]).__name__
+            raise RunError(f"received a {kind} for {strange[0]!r}; expected a Numeric or Categorical")
         if self.label in self.columns or self.time in (*self.columns, self.label):
             raise RunError(f"received label={self.label!r} and time={self.time!r}; expected columns of no other role")
 

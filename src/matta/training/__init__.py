@@ -3,24 +3,31 @@
 Read in this order:
 
 - `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
-- `cotraining`: the forward of a step (section 3.1).
-- `fitting`: `fit` and its arguments. `loop`: what happens in each step.
+- `cotraining`: the forward of a step (section 3.1). `step_labels`: its labels, with weights, or from Teachers.
+  `step_output`: what it gives.
+- `fitting`: `fit` and its arguments. `run_settings`: those that are plain values, and the result. `loop`: what
+  happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
-- `processes`: what a run on several processes shares.
-- `run_folder`: checkpoints, and Ctrl-C that lets the step end.
-- `reporting`: progress bar, trackers, tables. `factors`: Shampoo's factors beside a run.
+- `processes`: what a run on several processes shares. `launching`: several for one call. `sharding`: FSDP2, whole and
+  by block.
+- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end. `spikes`:
+  losses that leap, and the way back.
+- `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
 """
 
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluation
 from matta.training.fitting import fit
-from matta.training.loop import FitResult, Observer
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.progressive_validation import ProgressiveValidation
+from matta.training.run_settings import FitResult, Observer
+from matta.training.sharding import shard
 from matta.training.snapshots import Snapshots, read_snapshot
+from matta.training.spikes import Rollback
+from matta.training.step_output import CoTrainingOutput
 
 __all__ = [
     "CoTraining",
@@ -30,9 +37,11 @@ __all__ = [
     "Observer",
     "ProgressiveValidation",
     "Ramp",
+    "Rollback",
     "Snapshots",
     "Turns",
     "Weights",
     "fit",
     "read_snapshot",
+    "shard",
 ]

@@ -11,17 +11,21 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from matta.errors import LabelError, MattaError
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, split_labels
+from matta.errors import MattaError
+from matta.nesting.batches import Batch, call, logits_of
 from matta.nesting.nested import Nested
-from matta.objectives.heads import LaterLogits, deferred, deferring, undeferred
-from matta.objectives.labels import Labels, TopK
-from matta.objectives.losses import LossWeights
+from matta.nesting.sharded_slices import follow_shards
+from matta.objectives.heads import deferring
+from matta.objectives.labels import Labels
+from matta.objectives.losses import LossWeights, divisor
 from matta.objectives.objective import Joint, Losses, Objective
 from matta.sizes.submodels import SubModel, live, random_sub_model, sizes_between, without_ends
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import num_processes, summed
+from matta.training.step_labels import Teachers, as_teachers, has_labels, weighted_batch
+from matta.training.step_output import CoTrainingOutput, kept_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,83 +40,16 @@ class _Cast:
 _MOST_LIVE = 16  # sub-models that are kept to be sampled again; of N layers there are 2ᴺ
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class CoTrainingOutput:
-    """The losses of a batch, in nats, and the logits. Only `loss` carries a graph.
-
-    Each loss is the mean over the `num_labels` labels of the batch that count. `loss` is the batch's share of the
-    mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
-    `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
-    were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
-
-    With `CoTraining(turns=...)` a step may leave out the TA or the Students: `trains_ta` or `trains_students` is then
-    False, the losses of those models are NaN, and reading their logits is refused.
-    """
-
-    loss: Tensor
-    ta_loss: Tensor
-    distill_weight: Tensor
-    student_losses: tuple[Tensor, ...]
-    distill_losses: tuple[Tensor, ...]
-    logits: tuple[Tensor | LaterLogits | None, ...]
-    num_labels: Tensor
-    trains_ta: bool = True
-    trains_students: bool = True
-
-    @property
-    def student_loss(self) -> Tensor:
-        """L_S (Eq. 1)."""
-        return self.student_losses[0]
-
-    @property
-    def distill_loss(self) -> Tensor:
-        """L_D (Eq. 3), not weighted."""
-        return self.distill_losses[0]
-
-    @property
-    def student_logits(self) -> Tensor:
-        """The Student's logits."""
-        return _read(self.logits[1])
-
-    @property
-    def all_student_logits(self) -> tuple[Tensor, ...]:
-        """The logits of each Student."""
-        return tuple(_read(each) for each in self.logits[1:])
-
-    @property
-    def ta_logits(self) -> Tensor:
-        """The TA's logits."""
-        return _read(self.logits[0])
-
-
-def _kept(logits: Tensor | None) -> Tensor | LaterLogits | None:
-    if logits is None:
-        return None
-    source = deferred(logits)
-    return undeferred(logits).detach() if source is None else source.later()
-
-
-def _read(logits: Tensor | LaterLogits | None) -> Tensor:
-    if logits is None:
-        raise MattaError(
-            "this step has not run that model, as CoTraining(turns=...) asks for; expected trains_ta and "
-            "trains_students to be looked at first, or CoTraining without turns (progressive validation needs that)"
-        )
-    return logits if isinstance(logits, Tensor) else logits.read()
-
-
 def _detached(losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(each.detach() for each in losses)
 
 
-def _are_labels(labels: Any) -> bool:
-    return isinstance(labels, Tensor | TopK)
-
-
-def _share(mean: Tensor, count: Tensor, total: float | Tensor) -> Tensor:
+def _share(joint: Joint, count: Tensor, total: float | Tensor | None) -> Tensor:
     """The mean over `count` labels as its part of the mean over `total`; the same bits if they are as many."""
-    return mean / (torch.as_tensor(total, dtype=mean.dtype, device=mean.device) / count.clamp(min=1))
+    if total is None:
+        return joint.loss
+    mean = joint.loss if joint.parts is None else joint.parts
+    return (mean / (torch.as_tensor(total, dtype=mean.dtype, device=mean.device) / divisor(count))).sum()
 
 
 @final
@@ -136,15 +73,23 @@ class CoTraining(nn.Module):
         objective: How logits and labels become losses.
         weights: ω₁, ω₂ and ω₃; with several Students they hold for each.
         ramp: When L_D comes in; None is from the start.
-        teacher: A module that labels each batch, without gradient and in eval mode. It is moved
-            along by `to`, but is no part of the parameters or the state. Labels of the batch are
-            then used only for the positions that they ignore.
-        sample: Draws a sub-model for each step, which is trained as one more Student.
+        teacher: A module that labels each batch, without gradient and in eval mode, or several, of whose
+            labels (probabilities or values) the mean is taken. It is moved along by `to`, but is no part of
+            the parameters or the state. Labels of the batch are then used only for the positions that they
+            ignore, and as `labels` says.
+        temperature: What a Teacher's logits are divided by, before they become probabilities.
+        labels: What the labels of the batch weigh beside a Teacher's, from 0 (the Teacher's alone) to 1: L_S and L_TA
+            are those of labels·y + (1 − labels)·y_Teacher.
+        logits: Where the logits are in what the modules return: the name of a field, or a function of the output;
+            None: a tensor, `.logits`, or the key "logits".
+        sample: Draws a sub-model for each step, which is trained as one more Student. Under `torch.compile` each that
+            is drawn has a graph of its own, up to torch's `recompile_limit` (8 by default); the others run uncompiled.
         turns: Which of the models a step trains; None: all of them.
         accumulate: Forwards to one optimizer step.
 
     Raises:
-        MattaError: no nesting, no objective (its class, say), or fewer than one forward to a step.
+        MattaError: no nesting, no objective (its class, say), fewer than one forward to a step, or temperature and
+            labels that are out of range, or without a Teacher that can use them.
 
     Example:
         >>> import matta
@@ -161,7 +106,10 @@ class CoTraining(nn.Module):
         *,
         weights: Weights | None = None,
         ramp: Ramp | None = None,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
+        temperature: float = 1.0,
+        labels: float = 0.0,
+        logits: str | Callable[[Any], Any] | None = None,
         sample: Callable[[Random], SubModel] | None = None,
         turns: Turns | None = None,
         accumulate: int = 1,
@@ -174,14 +122,20 @@ class CoTraining(nn.Module):
                 raise MattaError(f"received {what} as {argument}; expected {remedy}")
         if not isinstance(accumulate, int) or accumulate < 1:
             raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
+        if temperature != 1.0 and not objective.makes_probabilities:
+            raise MattaError(
+                f"received temperature={temperature} and {objective!r}, whose Teacher gives no probabilities; expected "
+                f"temperature=1.0"
+            )
         self.nested = nested
         self.objective = objective
+        self.logits = logits
         self.weights = weights or Weights()
         self.ramp = ramp
         self.sample = sample
         self.turns = turns
         self.accumulate = accumulate
-        self._teacher = (teacher,)  # in a tuple: not a submodule
+        self.teachers = Teachers(modules=as_teachers(teacher), temperature=temperature, labels=labels)
         self._live: dict[SubModel, nn.Module] = {}
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -197,7 +151,7 @@ class CoTraining(nn.Module):
         alone: float = 0.5,
         student_chance: float = 0.3,
         distill: float = 0.5,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
     ) -> CoTraining:
         """The training that gives the best family for its compute where data are without end (`matta study compute`).
 
@@ -240,10 +194,10 @@ class CoTraining(nn.Module):
     @property
     def has_teacher(self) -> bool:
         """Whether a Teacher labels the batches."""
-        return self._teacher[0] is not None
+        return bool(self.teachers.modules)
 
     def num_labels(self, batches: Iterable[Batch]) -> Tensor:
-        """The labels that count in the batches of an optimizer step, for `forward`.
+        """The labels that count in the batches of an optimizer step, or the sum of their weights, for `forward`.
 
         In several processes, which must all call this, it is the mean of their numbers: DDP and FSDP then average
         the gradients. A batch without labels is given to the Teacher to be counted, and once more in `forward`.
@@ -253,9 +207,9 @@ class CoTraining(nn.Module):
         """
         total = torch.zeros_like(self.step)
         for batch in batches:
-            inputs, labels = split_labels(batch)
-            total += self._num_counted(labels, None if _are_labels(labels) else self._labels(inputs, labels))
-        total = summed(total).clamp(min=1)
+            inputs, labels = weighted_batch(batch, self.objective)
+            total = total + self._num_counted(labels, None if has_labels(labels) else self._labels(inputs, labels))
+        total = divisor(summed(total))
         return total if num_processes() == 1 else total.double() / num_processes()
 
     def forward(self, batch: Batch, *, num_labels: float | Tensor | None = None) -> CoTrainingOutput:
@@ -264,44 +218,49 @@ class CoTraining(nn.Module):
         Raises:
             LabelError: labels are missing, or do not fit the logits.
         """
-        inputs, given = split_labels(batch)
+        inputs, given = weighted_batch(batch, self.objective)
         labels = self._labels(inputs, given)
         cast = self._cast()
         own = list(self.nested.students)
         models = [*([self.nested.ta] if cast.ta else []), *(own if cast.students else []), *cast.sampled]
+        follow_shards(models, self.nested.ta)
         logits = self._logits(models, inputs, labels)
         weight = self._distill_weight(logits[0])
-        joint = self._joint(cast, logits, labels, weight)
+        num_counted = torch.as_tensor(self._num_counted(given, labels), device=weight.device)
+        joint = self._joint(cast, logits, labels, weight, lambda each: _share(each, num_counted, num_labels))
         if self.training:
             self.step += 1
-        num_counted = torch.as_tensor(self._num_counted(given, labels), device=joint.loss.device)
         losses, absent = joint.losses, (torch.full_like(joint.loss.detach(), float("nan")),) * len(own)
         of_students = logits[int(cast.ta) :][: len(own)] if cast.students else [None] * len(own)
         return CoTrainingOutput(
-            loss=joint.loss if num_labels is None else _share(joint.loss, num_counted, num_labels),
+            loss=joint.loss,
             ta_loss=losses.ta.detach() if cast.ta else absent[0],
             distill_weight=weight,
             student_losses=_detached(losses.students[: len(own)]) if cast.students else absent,
             distill_losses=_detached(losses.distill[: len(own)]) if cast.students and cast.ta else absent,
-            logits=tuple(_kept(each) for each in (logits[0] if cast.ta else None, *of_students)),
+            logits=tuple(kept_logits(each) for each in (logits[0] if cast.ta else None, *of_students)),
             num_labels=num_counted,
             trains_ta=cast.ta,
             trains_students=cast.students,
         )
 
-    def _joint(self, cast: _Cast, logits: list[Tensor], labels: Labels, weight: Tensor) -> Joint:
+    def _joint(
+        self, cast: _Cast, logits: list[Any], labels: Labels, weight: Tensor, share: Callable[[Joint], Tensor]
+    ) -> Joint:
         """L of the models that take part; of Students alone it is the sum of their cross-entropies, times ω₁."""
         if cast.ta:
             weights = LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight)
             ta, *students = logits
             joint = self.objective.joint(students, ta, labels, weights)
+            joint = replace(joint, loss=share(joint))
         else:
             weights = LossWeights(student=0.0, ta=self.weights.student, distill=torch.zeros_like(weight))
             alone = [self.objective.joint([], each, labels, weights) for each in logits]
             losses = Losses(students=tuple(each.losses.ta for each in alone), ta=alone[0].losses.ta, distill=())
-            joint = Joint(loss=torch.stack([each.loss for each in alone]).sum(), losses=losses)
+            joint = Joint(loss=torch.stack([share(each) for each in alone]).sum(), losses=losses)
         idle = self._idle_parameters(cast)
-        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in idle)) if idle else joint
+        here = [each.to_local() if hasattr(each, "to_local") else each for each in idle]
+        return replace(joint, loss=joint.loss + sum(each.flatten()[:0].sum() for each in here)) if idle else joint
 
     def _idle_parameters(self, cast: _Cast) -> list[nn.Parameter]:
         """Trainable parameters that no model of the step has: DDP expects a gradient for each."""
@@ -322,29 +281,28 @@ class CoTraining(nn.Module):
 
     def _num_counted(self, given: Any, labels: Labels | None) -> int | Tensor:
         """The labels of a batch that count: by its own where it has some, which a Teacher's follow."""
-        return self.objective.num_counted(given if _are_labels(given) else labels)  # type: ignore[arg-type]
+        return self.objective.num_counted(given if has_labels(given) else labels)  # type: ignore[arg-type]
 
-    def _logits(self, models: Sequence[nn.Module], inputs: Any, labels: Labels) -> list[Tensor]:
+    def read(self, output: Any) -> Any:
+        """The logits in what a module returned, as `logits` says; a mapping of them for an objective of several heads.
+
+        Raises:
+            LabelError: there are none.
+        """
+        return logits_of(output, self.logits, self.objective.outputs)
+
+    def _logits(self, models: Sequence[nn.Module], inputs: Any, labels: Labels) -> list[Any]:
         """The logits of each model; those of large heads are put off, for the objective to fuse with its losses."""
         least = None if torch.compiler.is_compiling() else self.objective.least_deferred(labels)
         with nullcontext() if least is None else deferring(models, least):
-            return [logits_of(call(model, inputs)) for model in models]
+            return [self.read(call(model, inputs)) for model in models]
 
     def _labels(self, inputs: Any, labels: Any) -> Labels:
-        teacher = self._teacher[0]
-        if teacher is None:
-            if not _are_labels(labels):
-                raise LabelError(
-                    f"the labels of the batch are {type(labels).__name__}; expected a tensor or a TopK: 'labels' of a "
-                    f"mapping, the second of a pair, or CoTraining(teacher=...) to make them"
-                )
-            return labels
-        with eval_mode(teacher), torch.no_grad():
-            logits = logits_of(call(teacher, inputs))
-        return self.objective.teach(logits, labels)
+        return self.teachers.label(inputs, labels, self.objective, self.read)
 
-    def _distill_weight(self, logits: Tensor) -> Tensor:
+    def _distill_weight(self, outputs: Any) -> Tensor:
         """ω₃·ramp(t), in the type of the losses, where they are."""
+        logits = next(each for each in tree_leaves(outputs) if isinstance(each, Tensor))
         dtype = torch.promote_types(logits.dtype, torch.float32)
         if self.ramp is None:
             return torch.full((), self.weights.distill, dtype=dtype, device=logits.device)
@@ -354,6 +312,10 @@ class CoTraining(nn.Module):
         """What this step trains; the same in all its batches and on every process, and again after a resume."""
         if not self.training or (self.sample is None and self.turns is None):
             return _Cast()
+        return self._draw()
+
+    @torch.compiler.disable  # it reads the step and makes modules; what it gives is compiled, one graph for each
+    def _draw(self) -> _Cast:
         step = int(self.step) // self.accumulate
         if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)
@@ -377,7 +339,6 @@ class CoTraining(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CoTraining:
         super()._apply(fn, recurse)
-        for extra in (self._teacher[0], *self._live.values()):
-            if extra is not None:
-                extra._apply(fn)
+        for extra in (*self.teachers.modules, *self._live.values()):
+            extra._apply(fn)
         return self

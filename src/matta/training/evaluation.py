@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
 from matta.nesting.nested import Nested
-from matta.objectives.labels import Labels, TopK
+from matta.objectives.labels import Labels, TopK, unweighted
+from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.sizes.submodels import SubModel, live
 from matta.training.processes import is_shared_out
+from matta.training.step_labels import weighted_batch
 
 
 class Metric(Protocol):
@@ -57,10 +59,12 @@ class Evaluation:
     Args:
         data: Batches that can be passed over again and again.
         objective: Gives `<model>_loss` in nats: the cross-entropy, the mean over all examples or positions that
-            are not ignored. With labels that are a `TopK` it is the loss that they are trained with.
+            are not ignored, or by their weights. With labels that are a `TopK` it is the loss that they are trained
+            with.
         metrics: Objects with `update(logits, labels)`, `compute()` and `reset()`, by name, such as those of
             torchmetrics. Logits come as (examples, classes), or in the shape of the labels if equally many.
         models: Sub-models to be judged too, by name.
+        logits: Where the logits are in what the modules return, as in `CoTraining`.
 
     Raises:
         RunError: neither an objective nor a metric, an iterator as data, data without batches or without labels that
@@ -78,6 +82,7 @@ class Evaluation:
     objective: Objective | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     models: Mapping[str, SubModel] = field(default_factory=dict)
+    logits: str | Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.objective is None and not self.metrics:
@@ -101,7 +106,8 @@ class Evaluation:
         device = next(nested.parameters()).device
         with evaluating(nested):
             for batch in self.data:
-                inputs, labels = map_tensors(split_labels(batch), lambda tensor: tensor.to(device))
+                batch = map_tensors(batch, lambda tensor: tensor.to(device))
+                inputs, labels = weighted_batch(batch, self.objective) if self.objective else split_labels(batch)
                 for tally in tallies.values():
                     tally.add(inputs, labels)
         return {f"{model}_{name}": value for model, tally in tallies.items() for name, value in tally.values()}
@@ -112,37 +118,36 @@ class _Tally:
     """The values of one model over the batches so far."""
 
     def __init__(self, module: nn.Module, evaluation: Evaluation) -> None:
-        self.module, self.objective = module, evaluation.objective
+        self.module, self.objective, self.where = module, evaluation.objective, evaluation.logits
         self.metrics = {name: copy.deepcopy(metric) for name, metric in evaluation.metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
         self.has_data = False
         self.losses: list[Tensor] = []
-        self.counts: list[int | Tensor] = []
+        self.counts: list[Tensor] = []
 
     def add(self, inputs: Any, labels: Labels) -> None:
-        logits = logits_of(call(self.module, inputs))
+        logits = logits_of(call(self.module, inputs), self.where, self.objective.outputs if self.objective else None)
         if self.objective is not None:
-            self.losses.append(self.objective.cross_entropy(logits, labels).double())
-            self.counts.append(self.objective.num_counted(labels))
+            self.losses.append(self.objective.cross_entropies(logits, labels).double())
+            self.counts.append(torch.as_tensor(self.objective.num_counted(labels)).double().cpu())
         self.has_data = True
         for metric in self.metrics.values():
-            metric.update(*_rows(logits, labels))
+            metric.update(*_rows(logits, unweighted(labels)[0]))
 
     def values(self) -> Iterator[tuple[str, float]]:
         if not self.has_data:
             raise RunError("the evaluation data gave no batch; expected at least one")
         if self.losses:
-            counts = torch.tensor([int(each) for each in self.counts], dtype=torch.float64)
+            losses, counts = torch.stack(self.losses).cpu(), torch.stack(self.counts)
             if not counts.any():
                 raise RunError("all labels of the evaluation data are ignored; expected some that count")
-            losses = torch.stack(self.losses)
-            yield "loss", float(losses @ counts.to(losses.device) / counts.sum())
+            yield "loss", float((torch.linalg.vecdot(losses, counts, dim=0) / divisor(counts.sum(0))).sum())
         for name, metric in self.metrics.items():
             yield name, float(metric.compute())
 
 
-def _rows(logits: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+def _rows(logits: Tensor, labels: Tensor | TopK) -> tuple[Tensor, Tensor]:
     """Logits and labels as metrics expect them."""
     if isinstance(labels, TopK):
         raise RunError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -17,6 +17,7 @@ from matta.training.randomness import (
     generators_of,
     parts_of,
     random_state,
+    random_state_kept,
     set_generator_states,
     set_random_state,
 )
@@ -110,6 +111,7 @@ class Feed:
         self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
+        self._num_whole = _known_length(data)
         self._start: dict[str, Any] = {}
         self._resume_at: dict[str, Any] | None = None
 
@@ -125,13 +127,15 @@ class Feed:
         data.shard(self.rank, self.num_processes)
         return data
 
+    @property
+    def unit(self) -> int:
+        """Samples in a batch of an iterator that can share its samples out in other batches too; elsewhere 1."""
+        return int(getattr(self.stateful, "batch", 1)) if isinstance(self.stateful, ShardedIterator) else 1
+
     def num_batches(self) -> int | None:
         """Batches of a pass for this process, where the data tells."""
-        try:
-            length = len(self.data)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-        return length if self.is_sharded else length // self.num_processes
+        length = _known_length(self.data)
+        return length if length is None or self.is_sharded else length // self.num_processes
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left, on the device.
@@ -157,8 +161,14 @@ class Feed:
             state["data"] = self.loader.state_dict()
         return state
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state` was taken."""
+    def resume(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on after the batch at which the states of all processes were taken, by as many processes or others.
+
+        Raises:
+            RunError: it is other data, or what other numbers of processes would see differs.
+        """
+        same = len(states) == self.num_processes
+        state = states[self.rank] if same else self._for_other_processes(states)
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["start"]
         self._resume_at = state["now"]
         if self.stateful is not None:
@@ -171,6 +181,36 @@ class Feed:
             self.loader.load_state_dict(state["data"])
         elif self.has_persistent_workers and (self.epoch or self._start.get("had_workers")):
             iter(self.data)  # workers that continue draw no seed of their own: bring them to life before the pass
+
+    def _for_other_processes(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of this process in a run that other processes have begun: the same batches follow.
+
+        Every pass has to deal the same batches in the same order, however many processes share them. Processes that
+        there were not have random numbers of their own.
+        """
+        was, first = len(states), states[0]
+        begun = f"the run was begun in {was} process(es), and now there are {self.num_processes}"
+        now = first["now"] if self.rank < was else _own_random_states(first["now"], self.rank)
+        state = {**states[min(self.rank, was - 1)], "start": first["start"], "now": now}
+        if self.stateful is not None:
+            return {**state, "data": first.get("data")}
+        if self.loader is not None or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
+            raise RunError(
+                f"{begun}; expected as many: a {type(self.data).__name__} over "
+                f"{type(getattr(self.data, 'dataset', None)).__name__} gives them other batches"
+            )
+        if len(self.generators) != len(first["now"]["generators"]):
+            raise RunError(
+                f"{begun}; expected as many, or a DataLoader with a generator of its own, whose order does not depend "
+                f"on their number: generator=torch.Generator().manual_seed(0)"
+            )
+        length = self._num_whole
+        if length is not None and any(length % count for count in (was, self.num_processes)):
+            raise RunError(f"{begun}, and a pass of {length} batches is not a multiple of both; expected as many")
+        batch, left = divmod(first["batch"] * was, self.num_processes)
+        if left:
+            raise RunError(f"{begun}, and {first['batch'] * was} batches of a pass are done; expected as many")
+        return {**state, "batch": batch}
 
     def _require_place(self, state: dict[str, Any]) -> None:
         if "data" not in state:
@@ -240,6 +280,24 @@ class Feed:
         from accelerate.utils import send_to_device
 
         return send_to_device(batch, self.device, non_blocking=True)
+
+
+def _known_length(data: Any) -> int | None:
+    """Batches to a pass, of all processes together, where the data tells."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _own_random_states(states: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The random states of a process that there was not before: drawn from those of the first one."""
+    from accelerate.utils import set_seed
+
+    with random_state_kept():
+        set_random_state(states["global"])
+        set_seed(int(torch.randint(2**31, (rank + 1,))[-1]))
+        return {**states, "global": random_state()}
 
 
 def _is_map_style(data: DataLoader[Any]) -> bool:

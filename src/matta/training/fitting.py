@@ -16,10 +16,12 @@ from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.training.cotraining import CoTraining
 from matta.training.feeding import Feed
-from matta.training.loop import Evaluate, FitResult, Observer, Settings, Training
+from matta.training.loop import Training
 from matta.training.processes import make_accelerator, require_all
 from matta.training.reporting import require_installed
 from matta.training.run_folder import RunFolder
+from matta.training.run_settings import Evaluate, FitResult, Observer, Settings
+from matta.training.spikes import Rollback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +48,7 @@ def fit(
     checkpoint_every: int = 1000,
     log_every: int = 50,
     max_nonfinite: int | None = 10,
+    rollback: Rollback | None = None,
     tensorboard: bool = True,
     progress: bool = True,
     accelerator: Accelerator | None = None,
@@ -58,9 +61,11 @@ def fit(
     With `run` the run survives: killed at any moment, the same call with `resume=True` continues from the
     newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (where the device
     computes the same again, and the data is the same; random numbers that a dataset draws in DataLoader workers
-    are not replayed). That call may also be the first one. On Ctrl-C the present step is
-    ended and a checkpoint written before KeyboardInterrupt is raised (one process; a second Ctrl-C does not
-    wait). The folder ends with the nesting in `nested` and the best one in `best`, for `matta.load`.
+    are not replayed). That call may also be the first one, and may be made in another number of processes: with
+    as many batches to a step of all together, each step sees the same samples. A thread writes the checkpoints, of
+    a copy in memory. On Ctrl-C, SIGTERM or SIGUSR1 the step is ended and a checkpoint written before KeyboardInterrupt
+    or `Terminated` (an exit with code 143 or 138) is raised, in all processes; in one process a second signal does
+    not wait. The folder ends with the nesting in `nested` and the best one in `best`, for `matta.load`.
 
     Args:
         cotrain: The pair with its objective. It is in training mode meanwhile.
@@ -92,6 +97,7 @@ def fit(
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.
+        rollback: Return to the newest checkpoint when the loss leaps, and leave out the batches since; needs `run`.
         tensorboard: Write the values for TensorBoard into the run folder.
         progress: Show a progress bar with the losses of the present batch.
         accelerator: One of your own, for settings of Accelerate's; not for FSDP or DeepSpeed. Its trackers (W&B,
@@ -125,6 +131,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         max_nonfinite=max_nonfinite,
         log_every=log_every,
+        rollback=rollback,
         resume=resume,
     )
     _check_arguments(cotrain, optimizer, scheduler, evaluate, settings, run)
@@ -168,10 +175,14 @@ def _check_arguments(
 ) -> None:
     own = {id(parameter) for parameter in cotrain.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise RunError("the optimizer holds no parameter of the nesting; expected nested.parameters() in it")
+        raise RunError(
+            "the optimizer holds no parameter of the nesting; expected nested.parameters() in it, made after sharding"
+        )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")
     if evaluate is None and (settings.evaluate_every is not None or settings.best is not None):
         raise RunError("received evaluate_every or best without evaluate; expected evaluate= too, what to call")
+    if settings.rollback is not None and run is None:
+        raise RunError("received rollback without run; expected run=, the folder whose checkpoints it returns to")
     if settings.resume and run is None:
         raise RunError(f"received resume={settings.resume!r} without run; expected run=, the folder to resume")

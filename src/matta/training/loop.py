@@ -3,128 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+import signal
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
-from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import is_sharded
+from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.sizes.saving import save
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
+from matta.training.interrupts import Interrupt, ended_by
+from matta.training.processes import gathered_by_main
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import Interrupt, RunFolder
+from matta.training.run_folder import NESTED, RunFolder
+from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
+from matta.training.sharding import divided_state, no_sync, whole_nested, whole_state
+from matta.training.spikes import SpikeWatch
+from matta.training.step_output import CoTrainingOutput
+from matta.training.step_times import StepTimes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
     from torch.optim.lr_scheduler import LRScheduler
-
-Evaluate = Callable[[Nested], Mapping[str, float]]
-
-
-class Observer(Protocol):
-    """What looks on at each batch, such as `ProgressiveValidation` and `Snapshots`."""
-
-    def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
-        """What was predicted, by weights that have not yet learned from the batch."""
-
-    def after_step(self, cotrain: CoTraining) -> None:
-        """The optimizer has moved the weights."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on, of tensors and plain types."""
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from a state."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What `evaluate` gave after a step."""
-
-    step: int
-    values: dict[str, float]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What came of a run.
-
-    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
-    count in all processes, without those that no step has trained (`Turns`). `num_skipped` counts the steps whose loss
-    was not finite.
-    """
-
-    steps: int
-    losses: dict[str, float]
-    evaluations: tuple[Evaluated, ...]
-    best: Evaluated | None
-    num_skipped: int
-
-
-_COUNTS = ("steps", "epochs", "accumulate", "evaluate_every", "checkpoint_every", "max_nonfinite", "log_every")
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The plain values among the arguments of `fit`.
-
-    Raises:
-        RunError: a value is out of range, or two exclude each other.
-    """
-
-    steps: int | None
-    epochs: int | None
-    clip_norm: float | None
-    accumulate: int
-    precision: str
-    evaluate_every: int | None
-    best: tuple[str, Literal["min", "max"]] | None
-    checkpoint_every: int
-    max_nonfinite: int | None
-    log_every: int
-    resume: bool | Literal["prolong"]
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise RunError(f"received steps={self.steps} and epochs={self.epochs}; expected one of them")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise RunError(f"received {name}={value!r}; expected a whole number from 1 up")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise RunError(f"received clip_norm={self.clip_norm!r}; expected a number over 0, or None for no clipping")
-        if self.precision not in ("no", "bf16"):
-            raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
-        if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
-            raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
-        if self.resume not in (True, False, "prolong"):
-            raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
-
-    @property
-    def num_passes(self) -> int | None:
-        """Passes over the data; None: as many as the steps need."""
-        return None if self.steps is not None else self.epochs or 1
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context of a forward."""
-        if self.precision == "no":
-            return nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @final
@@ -146,12 +60,18 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.evaluate, self.observers = settings, evaluate, observers
         self.folder, self.accelerator = folder, accelerator
+        self.is_sharded = is_sharded(cotrain)
+        self.takes_part = accelerator.is_main_process or self.is_sharded  # in what the main process writes
         self.arguments = arguments_of(
             cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
         )
         self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
-        self.losses = Losses()
+        self.losses, self.times = Losses(), StepTimes()
+        self.norm: Tensor | None = None
+        self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
+        self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
+        self.stopped_by: int | None = None
         self.evaluations: list[Evaluated] = []
         self.best: Evaluated | None = None
         self.saved_step: int | None = None
@@ -167,10 +87,10 @@ class Training:
         try:
             self.cotrain.accumulate = self.settings.accumulate
             self._open(progress=progress, has_tensorboard=has_tensorboard)
-            with Interrupt(enabled=self.folder is not None and self.accelerator.num_processes == 1) as interrupt:
+            with self.interrupt:
                 self.cotrain.train()
-                self._train(interrupt)
-            self._finish()
+                self._train()
+                self._finish()
         finally:
             self.cotrain.accumulate = accumulate_before
             for part, mode in modes:
@@ -179,6 +99,8 @@ class Training:
                 self.bar.close()
             if self.own_tracker is not None:
                 self.own_tracker.finish()
+            if self.folder is not None:
+                self.folder.close()
         return FitResult(
             steps=self.step,
             losses=self.losses.read(),
@@ -187,16 +109,18 @@ class Training:
             num_skipped=self.num_skipped,
         )
 
-    def _train(self, interrupt: Interrupt) -> None:
+    def _train(self) -> None:
         if self._is_complete():
             return
         model = self._distributed()
         try:
             self.optimizer.zero_grad(set_to_none=True)
             for batches in full_groups(iter(self.feed), self.settings.accumulate):
+                self.times.add("data")
                 outputs = self._forward_backward(model, batches)
-                self._move(outputs)
-                self._after_step(outputs[-1], interrupt)
+                self._move(outputs, batches)
+                self.times.add("optimizer")
+                self._after_step(outputs[-1])
                 if self._is_complete():
                     break
         finally:
@@ -206,7 +130,8 @@ class Training:
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
 
     def _distributed(self) -> torch.nn.Module:
-        return self.cotrain if self.accelerator.num_processes == 1 else self.accelerator.prepare_model(self.cotrain)
+        is_plain = self.accelerator.num_processes == 1 or self.is_sharded
+        return self.cotrain if is_plain else self.accelerator.prepare_model(self.cotrain)
 
     def _forward_backward(self, model: torch.nn.Module, batches: Sequence[Batch]) -> list[CoTrainingOutput]:
         """The gradient of the mean over all labels of the step, of every batch and process."""
@@ -215,67 +140,123 @@ class Training:
         outputs: list[CoTrainingOutput] = []
         for batch in batches:
             is_last = len(outputs) + 1 == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if is_last else no_sync(model, self.accelerator):
                 with self.settings.autocast(self.feed.device):
                     out: CoTrainingOutput = model(batch, **of_step)
+                self.times.add("forward")
                 out.loss.backward()
+            self.times.add("backward")
             outputs.append(out)
             for observer in self.observers:
                 observer.before_step(self.cotrain, batch, out)
+            self.times.add("observers")
         return outputs
 
-    def _move(self, outputs: Sequence[CoTrainingOutput]) -> None:
+    def _move(self, outputs: Sequence[CoTrainingOutput], batches: Sequence[Batch]) -> None:
         """The optimizer step, unless something is not finite."""
-        norm = None
         if self.settings.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
-        if self.settings.max_nonfinite is None or self._is_finite(outputs, norm):
+        loss = 0.0 if self.settings.max_nonfinite is None else self._seen_loss(outputs)
+        if self.settings.max_nonfinite is not None and not math.isfinite(loss):
+            self._skip(self.settings.max_nonfinite, batches)
+        elif self.spikes is not None and self.spikes.is_spike(loss) and self._roll_back(self.spikes, loss):
+            return
+        else:
             self.optimizer.step()
             self.nonfinite_in_row = 0
             self.losses.add(outputs)
-        else:
-            self._skip(self.settings.max_nonfinite)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _is_finite(self, outputs: Sequence[CoTrainingOutput], norm: Tensor | None) -> bool:
-        """Whether the step can be taken; the same on every process."""
+    def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
+        """The loss of the step, not finite where the norm is not; the same on every process.
+
+        They tell each other of signals too.
+        """
         total = outputs[0].loss.detach()
         for out in outputs[1:]:
             total = total + out.loss.detach()
-        if norm is not None:
-            total = total + norm.to(total.device)
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, "sum")
-        return math.isfinite(total.item())
+        if self.norm is not None:
+            total = total + 0 * self.norm.to(total.device)
+        if self.accelerator.num_processes == 1:
+            return float(total.item())
+        seen = torch.stack([total.float(), torch.full_like(total, self.interrupt.came or 0, dtype=torch.float32)])
+        sums = self.accelerator.reduce(seen, "sum").tolist()
+        self._note_signals(sums[1])
+        return float(sums[0])
 
-    def _skip(self, most: int) -> None:
+    def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
+        """Take up the newest checkpoint but for its place in the data; False where there is none."""
+        assert self.folder is not None
+        self.folder.wait()
+        self.accelerator.wait_for_everyone()
+        state = self.folder.load(self.cotrain)
+        if state is None:
+            return False
+        spikes.count(loss, self.step)
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"the loss of step {self.step} is {loss:.4g}, over {spikes.rollback.factor:g} times the median before; "
+                f"the run continues from step {state['step']} with the batches that follow",
+                stacklevel=2,
+            )
+        self._take_up(state, prolong=False)
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _note_signals(self, total: float) -> None:
+        """Stop after this step if a process had a signal: all with their own, or as if by SIGTERM."""
+        if total:
+            self.stopped_by = self.interrupt.came or int(signal.SIGTERM)
+
+    def _skip(self, most: int, batches: Sequence[Batch]) -> None:
         self.num_skipped += 1
         self.nonfinite_in_row += 1
+        aside = None
+        if self.folder is not None:
+            aside = self.folder.put_aside(f"step-{self.step:08d}-process-{self.accelerator.process_index}", batches)
         if self.nonfinite_in_row >= most:
             raise RunError(
                 f"the loss was not finite in {most} steps in a row, {self.step - most + 1} to {self.step} (last: epoch "
                 f"{self.feed.epoch}, batch {self.feed.batch - 1}, counted from 0); the weights are those before them. "
                 f"Lower the learning rate, clip the gradients (clip_norm=1.0), or look for such values in the data"
+                + ("" if aside is None else f": the batches are in {aside}")
             )
 
-    def _after_step(self, out: CoTrainingOutput, interrupt: Interrupt) -> None:
+    def _after_step(self, out: CoTrainingOutput) -> None:
         settings = self.settings
         for observer in self.observers:
             observer.after_step(self.cotrain)
+        self.times.add("observers")
         if self.step % settings.log_every == 0:
             self._log(out.distill_weight)
         if self.bar is not None and self.bar.is_due():
             self.bar.show(self.step, self.losses.latest)
         if settings.evaluate_every is not None and self.step % settings.evaluate_every == 0:
             self._evaluate()
-        if interrupt.came:
-            self._save()
-            raise KeyboardInterrupt(f"stopped after step {self.step}; continue with resume=True")
+            self.times.add("evaluation")
+        self._stop_if_asked()
         if self.folder is not None and self.step % settings.checkpoint_every == 0 and not self._is_complete():
             self._save()
+            self.times.add("checkpoint")
+
+    def _stop_if_asked(self) -> None:
+        """End the run with a checkpoint where a signal has come to any process."""
+        if self.folder is None:
+            return
+        if self.accelerator.num_processes == 1:
+            self.stopped_by = self.interrupt.came
+        elif self.settings.max_nonfinite is None and self.step % self.settings.log_every == 0:
+            came = torch.tensor(float(self.interrupt.came or 0), device=self.feed.device)
+            self._note_signals(self.accelerator.reduce(came, "sum").item())
+        if self.stopped_by is None:
+            return
+        self._save()
+        self.folder.wait()
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+        raise ended_by(self.stopped_by, f"stopped after step {self.step}; continue with resume=True")
 
     def _is_complete(self) -> bool:
         if self.settings.steps is not None:
@@ -289,9 +270,10 @@ class Training:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
-        if self.folder is not None and self.accelerator.is_main_process:
-            save(self.cotrain.nested, self.folder.path / "nested")
-            if isinstance(self.optimizer, Shampoo):
+        if self.folder is not None and self.takes_part:
+            self.folder.wait()
+            save(self.cotrain.nested, self.folder.path / NESTED)
+            if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
@@ -308,9 +290,10 @@ class Training:
         if self.evaluate is None:
             return
         values: list[Any] = [None]
+        nested = whole_nested(self.cotrain.nested) if self.is_sharded else self.cotrain.nested
         if self.accelerator.is_main_process:
-            with random_state_kept(), evaluating(self.cotrain):
-                values[0] = {name: float(value) for name, value in self.evaluate(self.cotrain.nested).items()}
+            with random_state_kept(), evaluating(nested):
+                values[0] = {name: float(value) for name, value in self.evaluate(nested).items()}
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -330,7 +313,7 @@ class Training:
         if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
             return
         self.best = latest
-        if self.folder is not None and self.accelerator.is_main_process:
+        if self.folder is not None and self.takes_part:
             save(self.cotrain.nested, self.folder.path / "best")
 
     def _log(self, distill_weight: Tensor) -> None:
@@ -343,6 +326,8 @@ class Training:
             {
                 **{f"loss/{name}": value for name, value in losses.items()},
                 **dict(zip(names, rates, strict=True)),
+                **({} if self.norm is None else {"gradient_norm": float(self.norm)}),
+                **self.times.read(self.settings.log_every),
                 "distill_weight": float(distill_weight),
                 "skipped_steps": self.num_skipped,
             }
@@ -379,21 +364,19 @@ class Training:
             return
         feeds = [self.feed.state()]
         if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            feeds = gather_object(feeds)
-        if self.accelerator.is_main_process:
-            self.folder.save(self.step, self.cotrain, self._state(feeds))
+            feeds = gathered_by_main(feeds[0])
+        if self.takes_part:
+            state, is_main = self._state(feeds), self.accelerator.is_main_process
+            self.folder.save(self.step, self.cotrain, state, writes=is_main)
         self.saved_step = self.step
 
     def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "accumulate": self.settings.accumulate,
-            "num_processes": self.accelerator.num_processes,
+            **self._shape(),
             "arguments": self.arguments,
             "feeds": feeds,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -401,19 +384,35 @@ class Training:
             "evaluations": [asdict(each) for each in self.evaluations],
             "best": None if self.best is None else asdict(self.best),
             "observers": [each.state_dict() for each in self.observers],
+            "spikes": None if self.spikes is None else self.spikes.state_dict(),
+        }
+
+    def _shape(self) -> dict[str, int]:
+        accumulate, num_processes = self.settings.accumulate, self.accelerator.num_processes
+        step_size = accumulate * num_processes * self.feed.unit
+        return {
+            "accumulate": accumulate,
+            "num_processes": num_processes,
+            "batch": self.feed.unit,
+            "step_size": step_size,
         }
 
     def _resume(self) -> None:
         state = None if self.folder is None else self.folder.load(self.cotrain)
         if state is None:
             return
-        prolong, steps = self.settings.resume == PROLONG, self.settings.steps
-        shape = {"accumulate": self.settings.accumulate, "num_processes": self.accelerator.num_processes}
-        require_same_shape(state, {**shape, "number of observers": len(self.observers)})
+        prolong = self.settings.resume == PROLONG
+        require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
         if not prolong:
             require_same_arguments(state, self.arguments, self.scheduler)
-        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=steps)
-        self.feed.resume(state["feeds"][self.accelerator.process_index])
+        self.feed.resume(state["feeds"])
+        self._take_up(state, prolong=prolong)
+
+    def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
+        """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
+        state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
+        self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = self.saved_step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
         self.losses.means = state["losses"]
@@ -421,3 +420,5 @@ class Training:
         self.best = None if state["best"] is None else Evaluated(**state["best"])
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
+        if self.spikes is not None and state["spikes"] is not None:
+            self.spikes.load_state_dict(state["spikes"])

@@ -45,6 +45,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_by_main(value: Any) -> list[Any]:
+    """The value of each process, for the main process alone (elsewhere nothing); all must call this."""
+    if num_processes() == 1:
+        return [value]
+    values = [None] * num_processes() if is_main_process() else None
+    distributed.gather_object(value, values)
+    return values or []
+
+
 def is_shared_out(data: Any) -> bool:
     """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
     is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1
@@ -66,6 +75,7 @@ def make_accelerator() -> Accelerator:
     from accelerate import Accelerator
 
     _warn_of_one_process()
+    _join_slurm()
     on_cpu = num_launched() > 1 and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(cpu=on_cpu)
@@ -90,8 +100,8 @@ def require_all(accelerator: Accelerator) -> None:
     if launched > 1 and accelerator.num_processes != launched:
         raise RunError(
             f"the launcher started {launched} processes, and Accelerate joins {accelerator.num_processes}, so that "
-            f"each would train alone on all of the data; expected all of them: start torchrun (under SLURM one a node, "
-            f"srun --ntasks-per-node=1 torchrun --nproc-per-node N), and without a GPU leave accelerator= out or make "
+            f"each would train alone on all of the data; expected all of them: start torchrun (or under SLURM "
+            f"srun --ntasks-per-node N), and without a GPU leave accelerator= out or make "
             f"it by Accelerator(cpu=True)"
         )
 
@@ -107,6 +117,32 @@ def require_one(what: str) -> None:
             f"{what} works in one process, and the launcher started {num_launched()}; expected it without accelerate "
             f"launch, torchrun or srun -n"
         )
+
+
+def _join_slurm() -> None:
+    """Say in torchrun's words what `srun` started: a process for each task, in a job step of several."""
+    if "WORLD_SIZE" in os.environ or int(os.environ.get(_SIZES[-1], "1")) == 1 or "SLURM_PROCID" not in os.environ:
+        return
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    os.environ |= {
+        "WORLD_SIZE": os.environ[_SIZES[-1]],
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", first_host(nodes)),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20_000 + job % 20_000)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of hosts.
+
+    Example:
+        >>> first_host("gpu[003-017,21],login"), first_host("alpha,beta")
+        ('gpu003', 'alpha')
+    """
+    prefix, bracket, inside = nodes.split(",")[0].partition("[")
+    return prefix + inside.replace("-", "]").partition("]")[0] if bracket else prefix
 
 
 def _warn_of_one_process() -> None:

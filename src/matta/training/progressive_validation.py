@@ -17,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matta.errors import LabelError, RunError
-from matta.nesting.batches import Batch, call, logits_of, split_labels
+from matta.nesting.batches import Batch, call
+from matta.objectives.labels import unweighted
 from matta.sizes.submodels import SubModel, live
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.processes import gathered
+from matta.training.step_labels import weighted_batch
+from matta.training.step_output import CoTrainingOutput
 
 Values = dict[str, dict[str, float]]
 METRICS: Final = {"auc_loss": "AucLoss", "log_loss": "log loss (nats)", "calibration": "mean prediction / mean label"}
@@ -93,7 +96,8 @@ class ProgressiveValidation:
     @torch.no_grad()
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Take in the predictions for a batch."""
-        inputs, labels = split_labels(batch)
+        inputs, labels = weighted_batch(batch, cotrain.objective)
+        labels, _ = unweighted(labels)
         if not isinstance(labels, Tensor):
             raise LabelError("the batch has no labels; expected them for progressive validation, with a Teacher too")
         logits = self._logits(cotrain, inputs, out)
@@ -112,7 +116,7 @@ class ProgressiveValidation:
         if self._watch and not self._live:
             self._live = {name: live(nested, spec).eval() for name, spec in self._watch.items()}
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(out.all_student_logits)}
-        mixed = {name: logits_of(call(module, inputs)) for name, module in self._live.items()}
+        mixed = {name: cotrain.read(call(module, inputs)) for name, module in self._live.items()}
         return {**students, "ta": out.ta_logits, **mixed}
 
     def _begin(self, names: list[str]) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from matta.errors import RunError
-from matta.training.cotraining import CoTrainingOutput
 from matta.training.processes import num_processes, summed
+from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -70,7 +70,8 @@ class Losses:
 def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
     """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out."""
     took_part = (out.trains_students, out.trains_ta, out.trains_students and out.trains_ta)
-    return out.student_loss, out.ta_loss, out.distill_loss, *(out.num_labels * part for part in took_part)
+    count = out.num_labels.sum()  # of several heads
+    return out.student_loss, out.ta_loss, out.distill_loss, *(count * part for part in took_part)
 
 
 def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -42,16 +42,28 @@ def arguments_of(
     return found | _plain(settings)
 
 
-def require_same_shape(state: dict[str, Any], present: Mapping[str, int]) -> None:
-    """Refuse a resumption, prolonged or not, with other numbers of batches to a step, processes or observers.
+def require_same_shape(state: Mapping[str, Any], present: Mapping[str, int]) -> None:
+    """Refuse a resumption, prolonged or not, with another number of observers, or of batches to a step.
+
+    The batches of a step are those of all processes: half as many may accumulate twice as many each. Where the data
+    can share its samples out in batches of another size (`step_size`), the samples of a step are compared instead.
 
     Raises:
         RunError: one differs.
     """
-    saved = {**state, "number of observers": len(state.setdefault("observers", []))}  # old checkpoints have none
-    for name, value in present.items():
-        if saved[name] != value:
-            raise RunError(f"the run was begun with {name}={saved[name]}, and now it is {value}; expected the same")
+    saved = {**state, "number of observers": len(state["observers"])}
+    now = dict(present)
+    if saved["step_size"] != now["step_size"]:
+        difference = _differences(saved, now, ("accumulate", "num_processes")) or _differences(saved, now, ("batch",))
+        raise RunError(
+            f"the run was begun with {difference}; expected as many batches in a step of all processes together"
+        )
+    if difference := _differences(saved, now, ("number of observers",)):
+        raise RunError(f"the run was begun with {difference}; expected the same")
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={saved[name]}, and now it is {now[name]}" for name in names if saved[name] != now[name])
 
 
 def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], scheduler: LRScheduler | None) -> None:
@@ -74,11 +86,11 @@ def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], sch
         for index, group in enumerate(state["optimizer"]["param_groups"])
         for name, value in _plain(group).items()
     }
-    missing = object()
+    missing = object()  # None is as not given: a run of before there was a setting can be resumed
     differences = [
         f"{name}={_shown(begun, name)}, and now it is {_shown(now, name)}"
         for name in sorted(begun.keys() | now.keys())
-        if now.get(name, missing) not in (begun.get(name, missing), saved.get(name, missing))
+        if now.get(name) not in (begun.get(name), saved.get(name, missing))
     ]
     if differences:
         raise RunError(
@@ -171,6 +183,11 @@ def _of_cotraining(cotrain: CoTraining) -> dict[str, Any]:
         **({"turns": cotrain.turns} if cotrain.turns else {}),  # a run of before there were turns can be resumed
     }
     found: dict[str, Any] = {"teacher": cotrain.has_teacher, "sample": cotrain.sample is not None}
+    teachers = cotrain.teachers  # those settings alone that are not as they always were before there were any
+    if (len(teachers.modules), teachers.temperature, teachers.labels) not in ((0, 1.0, 0.0), (1, 1.0, 0.0)):
+        found |= {"num_teachers": len(teachers.modules), "temperature": teachers.temperature, "labels": teachers.labels}
+    if cotrain.logits is not None:
+        found["logits"] = cotrain.logits if isinstance(cotrain.logits, str) else _name(cotrain.logits)
     for name, part in parts.items():
         found[name] = None if part is None else _name(part)
         found |= {f"{name}.{inner}": value for inner, value in _plain(getattr(part, "__dict__", {})).items()}
@@ -225,8 +242,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _builtin(value: Any) -> Any:
-    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them."""
-    return float(value) if isinstance(value, float) else value
+    """A checkpoint holds nothing but Python's own types: NumPy's float64 is a float, and is none of them.
+
+    NaN, which is not equal to itself, becomes its name.
+    """
+    if not isinstance(value, float):
+        return value
+    return float(value) if value == value else "nan"
 
 
 def _name(value: object) -> str:

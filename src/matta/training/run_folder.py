@@ -1,44 +1,56 @@
-"""Run folders: checkpoints from which a run resumes as if it had never stopped, and Ctrl-C that waits for one.
+"""Run folders: checkpoints from which a run resumes as if it had never stopped.
 
     fit.json             what this folder is
-    checkpoint-00001000/ model.safetensors and training.pt; the newest three are kept
+    lock                 held by the process that writes here
+    checkpoint-00001000/ model.safetensors, and optimizer, data position and the rest in training.safetensors and
+                         training.json; the newest three are kept
+    nonfinite/           batches whose loss was not finite (matta.training.plain_state.read_state)
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
     preconditioner.safetensors  Shampoo's factors at the end, where it was used (matta figure preconditioner)
     tensorboard/         losses, rates and evaluations
 
-A checkpoint is written under another name and renamed when it is complete: whenever a run is killed,
-its folder holds one that is whole. Every file has a checksum: where the newest checkpoint has been damaged since, the
-run resumes from an older one.
+A checkpoint is a copy of the run in memory, which a thread writes while training continues. It is written under
+another name and renamed when it is complete: whenever a run is killed, its folder holds one that is whole. Every file
+has a checksum: where the newest checkpoint has been damaged since, the run resumes from an older one. Nothing is
+pickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
-import signal
-import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
-from matta.sizes.saving import apart, require_fit, split_state
+from matta.nesting.batches import Batch
+from matta.nesting.sharded_slices import is_sharded, placed
+from matta.sizes.saving import require_fit, split_state
 from matta.sizes.storage import verify, whole_folder, write_json
+from matta.training.plain_state import PackedState, cpu_copy, read_state
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"
-TRAINING: Final = "training.pt"
-FORMAT: Final = {"format": "matta.fit", "version": 1}
+TRAINING: Final = "training"
+LOCK: Final = "lock"
+NESTED: Final = "nested"
+FORMAT: Final = {"format": "matta.fit", "version": 2}
 NUM_KEPT: Final = 3
+ASIDE: Final = "nonfinite"
+NUM_ASIDE: Final = 8
 
 
 @final
@@ -53,6 +65,9 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
         self.path = Path(path)
+        self._held: FileLock | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="matta.checkpoint")
+        self._writing: Future[None] | None = None
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (self.path / MARKER).is_file():
@@ -67,27 +82,104 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.path / MARKER} is damaged: {error}; expected {json.dumps(FORMAT)} in it") from None
         if found != FORMAT:
-            raise RunError(f"{self.path / MARKER} is not of this version of matta; expected {FORMAT}")
+            raise RunError(
+                f"{self.path / MARKER} says {json.dumps(found)}, and this version of matta reads {json.dumps(FORMAT)}; "
+                f"resume the run with the version that began it, or begin a new run"
+            )
 
     def begin(self) -> None:
-        """Make the folder, and clear away what a killed run has left half-written."""
+        """Make the folder, lock it, and clear away what a killed run has left half-written.
+
+        Raises:
+            RunError: another process is writing there.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
         write_json(self.path / MARKER, FORMAT)
         for left in self.path.glob(".checkpoint-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.path.glob("checkpoint-*"))
+        return checkpoints_in(self.path)
 
-    def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
-        """Write a checkpoint in place of any of this step; then remove all but the newest ones."""
+    def _lock(self) -> None:
+        from filelock import FileLock, Timeout
+
+        if self._held is not None:
+            return
+        try:
+            self._held = FileLock(self.path / LOCK, blocking=False)
+            self._held.acquire()
+        except Timeout:
+            self._held = None
+            raise RunError(
+                f"{self.path} is in use: another process trains there; wait for its end, or choose another run="
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            self._held = None
+
+    def save(self, step: int, module: nn.Module, training: Mapping[str, Any], *, writes: bool = True) -> None:
+        """Copy a checkpoint, to be written while training continues, in place of any of this step.
+
+        Of a sharded module all processes call this, and one `writes`.
+
+        Raises:
+            RunError: the checkpoint before could not be written.
+            CheckpointError: the state holds something that is neither a tensor nor a plain type.
+        """
+        self.wait()
+        tensors, others = split_state(module)
+        if not writes:
+            return
+        copies = {name: cpu_copy(tensor) for name, tensor in tensors.items()}
+        packed = PackedState({**training, "extra_state": others})
+        self._writing = self._writer.submit(self._write, step, copies, packed)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except (OSError, SafetensorError) as error:
+            whole = self.checkpoints()
+            remedy = f"mend that, and resume from {whole[-1].name}" if whole else "mend that, and begin afresh"
+            raise RunError(f"a checkpoint could not be written to {self.path}: {error}; {remedy}") from None
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and let others write here.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._held is not None:
+                self._held.release()
+                self._held = None
+
+    def _write(self, step: int, tensors: dict[str, Tensor], training: PackedState) -> None:
+        """Write a checkpoint; then remove all but the newest ones."""
         with whole_folder(self.path / f"checkpoint-{step:08d}") as made:
-            tensors, others = split_state(module)
-            save_file(apart(tensors), made / MODEL)
-            torch.save({**training, "extra_state": others}, made / TRAINING)
+            save_file(tensors, made / MODEL)
+            training.write(made, TRAINING)
         for old in self.checkpoints()[:-NUM_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def put_aside(self, name: str, batches: Sequence[Batch]) -> Path | None:
+        """Write batches that did harm, to be looked at, of the first few steps; where they are, or None."""
+        aside = self.path / ASIDE
+        if not (aside / f"{name}.json").exists() and len(list(aside.glob("*.json"))) < NUM_ASIDE:
+            aside.mkdir(exist_ok=True)
+            with suppress(CheckpointError):  # batches of other types
+                PackedState({"batches": list(batches)}).write(aside, name)
+        return aside if aside.exists() else None
 
     def load(self, module: nn.Module) -> dict[str, Any] | None:
         """Put the newest whole checkpoint's weights into `module`; the rest of it, or None if there is no checkpoint.
@@ -107,7 +199,8 @@ class RunFolder:
             require_fit(path, tensors, split_state(module)[0])
             if damaged:
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
-            module.load_state_dict({**tensors, **training.pop("extra_state")}, strict=False)
+            present = placed(tensors, module) if is_sharded(module) else tensors
+            module.load_state_dict({**present, **training.pop("extra_state")}, strict=False)
             return training
         if damaged:
             raise CheckpointError(
@@ -117,34 +210,30 @@ class RunFolder:
         return None
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True
+    except NotImplementedError:
+        return False
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a checkpoint, and the rest of it."""
     verify(path)
     try:
-        return load_file(path / MODEL), torch.load(path / TRAINING, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        return load_file(path / MODEL), read_state(path, TRAINING)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-@final
-class Interrupt:
-    """Ctrl-C that waits for the end of the step; a second one does not."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        is_main = threading.current_thread() is threading.main_thread()
-        self._enabled = enabled and is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        self.came = False
-
-    def __enter__(self) -> Interrupt:
-        if self._enabled:
-            signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _note(self, *_: object) -> None:
-        if self.came:
-            raise KeyboardInterrupt
-        self.came = True

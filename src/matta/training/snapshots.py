@@ -22,15 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from matta.errors import CheckpointError, RunError
+from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import is_sharded
 from matta.objectives.labels import num_examples
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify, whole_file, whole_folder
 from matta.sizes.submodels import SubModel
-from matta.training.cotraining import CoTraining, CoTrainingOutput
+from matta.training.cotraining import CoTraining
 from matta.training.processes import gathered, is_main_process
+from matta.training.step_output import CoTrainingOutput
 
 LATEST: Final = "latest"
 DESCRIPTION: Final = "snapshot.json"
@@ -115,7 +117,7 @@ class Snapshots:
     def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
         """Count the events."""
         labels = split_labels(batch)[1]
-        count = len(out.ta_logits if out.trains_ta else out.student_logits) if labels is None else num_examples(labels)
+        count = num_examples((out.ta_logits if out.trains_ta else out.student_logits) if labels is None else labels)
         self._events += sum(gathered(count))
 
     def after_step(self, cotrain: CoTraining) -> None:
@@ -127,7 +129,16 @@ class Snapshots:
             self.publish(cotrain.nested)
 
     def publish(self, nested: Nested) -> int:
-        """Publish now; the number of the version. Of several processes, only one may call it."""
+        """Publish now; the number of the version. Of several processes, only one may call it.
+
+        Raises:
+            RunError: the nesting is sharded over processes.
+        """
+        if is_sharded(nested):
+            raise RunError(
+                "received a nesting that is sharded over processes to publish; expected a whole one: leave Snapshots "
+                "out, and take models from the checkpoints of the run"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
         with whole_folder(self.folder / f"{version:08d}") as made:
@@ -205,11 +216,7 @@ def read_snapshot(
             raise CheckpointError(f"{folder} has no version {version}; it has: {present}")
         return _read(chosen, build, model)
     for _ in range(_TRIES):  # a version may be removed while it is read: there is a newer one then
-        try:
-            name = (Path(folder) / LATEST).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} holds no snapshot; expected what matta.Snapshots published") from None
-        newest = Path(folder) / name
+        newest = newest_version(Path(folder))
         try:
             return _read(newest, build, model)
         except (FileNotFoundError, CheckpointError):
@@ -223,11 +230,11 @@ def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot
     weights = version / f"{model}.safetensors"
     verify(version, weights.name, ENCODER, DESCRIPTION)
     try:
-        description = json.loads((version / DESCRIPTION).read_text(encoding="utf-8"))
+        description = _read_json(version / DESCRIPTION)
         own = {name: description[name] for name in ("version", "events", "time_s")}
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{version / DESCRIPTION} is damaged: {error!r}; publish again") from None
-    if not weights.is_file():
+    if not weights.is_file() or weights.name != f"{model}.safetensors":
         models = ", ".join(sorted(each.stem for each in version.glob("*.safetensors")))
         raise CheckpointError(f"{version} has no model {model!r}; it has: {models}")
     module = build()
@@ -236,8 +243,32 @@ def _read(version: Path, build: Callable[[], nn.Module], model: str) -> Snapshot
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{weights} does not fit the module that build gave: {error}") from None
     encoder = version / ENCODER
-    state = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else None
+    state = _read_json(encoder) if encoder.is_file() else None
     return Snapshot(module=module.eval(), encoder=state, **own)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except DAMAGE as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}; publish again") from None
+
+
+def newest_version(folder: Path) -> Path:
+    """The folder of the newest version.
+
+    Raises:
+        CheckpointError: there is none, or what names it is damaged.
+    """
+    try:
+        name = (folder / LATEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no snapshot; expected what matta.Snapshots published") from None
+    except ValueError:
+        name = "what is no text"
+    if not name.isdigit():
+        raise CheckpointError(f"{folder / LATEST} is damaged: it names {name}; expected a version: publish again")
+    return folder / name
 
 
 def _versions(folder: Path) -> list[Path]:

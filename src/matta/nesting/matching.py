@@ -1,0 +1,273 @@
+"""Lay one traced model over another of its class: the layout of every axis that grows, part by part.
+
+Where both models split a width into factors (heads and head_dim), the Student's is a leading block of the factors;
+where both join several parts (embeddings, the halves of a gate), it is the leading stretch of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import final
+
+from torch import nn
+
+from matta.errors import TracingError
+from matta.nesting.batches import Batch
+from matta.nesting.dimensions import Part, Trace
+from matta.nesting.layout import Axis, Layout, Segment
+from matta.nesting.tracing import trace
+
+
+def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str, Layout]:
+    """The layouts by which `matta.nest` lays a Student into a wider module of the same class.
+
+    Both are traced on the example. The layout of a growing axis says what it consists of: one plain
+    stretch (1), several parts (embeddings one after the other, halves of a gate, a flattened
+    image), or a product (heads times head_dim). Left out are parameters that only one of the two has, that do not
+    grow, or whose channels are lost from sight: `matta.nest` knows common ones by itself, and says
+    which others to declare.
+
+    Raises:
+        TracingError: a module fails on the example, or an axis has other parts in the one than in
+            the other.
+
+    Example:
+        >>> import torch
+        >>> def model(width):
+        ...     return nn.Sequential(nn.Conv1d(1, width, 1), nn.Flatten(), nn.Linear(2 * width, 1))
+        >>> trace_layouts(model(2), model(3), (torch.zeros(1, 1, 2), None))["2.weight"].axes
+        {1: (Segment(student=(2, 2), ta=(3, 2)),)}
+    """
+    return match_layouts(trace(student, example), trace(ta, example))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs."""
+
+    parameters: Mapping[str, Layout] = field(default_factory=dict)
+    buffers: Mapping[str, Layout] = field(default_factory=dict)
+    inputs: frozenset[tuple[str, int]] = frozenset()
+    unread: frozenset[str] = frozenset()
+    products: frozenset[str] = frozenset()
+    spanning: frozenset[str] = frozenset()
+
+    def input_axes(self, name: str) -> list[int]:
+        """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
+        alike = (
+            {name} if name not in self.unread else {other for other, _ in self.inputs if family(other) == family(name)}
+        )
+        return sorted({axis for other, axis in self.inputs if other in alike})
+
+
+def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
+    """What a run of both shows; axes whose channels are lost are left out, all of them if a model does not run."""
+    try:
+        one, other = trace(student, example), trace(ta, example)
+    except TracingError:  # the probe has the last word
+        return Shown()
+    return Shown(
+        parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta, one.unread | other.unread),
+        buffers=match_layouts(one, other, strict=False, buffers=True),
+        inputs=one.summed | other.summed,
+        unread=one.unread | other.unread,
+        products=_Overlay(one, other).products(),
+        spanning=_Overlay(one, other).spanning(),
+    )
+
+
+def _of_their_kind(
+    layouts: dict[str, Layout], student: nn.Module, ta: nn.Module, unread: frozenset[str]
+) -> dict[str, Layout]:
+    """The layouts, and for parameters that a run did not come to those of the same sizes in other blocks.
+
+    An expert that no token of the example goes to is cut as the others are.
+    """
+    shapes = {name: parameter.shape for name, parameter in ta.named_parameters()}
+    kinds = {
+        name: (family(name), parameter.shape, shapes[name])
+        for name, parameter in student.named_parameters()
+        if name in shapes and parameter.shape != shapes[name]
+    }
+    shown: dict[object, Layout] = {}
+    for name, layout in layouts.items():
+        shown.setdefault(kinds.get(name), layout)
+    return {name: shown[kind] for name, kind in kinds.items() if name in unread and kind in shown} | layouts
+
+
+def family(name: str) -> str:
+    """The name of a parameter with a star for each number in it: the same in every block.
+
+    Example:
+        >>> family("blocks.3.up.weight")
+        'blocks.*.up.weight'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def match_layouts(student: Trace, ta: Trace, *, strict: bool = True, buffers: bool = False) -> dict[str, Layout]:
+    """The layouts of one traced module in another: see `trace_layouts`; those of `buffers` in place of parameters.
+
+    Raises:
+        TracingError: an axis has other parts in the one than in the other; such axes are left out, like those
+            whose channels are lost, unless `strict`.
+    """
+    overlay = _Overlay(student, ta)
+    layouts: dict[str, Layout] = {}
+    for name, wider in _growing(student, ta, buffers).items():
+        found = {axis: overlay.axis(name, axis, strict) for axis in wider}
+        axes = {axis: segments for axis, segments in found.items() if segments is not None}
+        if axes and (len(axes) == len(found) or not strict):
+            layouts[name] = Layout({axis: 1 if _is_plain(segments) else segments for axis, segments in axes.items()})
+    return layouts
+
+
+def _growing(student: Trace, ta: Trace, buffers: bool) -> dict[str, list[int]]:
+    """The axes that differ in length, of each parameter that both have."""
+    found: dict[str, list[int]] = {}
+    shared = {name for name, _ in student.axes if (name in student.buffers) == buffers}
+    shared -= student.unread | ta.unread
+    for (name, axis), parts in ta.axes.items():
+        if name in shared and _length(parts) != (_length(student.axes.get((name, axis), ())) or 1):
+            found.setdefault(name, []).append(axis)
+    return found
+
+
+def _length(parts: tuple[Part, ...]) -> int:
+    return sum(part.size * part.repeat for part in parts)
+
+
+def _is_plain(segments: tuple[Segment, ...]) -> bool:
+    return len(segments) == 1 and len(segments[0].ta) == 1
+
+
+@final
+class _Overlay:
+    """The parts of a Student's axes over those of the TA's."""
+
+    def __init__(self, student: Trace, ta: Trace) -> None:
+        self.student, self.ta = student, ta
+
+    def axis(self, name: str, axis: int, strict: bool) -> tuple[Segment, ...] | None:
+        """The segments of an axis; None where its channels were lost."""
+        parts, others = self.student.axes.get((name, axis), ()), self.ta.axes[name, axis]
+        if not parts or self._is_lost(parts, others):
+            return None
+        try:
+            return self._parts(parts, others)
+        except _Misfit as error:
+            if not strict:
+                return None
+            raise TracingError(
+                f"axis {axis} of {name} consists of {_sizes(parts)} in the Student, but of {_sizes(others)} in the "
+                f"TA; expected as many parts in both, each at least as large in the TA; declare its layout by hand in "
+                f"`layouts`"
+            ) from error
+
+    def products(self) -> frozenset[str]:
+        """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
+        return frozenset(
+            name
+            for name, axes in _growing(self.student, self.ta, buffers=False).items()
+            if any(
+                self.student.dimensions[part.dimension].factors
+                for axis in axes
+                for part in self.student.axes.get((name, axis), ())
+            )
+        )
+
+    def spanning(self) -> frozenset[str]:
+        """The parameters of blocks with a growing width that other blocks of their list have as well."""
+        homes: dict[int, set[tuple[str, str]]] = {}
+        members: dict[int, set[str]] = {}
+        for name, axes in _growing(self.student, self.ta, buffers=False).items():
+            listed, _, rest = family(name).partition(".*.")
+            for dimension in self._dimensions([self.student.axes.get((name, axis), ()) for axis in axes]):
+                members.setdefault(dimension, set()).add(name)
+                if rest:
+                    homes.setdefault(dimension, set()).add((listed, name.removeprefix(f"{listed}.").partition(".")[0]))
+        several = [each for each, found in homes.items() if len({listed for listed, _ in found}) < len(found)]
+        return frozenset(name for each in several for name in members[each])
+
+    def _dimensions(self, rows: Iterable[tuple[Part, ...]]) -> Iterator[int]:
+        """The dimensions of axes, and those of their factors."""
+        for part in (part for row in rows for part in row):
+            yield part.dimension
+            yield from self._dimensions(self.student.dimensions[part.dimension].factors)
+
+    def _is_lost(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> bool:
+        """Whether a part that grows, or a factor of it that does, cannot be placed."""
+        if any(self.student.dimensions[part.dimension].is_lost for part in parts):
+            return True
+        return len(parts) == len(others) and any(map(self._is_hidden, parts, others))
+
+    def _is_hidden(self, part: Part, other: Part) -> bool:
+        one, two = self.student.dimensions[part.dimension], self.ta.dimensions[other.dimension]
+        if one.is_lost or two.is_lost:
+            return True
+        if one.size == two.size:
+            return False
+        if len(one.factors) == len(two.factors) > 0:
+            return any(map(self._is_lost, one.factors, two.factors))
+        return one.is_picked or two.is_picked
+
+    def _parts(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...]:
+        if len(parts) != len(others):
+            parts, others = _singly(parts), _singly(others)
+        if len(parts) != len(others):
+            raise _Misfit
+        return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))
+
+    def _part(self, part: Part, other: Part) -> tuple[Segment, ...]:
+        if part.size > other.size or part.repeat > other.repeat:
+            raise _Misfit
+        one, two = self.student.dimensions[part.dimension].factors, self.ta.dimensions[other.dimension].factors
+        if part.size == other.size or not one + two:
+            found: tuple[Segment, ...] = (Segment((part.size,), (other.size,)),)
+        elif len(one) == len(two):
+            found = _product([self._parts(*pair) for pair in zip(one, two, strict=True)])
+        else:
+            raise _Misfit
+        return (
+            found
+            if part.repeat == other.repeat == 1
+            else _product([found, (Segment((part.repeat,), (other.repeat,)),)])
+        )
+
+
+def _singly(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """A single channel that is repeated, as rotary halves of one channel each are, as so many parts."""
+    single = [[replace(part, repeat=1)] * part.repeat if part.size == 1 else [part] for part in parts]
+    return tuple(part for row in single for part in row)
+
+
+class _Misfit(Exception):
+    """Parts that do not lie over each other."""
+
+
+def _product(factors: list[tuple[Segment, ...]]) -> tuple[Segment, ...]:
+    """The segments of a product, of which each factor may consist of several segments."""
+    first, *rest = [_joined(each) for each in factors]
+    if not rest:
+        return first
+    inner = _product(list(rest))
+    if len(inner) == 1:
+        return tuple(Segment(each.student + inner[0].student, each.ta + inner[0].ta) for each in first)
+    absent = tuple(Segment((0,), (each.ta_size,)) for each in inner)
+    held = set(Axis(first).positions())
+    return tuple(each for i in range(sum(one.ta_size for one in first)) for each in (inner if i in held else absent))
+
+
+def _joined(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Equal segments as one of two factors."""
+    if len(segments) > 1 and len(set(segments)) == 1:
+        number, each = len(segments), segments[0]
+        return (Segment((number, *each.student), (number, *each.ta)),)
+    return segments
+
+
+def _sizes(parts: tuple[Part, ...]) -> str:
+    sizes = [str(part.size) if part.repeat == 1 else f"{part.size} x {part.repeat}" for part in parts]
+    return " + ".join(sizes[:8]) + (f" + {len(sizes) - 8} more" if len(sizes) > 8 else "")

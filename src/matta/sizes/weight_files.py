@@ -1,0 +1,163 @@
+"""Safetensors files read and written piece by piece, so that neither a file nor one large tensor is ever in memory.
+
+A file is the length of its header in 8 bytes, the header in JSON (type, shape and place of each tensor), and the data.
+What is written is byte for byte what `safetensors` writes of the same tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from matta.errors import CheckpointError
+from matta.nesting.layout import Axis
+
+PIECE: Final = 1 << 22
+"""Bytes read at a time."""
+_TYPES: Final[Mapping[str, torch.dtype]] = {  # in the order in which a file has its tensors, the last first
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
+_RANKS: Final = {name: rank for rank, name in enumerate(_TYPES)}
+
+
+@final
+class WeightFile:
+    """The tensors of a safetensors file, of which only what is asked for is read.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds numbers of a type that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt"):  # checks the length of the header, and every place in it
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header: dict[str, Any] = json.loads(file.read(length))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; take another copy of the folder") from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._start, self._entries = 8 + length, header
+        for name, entry in header.items():
+            if entry["dtype"] not in _TYPES:
+                raise CheckpointError(f"{path} has {name} in {entry['dtype']}; expected one of {', '.join(_TYPES)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return tuple(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of the type and shape of one in the file, without memory."""
+        entry = self._entries[name]
+        return torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        shape = self.like(name).shape
+        pieces = list(self.pieces(name, tuple(Axis.plain(size, size) for size in shape)))
+        return torch.cat(pieces).view(shape) if pieces else torch.empty_like(self.like(name), device="cpu")
+
+    def pieces(self, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
+        """A slice of a tensor, as contiguous pieces that follow each other on the first axis."""
+        like = self.like(name)
+        if not like.numel():
+            return
+        shape = like.shape or (1,)
+        row = like.nbytes // shape[0]
+        begin = self._start + self._entries[name]["data_offsets"][0]
+        with self.path.open("rb") as file:
+            for first, last in _runs(axes[0] if axes else Axis.plain(1, 1), max(1, PIECE // row)):
+                file.seek(begin + first * row)
+                piece = torch.from_numpy(np.fromfile(file, np.uint8, (last - first) * row))
+                piece = piece.view(like.dtype).view(last - first, *shape[1:])
+                for dim, axis in enumerate(axes[1:], 1):
+                    piece = axis.take(piece, dim)
+                yield piece.contiguous()
+
+
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    has_checksum: bool = True,
+) -> str:
+    """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces.
+
+    Gives the file's checksum, or without it that of the header. One thread reads ahead, one computes the checksum,
+    and this one writes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    order = sorted(tensors, key=lambda name: (-_RANKS[_NAMES[tensors[name][0].dtype]], name))
+    for name in order:
+        like, begin = tensors[name][0], end
+        end += like.nbytes
+        header[name] = {"dtype": _NAMES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    checksum = hashlib.sha256(start)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as beside:
+        file.write(start)
+        data = _data(order, tensors)
+        following, hashed = ahead.submit(next, data, None), beside.submit(checksum.update, b"")
+        while (piece := following.result()) is not None:
+            following = ahead.submit(next, data, None)
+            hashed.result()  # one at a time: no more than three pieces are in memory
+            hashed = beside.submit(checksum.update, piece if has_checksum else b"")
+            file.write(piece)
+        hashed.result()
+        assert file.tell() == len(start) + end, "pieces make up their tensors"
+    return checksum.hexdigest()
+
+
+def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]]) -> Iterator[memoryview]:
+    """The bytes of tensors, piece by piece."""
+    for name in order:
+        like, pieces = tensors[name]
+        for piece in pieces:
+            yield piece.to(like.dtype).view(-1).view(torch.uint8).numpy().data
+
+
+def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:
+    """Stretches of the larger axis that hold the indices of the smaller one, in order, each of at most so many."""
+    offset = 0
+    for segment in axis.segments:
+        runs: list[Any] = [range(segment.student_size)]
+        if segment.grows and len(segment.ta) > 1:
+            positions = np.array(segment.positions(), dtype=int)
+            runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+        for run in runs:
+            for first in range(0, len(run), most):
+                start = offset + int(run[0]) + first
+                yield start, start + min(most, len(run) - first)
+        offset += segment.ta_size

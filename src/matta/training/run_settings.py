@@ -1,0 +1,116 @@
+"""What a run is told, and what it tells: its settings, what looks on, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, final
+
+import torch
+
+from matta.errors import RunError
+from matta.nesting.batches import Batch
+from matta.nesting.nested import Nested
+from matta.training.cotraining import CoTraining
+from matta.training.spikes import Rollback
+from matta.training.step_output import CoTrainingOutput
+
+Evaluate = Callable[[Nested], Mapping[str, float]]
+
+
+class Observer(Protocol):
+    """What looks on at each batch, such as `ProgressiveValidation` and `Snapshots`."""
+
+    def before_step(self, cotrain: CoTraining, batch: Batch, out: CoTrainingOutput) -> None:
+        """What was predicted, by weights that have not yet learned from the batch."""
+
+    def after_step(self, cotrain: CoTraining) -> None:
+        """The optimizer has moved the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, of tensors and plain types."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from a state."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` gave after a step."""
+
+    step: int
+    values: dict[str, float]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What came of a run.
+
+    `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
+    count in all processes, without those that no step has trained (`Turns`). `num_skipped` counts the steps whose loss
+    was not finite.
+    """
+
+    steps: int
+    losses: dict[str, float]
+    evaluations: tuple[Evaluated, ...]
+    best: Evaluated | None
+    num_skipped: int
+
+
+_COUNTS = ("steps", "epochs", "accumulate", "evaluate_every", "checkpoint_every", "max_nonfinite", "log_every")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The plain values among the arguments of `fit`.
+
+    Raises:
+        RunError: a value is out of range, or two exclude each other.
+    """
+
+    steps: int | None
+    epochs: int | None
+    clip_norm: float | None
+    accumulate: int
+    precision: str
+    evaluate_every: int | None
+    best: tuple[str, Literal["min", "max"]] | None
+    checkpoint_every: int
+    max_nonfinite: int | None
+    log_every: int
+    rollback: Rollback | None
+    resume: bool | Literal["prolong"]
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise RunError(f"received steps={self.steps} and epochs={self.epochs}; expected one of them")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise RunError(f"received {name}={value!r}; expected a whole number from 1 up")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise RunError(f"received clip_norm={self.clip_norm!r}; expected a number over 0, or None for no clipping")
+        if self.precision not in ("no", "bf16"):
+            raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
+        if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
+            raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.rollback is not None and self.max_nonfinite is None:
+            raise RunError("received rollback with max_nonfinite=None; expected a number: both read each step's loss")
+        if self.resume not in (True, False, "prolong"):
+            raise RunError(f"received resume={self.resume!r}; expected True, False or 'prolong'")
+
+    @property
+    def num_passes(self) -> int | None:
+        """Passes over the data; None: as many as the steps need."""
+        return None if self.steps is not None else self.epochs or 1
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context of a forward."""
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,75 @@
+"""A run whose loss leaps returns to its newest checkpoint and leaves out the batches since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import matta
+from matta.errors import RunError
+from test_fitting import Pair, Setup, Stopped, assert_equal, batches, fail, stop_at
+
+ROLLBACK = matta.Rollback(factor=4.0, window=3, most=2)
+
+
+def spoilt() -> Pair:
+    """A batch whose labels are all wrong, and whose inputs are large."""
+    x, y = batches()[0]
+    return 200 * x, 1 - y
+
+
+def tower(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def setup() -> Setup:
+    ours = Setup(make=tower)
+    ours.scheduler = None
+    return ours
+
+
+def test_a_spike_costs_the_batches_since_the_checkpoint(tmp_path: Path) -> None:
+    good = batches() * 4
+    spiked = [*good[:5], spoilt(), *good[6:]]
+    expected, ours = setup(), setup()
+    expected.fit([*good[:4], *good[6:]], steps=10, scheduler=None)
+    settings = {"run": tmp_path / "run", "checkpoint_every": 2, "rollback": ROLLBACK, "scheduler": None}
+    with pytest.warns(UserWarning, match="the loss of step 6 is .* over 4 times .* continues from step 4"):
+        assert ours.fit(spiked, steps=10, **settings).steps == 10
+    assert_equal(ours.state(), expected.state())
+    stopped, resumed = setup(), setup()
+    stop_at(9, fail)(stopped)  # two forwards were for nothing
+    settings["run"] = tmp_path / "again"
+    with pytest.raises(Stopped), pytest.warns(UserWarning, match="continues from step 4"):
+        stopped.fit(spiked, steps=10, **settings)
+    resumed.fit(spiked, steps=10, resume=True, **settings)
+    assert_equal(resumed.state(), expected.state())
+
+
+def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
+    data = [*batches(), spoilt(), spoilt(), spoilt()]
+    settings = {"run": tmp_path / "run", "checkpoint_every": 2, "rollback": ROLLBACK, "scheduler": None}
+    with (
+        pytest.warns(UserWarning, match="continues from step"),
+        pytest.raises(RunError, match="has rolled back 2 times; lower the learning rate"),
+    ):
+        setup().fit(data, steps=9, **settings)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
+    data = [*batches()[:4], spoilt()]
+    ours = setup()
+    assert ours.fit(data, steps=5, run=tmp_path / "run", rollback=ROLLBACK, scheduler=None).steps == 5
+    assert all(bool(torch.isfinite(each).all()) for each in ours.state().values())
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="expected a factor over 1, a window from 2 up and most from 1 up"):
+        matta.Rollback(factor=0.5)
+    with pytest.raises(RunError, match="received rollback without run; expected run="):
+        setup().fit(batches(), rollback=ROLLBACK, scheduler=None)
+    with pytest.raises(RunError, match="received rollback with max_nonfinite=None"):
+        setup().fit(batches(), run=tmp_path / "run", rollback=ROLLBACK, max_nonfinite=None, scheduler=None)
