@@ -552,7 +552,9 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor", "none"])
+@pytest.mark.parametrize(
+    "importance", ["activation", *(pytest.param(each, marks=pytest.mark.stress) for each in ("taylor", "none"))]
+)
 def test_a_pretrained_ta_s_student_starts_as_its_slice(importance: str, tmp_path: Path) -> None:
     large = pair("gpt2")[1]
     large.save_pretrained(tmp_path / "large")

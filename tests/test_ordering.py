@@ -118,6 +118,20 @@ class Running(nn.Module):
         return self.last(self.first(x).cumsum(-1))
 
 
+class Written(nn.Module):
+    """Two layers that meet where the trace does not see it: one is written into rows of a blank tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(len(x), 8, dtype=x.dtype)
+        for i, row in enumerate(self.first(x)):
+            hidden[i] = row
+        return self.last(self.gate(x) * hidden)
+
+
 def test_a_silent_branch_does_not_hide_what_an_operator_fixes() -> None:
     module = Running()
     nn.init.zeros_(module.last.weight)
@@ -129,9 +143,10 @@ def test_a_silent_branch_does_not_hide_what_an_operator_fixes() -> None:
     [
         (Grouped(), "the module computes something else with them in another order"),
         (Running(), "the module computes something else with them in another order"),
+        (Written(), "the module computes something else with them in another order"),
         (Rarely(), "rarely.weight may have them too, but took no part in the run; pass an example that reaches it"),
     ],
-    ids=["group_norm", "cumsum", "unreached"],
+    ids=["group_norm", "cumsum", "written", "unreached"],
 )
 def test_what_cannot_be_ordered_is_left_with_the_reason(module: nn.Module, reason: str) -> None:
     found = matta.find_order(module, example=torch.randn(2, 3), importance="magnitude")
