@@ -277,11 +277,15 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
     placements = {}
     for student, ta, axes in saved["placements"]:
         found = tuple(Axis(tuple(Segment(tuple(s), tuple(t)) for s, t in axis)) for axis in axes)
-        placements[student] = Placement(student, ta, found)
-    layers = tuple(LayerMap(student, ta, tuple(indices), num) for student, ta, indices, num in saved["layers"])
-    return Plan(
-        placements,
-        tuple(saved["private"]),
-        layers,
-        *(frozenset(saved.get(key, ())) for key in ("products", "spanning")),
+        placements[student] = Placement(_name(student), _name(ta), found)
+    layers = tuple(
+        LayerMap(_name(student), _name(ta), tuple(indices), num) for student, ta, indices, num in saved["layers"]
     )
+    products, spanning = (frozenset(map(_name, saved.get(key, ()))) for key in ("products", "spanning"))
+    return Plan(placements, tuple(map(_name, saved["private"])), layers, products, spanning)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value

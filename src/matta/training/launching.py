@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
-from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from matta.errors import MattaError, RunError, Terminated
 from matta.training.interrupts import SIGNALS
 
 _GRACE_S: Final = 60.0
-_POLL_S: Final = 0.2
 
 
 def in_processes(function: Callable[[Any], Any], settings: Any, *, num_processes: int) -> Any:
@@ -29,47 +30,49 @@ def in_processes(function: Callable[[Any], Any], settings: Any, *, num_processes
         BaseException: what a process ended with: an error of ours, KeyboardInterrupt, `Terminated`.
         RunError: a process died.
     """
-    queue = multiprocessing.get_context("spawn").Queue()
-    shared = (function, settings, num_processes, _free_port(), sys.stdout is sys.stderr, queue)
+    with tempfile.TemporaryDirectory() as folder:
+        return _in_processes(function, settings, num_processes, Path(folder))
+
+
+def _in_processes(function: Callable[[Any], Any], settings: Any, num_processes: int, ends: Path) -> Any:
+    shared = (function, settings, num_processes, _free_port(), sys.stdout is sys.stderr, ends)
     context = start_processes(_work, shared, nprocs=num_processes, join=False, daemon=False, start_method="spawn")
-    found: dict[int, Any] = {}
+    died = None
     with _passed_on([process.pid for process in context.processes]):
         try:
-            while not context.join(timeout=_POLL_S, grace_period=_GRACE_S):
-                _drain(queue, found)
+            while not context.join(grace_period=_GRACE_S):
+                pass
         except ProcessExitedException as error:
-            ended = f"process {error.error_index} of {num_processes} died with exit code {error.exit_code}"
-        else:
-            ended = ""
-    _drain(queue, found)
-    failed = [each for each in found.values() if isinstance(each, BaseException)]
-    if failed:
-        raise failed[0]
-    if ended:
-        raise RunError(f"{ended}; see above for why, and resume the run from its newest checkpoint")
-    return found.get(0)
+            died = error
+    found = {int(each.stem): pickle.loads(each.read_bytes()) for each in sorted(ends.glob("*.end"))}
+    for each in found.values():
+        if isinstance(each, BaseException):
+            raise each
+    if died is not None:
+        raise RunError(
+            f"process {died.error_index} of {num_processes} died with exit code {died.exit_code}; see above for why, "
+            f"and resume the run from its newest checkpoint"
+        )
+    return found[0]
 
 
 def _work(
-    rank: int, function: Callable[[Any], Any], settings: Any, count: int, port: int, to_stderr: bool, queue: Any
+    rank: int, function: Callable[[Any], Any], settings: Any, count: int, port: int, to_stderr: bool, ends: Path
 ) -> None:
-    """One of the processes."""
+    """One of the processes; what it comes to is put into a file, which is whole or not there."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         with contextlib.redirect_stdout(sys.stderr) if to_stderr else contextlib.nullcontext():
-            result = function(settings)
+            end = function(settings)
     except (MattaError, OSError, KeyboardInterrupt, Terminated) as error:
-        queue.put((rank, error))
+        end = error
+    made = ends / f"{rank}.part"
+    made.write_bytes(pickle.dumps(end))
+    made.replace(made.with_suffix(".end"))
+    if isinstance(end, BaseException):
         sys.exit(1)
-    queue.put((rank, result))
-
-
-def _drain(queue: Any, found: dict[int, Any]) -> None:
-    while not queue.empty():
-        rank, value = queue.get()
-        found[rank] = value
 
 
 @contextlib.contextmanager
