@@ -203,7 +203,12 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
         ("train.betas=[1]", "train.betas = [1]: expected a list of 2, each a number"),
         ("train.learning_rate=nan", "train.learning_rate = nan: expected a number"),
         ("train.steps=0", "train: steps = 0: expected 1 or more"),
-        ("model.pretrained=a", None),
+        ("model.pretrained=a", "model: received values in both student and ta beside pretrained"),
+        ("model={pretrained = 'a'}", "model: received neither student nor ta beside pretrained"),
+        ("model={pretrained = 'nowhere', student = {n_layer = 1}}", "model.pretrained = 'nowhere' cannot be loaded"),
+        ("model.layers=best", "model: layers = 'best': expected first, last, even, ends, or a list of indices"),
+        ("model.order=size", "model.order = 'size': expected 'activation' or 'taylor' or 'magnitude' or 'none'"),
+        ("model.order_batches=0", "model: order_batches = 0: expected 1 or more"),
         ("model.layers=middle", "model: layers = 'middle': expected first, last, even, ends, or a list of indices"),
         ("family.k=[1, 1]", "family: k = [1, 1]: expected numbers of layers from 0 up, each once"),
         ("data=3", "data = 3: expected a table"),
@@ -252,7 +257,7 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
     (tmp_path / "broken.toml").write_text("[model")
     with pytest.raises(RunError, match=r"broken.toml is not TOML: "):
         read_recipe(tmp_path / "broken")
-    with pytest.raises(RunError, match=r"tiny: model.ta is missing; expected a table"):
+    with pytest.raises(RunError, match=r"tiny: model: ta: the table is empty; expected"):
         recipe_from_values({"name": "tiny", "model": {"architecture": "gpt2"}}, "tiny")
 
 
@@ -545,6 +550,41 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
     again = load_run(tmp_path / "second")
     for module in (again.nested.student, again.nested.ta):  # the TA starts as good as the Student
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "importance", ["activation", *(pytest.param(each, marks=pytest.mark.stress) for each in ("taylor", "none"))]
+)
+def test_a_pretrained_ta_s_student_starts_as_its_slice(importance: str, tmp_path: Path) -> None:
+    large = pair("gpt2")[1]
+    large.save_pretrained(tmp_path / "large")
+    recipe = values(tmp_path, steps=1, learning_rate=1e-12, warmup=0)
+    smaller = {"n_layer": 2, "n_inner": 24, "n_embd": 12, "n_head": 3}
+    recipe["model"] = {"pretrained": str(tmp_path / "large"), "student": smaller, "layers": "best", "order": importance}
+    recipe["family"] = {"k": []}
+    assert run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out")) is not None
+    nested = load_run(tmp_path / "out").nested
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(nested.ta(ids).logits, large.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(nested.student.transformer.wte.weight, nested.ta.transformer.wte.weight[:, :12])
+    moved = not torch.allclose(nested.ta.transformer.wte.weight, large.transformer.wte.weight)
+    assert moved == (importance != "none")
+
+
+def test_a_pretrained_ta_s_student_must_be_smaller_and_can_be_planned(tmp_path: Path) -> None:
+    pair("llama")[1].save_pretrained(tmp_path / "large")
+    part = ModelPart(pretrained=str(tmp_path / "large"), student={"intermediate_size": 20, "num_hidden_layers": 2})
+    recipe = values(tmp_path, "llama")
+    recipe["model"] = {"pretrained": part.pretrained, "student": dict(part.student), "layers": "best"}
+    recipe["family"] = {"k": [0, 2]}
+    nested = nest_on_meta(recipe_from_values(recipe, "plan"))
+    assert nested.plan.layers[0].num_ta == 4
+    larger = ModelPart(pretrained=part.pretrained, student={"intermediate_size": 80}, order="none")
+    with pytest.raises(matta.MattaError, match=r"expected the TA to be at least as large on each axis"):
+        nest_pair(larger, *build_pair(larger, 257))
+    wrong = ModelPart(pretrained=part.pretrained, student={"intermediate_sise": 8})
+    with pytest.raises(GrowthError, match=r"has no such value; did you mean intermediate_size"):
+        build_pair(wrong, 257)
 
 
 def test_a_pretrained_student_s_ta_must_be_larger(tmp_path: Path) -> None:

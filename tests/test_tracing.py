@@ -195,6 +195,12 @@ def test_inputs_and_outputs_are_marked() -> None:
     assert found.output_shapes == (torch.Size([5, 2]),)
 
 
+def test_inputs_of_modules_are_the_axes_that_their_weights_sum_over() -> None:
+    found = trace(nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 2)), (torch.ones(5, 2, 3), None))
+    assert found.inputs["2", 0, 1] == parts_of(found, "2.weight", 1)
+    assert ("1", 0, 2) in found.inputs
+
+
 def test_leaves_the_module_and_torch_as_they_were() -> None:
     module = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 4))
     before, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()

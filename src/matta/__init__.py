@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 
 _PUBLIC_MODULES = ("ab_testing", "errors", "objectives", "streams")
 _PUBLIC_NAMES = {
-    "nesting": ("Layout", "Nested", "grow", "nest", "probe", "trace_layouts"),
+    "nesting": (
+        *("Layout", "Nested", "Ordering", "best_layers", "find_order", "grow", "nest", "order", "probe"),
+        "trace_layouts",
+    ),
     "training": (
         "CoTraining",
         "Evaluation",
@@ -54,8 +57,12 @@ if TYPE_CHECKING:
     from matta.exporting import export as export
     from matta.nesting import Layout as Layout
     from matta.nesting import Nested as Nested
+    from matta.nesting import Ordering as Ordering
+    from matta.nesting import best_layers as best_layers
+    from matta.nesting import find_order as find_order
     from matta.nesting import grow as grow
     from matta.nesting import nest as nest
+    from matta.nesting import order as order
     from matta.nesting import probe as probe
     from matta.nesting import trace_layouts as trace_layouts
     from matta.optim import Shampoo as Shampoo

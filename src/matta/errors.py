@@ -90,6 +90,18 @@ class GrowthError(MattaError):
     """
 
 
+class OrderError(MattaError):
+    """A module's channels cannot be put in order as asked.
+
+    Example:
+        >>> import matta, torch
+        >>> from torch import nn
+        >>> matta.order(nn.Linear(3, 1), example=torch.ones(1, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        matta.errors.OrderError: importance='activation' needs batches to measure on; ...
+    """
+
+
 class SubModelError(MattaError):
     """A sub-model is asked for that the nesting does not hold.
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -22,8 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from matta.errors import NestingError, RunError
 from matta.lm.recipe import ModelPart, TrainPart
-from matta.nesting.growing import grow
+from matta.nesting.batches import Batch
+from matta.nesting.block_ranking import best_layers
+from matta.nesting.growing import grow, reconfigured
 from matta.nesting.nested import Nested, nest
+from matta.nesting.ordering import order
+from matta.objectives.classification import CausalLM
 from matta.optim.parameter_groups import shampoo_groups
 from matta.optim.shampoo import Shampoo
 from matta.sizes.storage import verify_weights
@@ -36,7 +40,7 @@ EXAMPLE_LENGTH: Final = 8  # tokens
 def build_pair(
     part: ModelPart, tokenizer_size: int, *, end_of_text: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and TA in float32, with fresh weights, or with the Student's own where it is pretrained.
+    """Student and TA in float32, with fresh weights, or with those of the one that is pretrained.
 
     Args:
         part: The recipe's.
@@ -46,12 +50,14 @@ def build_pair(
     Raises:
         RunError: no such architecture or value, a vocabulary too small for the tokenizer, values that do not go
             together.
-        GrowthError: the TA of a pretrained Student cannot be built as asked.
+        GrowthError: the other one of a pretrained pair cannot be built as asked.
     """
     if part.pretrained:
-        student = _pretrained(part.pretrained)
-        _require_vocabulary(student.config, tokenizer_size)
-        return student, grow(student, config=part.ta)
+        given = _pretrained(part.pretrained)
+        _require_vocabulary(given.config, tokenizer_size)
+        if part.is_downwards:
+            return cast("PreTrainedModel", reconfigured(given, part.student)), given
+        return given, cast("PreTrainedModel", grow(given, config=part.ta))
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     values = _canonical(part.architecture, part.student, "model.student")
     changes = _canonical(part.architecture, part.ta, "model.ta")
@@ -62,22 +68,31 @@ def build_pair(
     return student, _fresh(part.architecture, {**values, **changes}, "model.ta")
 
 
-def nest_pair(part: ModelPart, student: PreTrainedModel, ta: PreTrainedModel) -> Nested:
+def nest_pair(
+    part: ModelPart, student: PreTrainedModel, ta: PreTrainedModel, data: Iterable[Batch] | None = None
+) -> Nested:
     """The nesting that the recipe asks for. The module list of the blocks is found by itself.
 
     Where sizes alone leave the layout of an axis open, both models are run on a few tokens to find it (not on
-    the meta device).
+    the meta device). A pretrained TA is first put in order, by batches of `data`.
 
     Raises:
         NestingError: the Student does not fit into the TA.
+        OrderError: the channels of the TA cannot be put in order.
         RunError: the list of blocks is not to be found.
     """
     is_real = student.device.type != "meta"
-    rule = part.layers if isinstance(part.layers, str) else list(part.layers)
+    blocks, rule = block_list(student), part.layers if isinstance(part.layers, str) else list(part.layers)
+    if rule == "best":  # without weights as many blocks as any others
+        kept = {blocks: student.config.num_hidden_layers}
+        measured = () if data is None else data
+        rule = best_layers(ta, kept, data=measured, num_batches=part.order_batches)[blocks] if is_real else "first"
+    if part.is_downwards and is_real:
+        ta = _in_order(part, ta, data)
     options: dict[str, Any] = {
-        "layers": {block_list(student): rule},
+        "layers": {blocks: rule},
         "share": part.share if isinstance(part.share, str) else list(part.share),
-        "warm_start": bool(part.pretrained) and is_real,
+        "warm_start": is_real and ("ta" if part.is_downwards else bool(part.pretrained)),
     }
     try:
         return nest(student, ta, **options)
@@ -85,6 +100,20 @@ def nest_pair(part: ModelPart, student: PreTrainedModel, ta: PreTrainedModel) ->
         if not is_real:
             raise
         return nest(student, ta, **options, example=_example(student))
+
+
+def _in_order(part: ModelPart, ta: PreTrainedModel, data: Iterable[Batch] | None) -> PreTrainedModel:
+    if part.order == "none":
+        return ta
+    ordered = order(
+        ta,
+        example=_example(ta),
+        data=data,
+        importance=part.order,
+        loss=CausalLM(),
+        num_batches=part.order_batches,
+    )
+    return cast("PreTrainedModel", ordered)
 
 
 def block_list(model: PreTrainedModel) -> str:

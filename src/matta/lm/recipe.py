@@ -64,38 +64,54 @@ class ModelPart:
 
     Args:
         architecture: Transformers' name of a kind of model (its `model_type`), such as "gpt2", "llama", "qwen3".
-        pretrained: In place of it a folder, or a name on the hub: the Student starts from these weights, and the TA
-            as good as it.
-        student: Values of the Student's configuration, by the architecture's own names.
+        pretrained: In place of it a folder, or a name on the hub. With `ta`, upwards: the Student starts from these
+            weights, and the TA as good as it. With `student`, downwards: it is the TA, and the Student starts as the
+            best slice of it.
+        student: Values of the Student's configuration, by the architecture's own names; of a pretrained TA those that
+            are smaller in the Student.
         ta: The values that differ in the TA.
-        layers: Which of the TA's blocks hold the Student's: "first", "last", "even", "ends", or their indices.
+        layers: Which of the TA's blocks hold the Student's: "first", "last", "even", "ends", or their indices; of a
+            pretrained TA also "best" (`matta.best_layers`).
         share: "all", "embeddings", "none", or patterns of the parameters to be shared (section 4.3.2).
+        order: How the channels of a pretrained TA are put in order (`matta.order`): by "activation", "taylor" or
+            "magnitude", or "none".
+        order_batches: Batches of the text, as one process reads them, to measure that on.
 
     Raises:
-        RunError: not one of architecture and pretrained, or a TA without a difference.
+        RunError: not one of architecture and pretrained, or a Student and TA without a difference.
     """
 
     architecture: str = ""
     pretrained: str = ""
     student: Mapping[str, Value] = field(default_factory=dict)
-    ta: Mapping[str, Value]
+    ta: Mapping[str, Value] = field(default_factory=dict)
     layers: str | tuple[int, ...] = "first"
     share: str | tuple[str, ...] = "all"
+    order: Literal["activation", "taylor", "magnitude", "none"] = "activation"
+    order_batches: int = 16
 
     def __post_init__(self) -> None:
         if bool(self.architecture) == bool(self.pretrained):
             raise RunError(
                 f"received architecture={self.architecture!r} and pretrained={self.pretrained!r}; expected one of them"
             )
-        if self.pretrained and self.student:
+        if self.pretrained and bool(self.student) == bool(self.ta):
             raise RunError(
-                "student: a pretrained Student has its sizes already; leave the table out, or empty it: "
-                "'model.student={}'"
+                f"received {'values in both student and ta' if self.ta else 'neither student nor ta'} beside "
+                f"pretrained: a pretrained model is the Student of a larger TA, or the TA of a smaller Student; give "
+                f"one table and leave the other out, or empty it: 'model.student={{}}' or 'model.ta={{}}'"
             )
-        if not self.ta:
+        if not self.ta and not self.pretrained:
             raise RunError("ta: the table is empty; expected what is larger in the TA, such as n_layer = 36")
-        if isinstance(self.layers, str) and self.layers not in ("first", "last", "even", "ends"):
-            raise RunError(f"layers = {self.layers!r}: expected first, last, even, ends, or a list of indices")
+        rules = ("first", "last", "even", "ends", *(["best"] if self.is_downwards else []))
+        if isinstance(self.layers, str) and self.layers not in rules:
+            raise RunError(f"layers = {self.layers!r}: expected {', '.join(rules)}, or a list of indices")
+        _require(self, 1, "order_batches")
+
+    @property
+    def is_downwards(self) -> bool:
+        """Whether the pretrained model is the TA of a smaller Student."""
+        return bool(self.pretrained and self.student)
 
 
 @final

@@ -159,7 +159,8 @@ class _Session:
         student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=self.tokenizer.eos_token_id)
         for model in (student, ta):
             require_context(model, recipe.data.context)
-        self.nested = nest_pair(recipe.model, student, ta)
+        to_measure = packed_text(recipe.data, self.tokenizer, batch=micro_batch) if recipe.model.is_downwards else None
+        self.nested = nest_pair(recipe.model, student, ta, to_measure)
         require_family(self.nested, recipe.family.k)
         require_writable(self.nested, recipe.family.k)
         for model in (self.nested.student, self.nested.ta) if recipe.train.activation_checkpointing else ():

@@ -14,14 +14,30 @@ Read in this order:
 - `matching`: one traced model over another, which gives the layout of fused axes and of heads.
 - `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.
+- `ordering`, with `channel_groups` and `importance`: a trained TA's channels in the order in which they matter;
+  `block_ranking`: which of its blocks to keep; `ta_start`: a Student that starts as its slice.
 - `warm_start`: the TA starts from a trained Student. `growing`, with `widening`: the TA is built from the Student.
 - `batches`: how a batch is split and passed to a module.
 """
 
 from matta.nesting.batches import Batch
+from matta.nesting.block_ranking import best_layers
 from matta.nesting.growing import grow
 from matta.nesting.layout import Layout
 from matta.nesting.matching import trace_layouts
 from matta.nesting.nested import Nested, nest, probe
+from matta.nesting.ordering import Ordering, find_order, order
 
-__all__ = ["Batch", "Layout", "Nested", "grow", "nest", "probe", "trace_layouts"]
+__all__ = [
+    "Batch",
+    "Layout",
+    "Nested",
+    "Ordering",
+    "best_layers",
+    "find_order",
+    "grow",
+    "nest",
+    "order",
+    "probe",
+    "trace_layouts",
+]

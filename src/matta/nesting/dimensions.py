@@ -56,7 +56,8 @@ class Trace:
 
     Legend: `axes` gives the parts of each axis longer than 1, by (parameter or buffer, axis), of which
     `buffers` are no parameters;
-    `outputs` the parts of what each module computes; `output_shapes` the shapes that the whole
+    `outputs` the parts of what each module computes; `inputs` those of what each receives, by (module, which of its
+    tensors, axis), where all of the axis is known; `output_shapes` the shapes that the whole
     module returned; `unread` the parameters that the run did not come to, and
     `summed` the axes of parameters that products with data sum over: the inputs of layers.
     """
@@ -65,6 +66,7 @@ class Trace:
     axes: Mapping[tuple[str, int], tuple[Part, ...]]
     buffers: frozenset[str]
     outputs: Mapping[str, tuple[Part, ...]]
+    inputs: Mapping[tuple[str, int, int], tuple[Part, ...]]
     output_shapes: tuple[torch.Size, ...]
     unread: frozenset[str] = frozenset()
     summed: frozenset[tuple[str, int]] = frozenset()
@@ -184,6 +186,13 @@ class Atlas:
         """The dimensions on an axis, each once."""
         found: list[int] = self._index[self._start[self._classes(row[row != 0])]].unique().tolist()
         return [dimension for dimension in found if dimension >= 0]  # an input's own axes are none
+
+    def whole_axes(self, taken: dict[tuple[str, int], Rows]) -> Iterator[tuple[tuple[str, int, int], tuple[Part, ...]]]:
+        """The axes of tensors that modules receive of which every channel is of a dimension."""
+        for place, rows in taken.items():
+            for axis, row in rows.items():
+                if bool((self._index[self._start[self._classes(row)]] >= 0).all()):
+                    yield (*place, axis), self.parts(row)
 
     def own_axes(self, seen: dict[str, Rows], own: dict[str, list[Row]]) -> Iterator[tuple[str, Row]]:
         """Of each module's output the one axis that its own parameters span, if there is just one."""

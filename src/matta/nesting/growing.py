@@ -72,7 +72,10 @@ def grow(
             raise GrowthError(f"{argument}={changes!r}; expected a mapping from names to new values")
     if widths and example is None:
         raise GrowthError("widths= needs an example batch, to find what the layers feed; pass example=")
-    grown = _reconfigured(student, config) if config else copy.deepcopy(student)
+    grown = copy.deepcopy(student)
+    if config:
+        grown = reconfigured(student, config)
+        _check_larger(student, grown, config)
     if layers:
         _deepen(grown, layers)
     if widths and example is not None:
@@ -89,7 +92,12 @@ def grow(
 # --- from a configuration -----------------------------------------------------------------------
 
 
-def _reconfigured(student: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+def reconfigured(student: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """A Transformers model of another configuration, with fresh weights, larger or smaller.
+
+    Raises:
+        GrowthError: the module has no configuration, or a value is none of it, or cannot be constructed.
+    """
     config = getattr(student, "config", None)
     if not hasattr(config, "to_dict"):
         raise GrowthError(
@@ -104,7 +112,6 @@ def _reconfigured(student: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
             f"{type(student).__name__} cannot be constructed with {dict(changes)}: {error}; change the values, "
             f"or construct the TA by hand"
         ) from error
-    _check_larger(student, grown, changes)
     first = next(student.parameters())
     return grown.to(device=first.device, dtype=first.dtype)
 

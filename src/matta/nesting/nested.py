@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import nn
 
@@ -19,10 +19,11 @@ from matta.nesting.batches import Batch
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
 from matta.nesting.matching import Shown, shown_layouts
-from matta.nesting.placing import plan_nesting, ta_parameter
+from matta.nesting.placing import plan_nesting, private_placements, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
 from matta.nesting.probing import probe_pair, settle_pair
 from matta.nesting.slicing import LiveSlice, bind, copy_module
+from matta.nesting.ta_start import start_from_ta
 from matta.nesting.warm_start import warm_start_pair
 
 
@@ -101,7 +102,7 @@ def nest(
     layouts: Mapping[str, int | Layout] | None = None,
     private: Sequence[str] = (),
     share: str | Sequence[str] = "all",
-    warm_start: bool = False,
+    warm_start: bool | Literal["ta"] = False,
     example: Batch | None = None,
 ) -> Nested:
     """Nest a Student, or several, into a larger Teaching Assistant (section 3.2).
@@ -119,16 +120,19 @@ def nest(
             segments of the output axis, or a `Layout`. 1 states that the axes are plain.
         private: Patterns of Student parameters that the Student keeps for itself.
         share: "all", "embeddings" (section 4.3.2), "none", or patterns of what is shared.
-        warm_start: Put the Student's present weights into the TA, and silence what the TA has
+        warm_start: True: put the Student's present weights into the TA, and silence what the TA has
             beyond them, so that both start as good as that Student; refused where the TA cannot.
+            "ta": the TA's weights stay, and the Student starts as its slice of them, private parameters
+            and statistics of norms included; `matta.order` first puts what matters most into the
+            leading slices.
         example: A batch. With it both modules are run: axes that shapes leave ambiguous (embeddings
             one after the other, flattened images, halves of a gate) are laid out as the flow of the
             data shows, and the whole nesting is probed.
 
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
-            a rule that is none or matches nothing, an axis that shapes leave ambiguous, or a module
-            that cannot be nested (lazy, compiled, scripted, live, not to be copied).
+            a rule that is none or matches nothing, an axis that shapes leave ambiguous, a warm start that
+            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -145,6 +149,10 @@ def nest(
         require_copies(module, role)
     for each in students:
         require_real_buffers(each, ta)
+    if warm_start not in (True, False, "ta"):
+        raise NestingError(
+            f'warm_start={warm_start!r}; expected True (from a trained Student), "ta" (from a trained TA), or False'
+        )
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
     shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
     plans = [
@@ -162,10 +170,15 @@ def nest(
             for each, plan, seen in together
             if seen
         ]
-    if warm_start:
+    if warm_start is True:
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())
-    return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
+    nested = Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
+    if warm_start == "ta":
+        for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
+            own = private_placements(each, ta, plans[i], rules, seen and seen.parameters)
+            start_from_ta(nested.students[i], ta, plans[i], own)
+    return nested
 
 
 def nested_from_plans(students: Sequence[nn.Module], ta: nn.Module, plans: Sequence[Plan]) -> Nested:

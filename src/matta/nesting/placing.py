@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 
 from torch import Tensor, nn
@@ -61,6 +62,18 @@ def _namesakes(
             sizes = list(zip(parameter.shape, target.shape, strict=True))
             if all(size <= ta_size for size, ta_size in sizes):
                 yield Placement(name, translate(name, maps), tuple(Axis.plain(*pair) for pair in sizes))
+
+
+def private_placements(
+    student: nn.Module, ta: nn.Module, plan: Plan, rules: Rules, traced: Mapping[str, Layout] | None
+) -> dict[str, Placement]:
+    """Where private parameters would live if they were shared, of those for which the TA has room."""
+    found = {}
+    for name in plan.private:
+        layout, _ = _layout(student, name, rules)
+        with suppress(NestingError, LayoutError):
+            found[name] = _place(name, translate(name, plan.layers), student, ta, layout, (traced or {}).get(name))
+    return found
 
 
 def _lists(student: nn.Module) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from matta.errors import NestingError, TracingError
-from matta.nesting.batches import Batch, call, outputs_of, split_labels
+from matta.nesting.batches import Batch, call, outputs_of, split_labels, tensors_of
 from matta.nesting.channels import Known, Row, Rows
 from matta.nesting.dimensions import Atlas, Trace
 from matta.nesting.operators import Flow, plain_kernels
@@ -45,7 +45,8 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         owners[name] = known.label(tensor)
     known.mark_weights(module.parameters())
     seen: dict[str, Rows] = {}
-    _watch(module, known, seen)
+    taken: dict[tuple[str, int], Rows] = {}
+    _watch(module, known, seen, taken)
     result = _run(module, known, split_labels(example)[0])
     returned = outputs_of(result)
     outputs = [row for tensor in returned for row in known.rows(tensor).values()]
@@ -57,6 +58,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         axes={key: atlas.parts(row) for key, row in rows.items()},
         buffers=frozenset(name for name, _ in module.named_buffers()),
         outputs={name: atlas.parts(row) for name, row in atlas.own_axes(seen, own)},
+        inputs=dict(atlas.whole_axes(taken)),
         output_shapes=tuple(tensor.shape for tensor in returned),
         summed=_summed(known, rows),
         unread=frozenset(name for name, tensor in _state(module) if id(tensor) not in known.read),
@@ -84,8 +86,8 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
 
 
-def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
-    """Note where the run is, and what each module returns the first time that it is called."""
+def _watch(module: nn.Module, known: Known, seen: dict[str, Rows], taken: dict[tuple[str, int], Rows]) -> None:
+    """Note where the run is, and what each module receives and returns the first time that it is called."""
 
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -96,11 +98,16 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows]) -> None:
 
         return hook
 
-    def enter(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _, __: known.place.append(name)
+    def enter(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            known.place.append(name)
+            for argument, tensor in enumerate(tensors_of((args, kwargs))):
+                taken.setdefault((name, argument), known.rows(tensor))
+
+        return hook
 
     for name, layer in module.named_modules():
-        layer.register_forward_pre_hook(enter(name))
+        layer.register_forward_pre_hook(enter(name), with_kwargs=True)
         layer.register_forward_hook(leave(name))
 
 
