@@ -12,17 +12,9 @@ from torch import nn
 
 import matta
 from matta.errors import NestingError, TracingError
+from matta.nesting.copying import copy_module
 from matta.nesting.layout import Axis, Layout
-from matta.nesting.slicing import (
-    LiveSlice,
-    bind,
-    copy_module,
-    is_live,
-    live_parameters,
-    materialize,
-    skeleton,
-    slices_of,
-)
+from matta.nesting.slicing import LiveSlice, bind, is_live, live_parameters, materialize, skeleton, slices_of
 
 X = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
 

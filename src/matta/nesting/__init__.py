@@ -7,8 +7,8 @@ needs to be known, and no module is edited.
 Read in this order:
 
 - `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
-- `slicing`: live modules, whose weights are slices of another module's parameters. `sparse_tables`: those of embeddings
-  with sparse gradients. `sharded_slices`: under FSDP2.
+- `copying`: copies of modules. `slicing`: live modules, whose weights are slices of another module's parameters.
+  `sparse_tables`: those of embeddings with sparse gradients. `sharded_slices`: under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
 - `channels`, `operators`, `dimensions`, `tracing`: channels followed through a run of a model.
 - `matching`: one traced model over another, which gives the layout of fused axes and of heads.

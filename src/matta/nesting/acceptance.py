@@ -14,8 +14,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
+from matta.nesting.copying import deep_copy, graph_tensors
 from matta.nesting.plan import Placement
-from matta.nesting.slicing import deep_copy, graph_tensors, is_live
+from matta.nesting.slicing import is_live
 from matta.nesting.sparse_tables import is_sparse_table
 
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)

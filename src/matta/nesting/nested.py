@@ -16,13 +16,14 @@ from torch import nn
 from matta.errors import NestingError
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
+from matta.nesting.copying import copy_module
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
 from matta.nesting.matching import Shown, shown_layouts
 from matta.nesting.placing import plan_nesting, private_placements, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
 from matta.nesting.probing import probe_pair, settle_pair
-from matta.nesting.slicing import LiveSlice, bind, copy_module
+from matta.nesting.slicing import LiveSlice, bind
 from matta.nesting.ta_start import start_from_ta
 from matta.nesting.warm_start import warm_start_pair
 

@@ -17,8 +17,8 @@ from matta.errors import OrderError
 from matta.nesting.acceptance import require_nestable
 from matta.nesting.batches import Batch, call, map_tensors, outputs_of, split_labels
 from matta.nesting.channel_groups import Group, Left, find_groups
+from matta.nesting.copying import deep_copy
 from matta.nesting.importance import Importance, Loss, channel_scores
-from matta.nesting.slicing import deep_copy
 
 _SEED = 20250523
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}

@@ -14,7 +14,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_available, is_initialized
 
-from matta.nesting.slicing import FOLLOWS, is_unit, slices_of
+from matta.nesting.copying import FOLLOWS, is_unit
+from matta.nesting.slicing import slices_of
 
 _RUN: Final = "_run_a_student_block"
 

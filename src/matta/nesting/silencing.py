@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
 from matta.nesting.batches import call, has_logits, outputs_of
+from matta.nesting.copying import deep_copy
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
 from matta.nesting.lockstep import Recording, recorded
 from matta.nesting.plan import Placement, Plan
-from matta.nesting.slicing import deep_copy, is_live, materialize, write_slice
+from matta.nesting.slicing import is_live, materialize, write_slice
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, None: 2e-2}  # None: of its own types, bfloat16 say
 _SEED = 20250523

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from matta.errors import NestingError, TracingError
 from matta.nesting.batches import Batch, call, outputs_of, split_labels, tensors_of
 from matta.nesting.channels import Known, Row, Rows
+from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import Atlas, Trace
 from matta.nesting.operators import Flow, plain_kernels
-from matta.nesting.slicing import deep_copy
 
 
 def trace(module: nn.Module, example: Batch) -> Trace:

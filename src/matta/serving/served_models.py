@@ -28,8 +28,8 @@ from matta.errors import CheckpointError, MattaError, ServeError
 from matta.exporting.formats import export
 from matta.exporting.onnx_runtime import OnnxModule
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels, tensor_names, tensors_of
+from matta.nesting.copying import copy_module
 from matta.nesting.nested import Nested
-from matta.nesting.slicing import copy_module
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import share

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import SubModelError
+from matta.nesting.copying import copy_module
 from matta.nesting.declarations import LayerMap, translate
 from matta.nesting.known_modules import DEPTHS, LAYER_INDICES, size_attributes
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.plan import Placement, Plan
-from matta.nesting.slicing import LiveSlice, bind, copy_module, skeleton, slices_of
+from matta.nesting.slicing import LiveSlice, bind, skeleton, slices_of
 from matta.sizes.units import HIDDEN, Unit, block_lists
 
 Choices = Mapping[str, str]

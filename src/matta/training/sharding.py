@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from matta.errors import RunError
 from matta.nesting.batches import map_tensors
+from matta.nesting.copying import deep_copy, is_unit
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.sharded_slices import gathered
-from matta.nesting.slicing import deep_copy, is_unit, materialize
+from matta.nesting.slicing import materialize
 from matta.optim.shampoo import Shampoo
 
 if TYPE_CHECKING:
