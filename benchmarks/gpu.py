@@ -41,7 +41,7 @@ import matta
 from matta.lm.costs import cost_of
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
 from matta.lm.recipe import Recipe, read_recipe
-from matta.objectives.objective import CausalLM
+from matta.objectives import CausalLM
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.student.n_layer=2", "model.ta.n_layer=3", "model.student.n_embd=64", "model.student.n_head=2",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -127,3 +130,18 @@ def test_online(run) -> None:  # type: ignore[no-untyped-def]
     losses = [float(loss) for loss in re.findall(r"AucLoss ([\d.]+)", shown)]
     assert len(losses) == 2 and max(losses) < 0.25  # the best there can be is about 0.1; chance is 0.5
     assert "7980 events, 20 rows set aside" in shown
+
+
+BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
+def test_benchmarks_import_what_is_there(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("matta", "matta_studies"):
+            module = importlib.import_module(str(node.module))
+            for each in node.names:
+                found = hasattr(module, each.name) or (
+                    hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{each.name}")
+                )
+                assert found, f"{node.module} has no {each.name}"
