@@ -123,6 +123,19 @@ def copy(source: Path, target: Path) -> None:
     target.unlink()
 
 
+def measure(*, quick: bool) -> dict[str, Any]:
+    """The figures of the Student, and by model."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        size = write_made_up_run(run, QUICK if quick else FULL)
+        for model in ("student", "k=2"):
+            command = [sys.executable, __file__, "--measure", str(run), model]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results[model] = json.loads(done.stdout.splitlines()[-1])
+    return {"ta_mb": size / MEGABYTE, **results["student"], "models": results}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -133,19 +146,11 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measured(Path(options.measure[0]), options.measure[1], pairs=3)), file=sys.__stdout__)
         return
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        size = write_made_up_run(run, QUICK if options.quick else FULL)
-        for model in ("student", "k=2"):
-            command = [sys.executable, __file__, "--measure", str(run), model]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[model] = json.loads(done.stdout.splitlines()[-1])
-    figures = {"ta_mb": size / MEGABYTE, **results["student"], "models": results}
+    figures = measure(quick=options.quick)
     if options.json:
         print(json.dumps(figures))
         return
-    for model, found in results.items():
+    for model, found in figures["models"].items():
         print(f"{model} of a TA of {figures['ta_mb']:,.0f} MB")
         for name, value in found.items():
             print(f"  {name:32} {value:10,.2f}")

@@ -7,8 +7,8 @@ throughput of two processes over twice that of one, arms in turn, by the wall cl
 else it says more about that. `two_process_cpu_efficiency` is the same by processor time.
 
 `checkpoint_stall_percent` is the time that a step waits for a checkpoint, at one in 100 steps. `extract_peak_mb` is
-what `matta extract` takes of memory beyond its imports and the Student's size; `extract_gb_per_s_vs_copy` its speed,
-imports left out, against copying a file of the Student's size.
+the most memory that `matta extract` takes less the Student's size, from a TA of 3 GB (`extracting.py`);
+`extract_gb_per_s_vs_copy` its speed, imports left out, against copying a file of the Student's size.
 
     python benchmarks/scale.py [--quick] [--json]
 """
@@ -17,11 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,14 +28,13 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import extracting
 import matta
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import Recipe, read_recipe
-from matta.lm.tokens import load_tokenizer
-from matta.lm.trained_runs import write_run
+from matta.lm.recipe import read_recipe
 from matta.objectives import CausalLM
 from matta.training.launching import in_processes
-from matta.training.run_folder import MARKER, NESTED, RunFolder
+from matta.training.run_folder import RunFolder
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_mini"
 NUM_PROCESSES = 2
@@ -50,20 +45,9 @@ class Load(NamedTuple):
 
     rounds: int
     steps: int
-    extract: tuple[str, ...]
 
 
-LOADS = {
-    True: Load(rounds=3, steps=1, extract=("model.student.n_embd=512", "model.ta.n_inner=2048", "model.ta.n_layer=12")),
-    False: Load(
-        rounds=7,
-        steps=4,
-        extract=(
-            *("model.student.n_embd=1536", "model.student.n_inner=2048", "model.student.n_head=16"),
-            *("model.student.n_layer=8", "model.ta.n_layer=36", "model.ta.n_inner=4096"),
-        ),
-    ),
-}
+LOADS = {True: Load(rounds=3, steps=1), False: Load(rounds=7, steps=4)}
 
 
 def main() -> None:
@@ -77,7 +61,7 @@ def main() -> None:
     alone = measure_one()
     figures: dict[str, float] = {**in_processes(measure_two, load, num_processes=NUM_PROCESSES)}
     figures["shampoo_state_ratio"] = figures.pop("shampoo_bytes") / alone
-    figures |= checkpoint_stall(load) | extraction(load)
+    figures |= checkpoint_stall(load) | extraction(quick=options.quick)
     if options.json:
         print(json.dumps(figures))
         return
@@ -224,59 +208,15 @@ def checkpoint_stall(load: Load) -> dict[str, float]:
     return {"checkpoint_stall_percent": 100 * statistics.median(waits) / (100 * step_s)}
 
 
-def extraction(load: Load) -> dict[str, float]:
-    """`matta extract` of the Student from a run, as a process of its own."""
-    with tempfile.TemporaryDirectory() as path:
-        run = Path(path) / "run"
-        recipe = read_recipe(RECIPE, load.extract)
-        write_made_run(run, recipe)
-        imports_s, imports_mb = resources("import matta.lm.extracting, matta.lm.costs")
-        command = f"from matta.cli import main; main(['extract', {str(run)!r}, 'student', '--out', {path + '/out'!r}])"
-        seconds, peak_mb = resources(command)
-        files = list((Path(path) / "out").rglob("*.safetensors"))
-        size = sum(each.stat().st_size for each in files)
-        start = time.perf_counter()
-        for file in files:
-            shutil.copy(file, file.with_suffix(".copy"))
-        os.sync()
-        copy_s = time.perf_counter() - start
-    extract_s = max(seconds - imports_s, 1e-3)
+def extraction(*, quick: bool) -> dict[str, float]:
+    """`matta extract` of the Student, as `extracting.py` measures it."""
+    found = extracting.measure(quick=quick)
     return {
-        "extract_ta_mb": 4 * num_parameters(recipe) / 1e6,
-        "extract_student_mb": size / 1e6,
-        "extract_peak_mb": peak_mb - imports_mb - size / 1e6,
-        "extract_gb_per_s": size / 1e9 / extract_s,
-        "extract_gb_per_s_vs_copy": copy_s / extract_s,
+        "extract_ta_mb": found["ta_mb"],
+        "extract_student_mb": found["sub_model_mb"],
+        "extract_peak_mb": found["extract_peak_over_sub_model_mb"],
+        "extract_gb_per_s_vs_copy": found["extract_gb_per_s_vs_copy"],
     }
-
-
-def write_made_run(run: Path, recipe: Recipe) -> None:
-    """A run that has ended, with weights that nothing has trained."""
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    nested = nest_pair(recipe.model, *build_pair(recipe.model, len(tokenizer), end_of_text=tokenizer.eos_token_id))
-    folder = RunFolder(run, resume=True)
-    folder.begin()
-    write_run(run, recipe, nested, tokenizer)
-    matta.save(nested, run / NESTED)
-    folder.close()
-    assert (run / MARKER).is_file()
-
-
-def num_parameters(recipe: Recipe) -> int:
-    """Of the TA."""
-    with torch.device("meta"):
-        return sum(each.numel() for each in build_pair(recipe.model, 257, end_of_text=256)[1].parameters())
-
-
-def resources(code: str) -> tuple[float, float]:
-    """Seconds by the wall clock, and the most memory in MB (mapped files included), of a process that runs code."""
-    measured = (
-        f"import resource, time\nstart = time.perf_counter()\n{code}\n"
-        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)"
-    )
-    done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True)
-    seconds, peak_mb = done.stdout.split()[-2:]
-    return float(seconds), float(peak_mb)
 
 
 if __name__ == "__main__":
