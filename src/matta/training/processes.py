@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DistributedSampler
 
 from matta.errors import RunError
@@ -78,6 +80,7 @@ def make_accelerator() -> Accelerator:
     _join_slurm()
     on_cpu = num_launched() > 1 and not torch.accelerator.is_available()
     try:
+        _join_afresh("gloo" if on_cpu else "nccl")
         accelerator = Accelerator(cpu=on_cpu)
     except (ValueError, RuntimeError) as error:
         if not on_cpu:
@@ -132,6 +135,21 @@ def _join_slurm() -> None:
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", first_host(nodes)),
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(20_000 + job % 20_000)),
     }
+
+
+def _join_afresh(backend: str) -> None:
+    """Join the processes of torchrun's restart under a name of its own.
+
+    Its store still holds the addresses of those that died (torch 2.13), and whoever reads one waits for nobody.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or num_launched() == 1 or distributed.is_initialized():
+        return
+    if backend == "nccl" and not torch.cuda.is_available():
+        return
+    store, rank, world = next(iter(rendezvous("env://")))
+    named = PrefixStore(f"restart {restart}", store)
+    distributed.init_process_group(backend, store=named, rank=rank, world_size=world)
 
 
 def first_host(nodes: str) -> str:
