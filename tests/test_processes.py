@@ -152,11 +152,21 @@ def work(folder: str) -> None:
     torch.save(found, Path(folder, f"{rank}.pt"))
 
 
-def torchrun(world: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `work` in processes that nothing but the launcher tells of each other."""
+def go_on(folder: str, stop: int) -> None:
+    """A process of several that begins a run or goes on with it, and stops it after some steps."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    with suppress(Stopped):
+        settings = {**begun(folder, "chain", stop=stop), "resume": True}
+        found = Trained(SHUFFLED["list"](), **settings, accumulate=4 // world).shown()
+        torch.save(found, Path(folder, f"chain-{os.environ.get('RANK', '0')}.pt"))
+
+
+def torchrun(world: int, folder: Path, call: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `work`, or another call, in processes that nothing but the launcher tells of each other."""
     script = folder / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-                      f"import test_processes\ntest_processes.work({str(folder)!r})\n", encoding="utf-8")  # fmt: skip
+    call = call or f"work({str(folder)!r})"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_processes\ntest_processes.{call}\n"
+    script.write_text(code, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -192,6 +202,21 @@ def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: P
         torch.testing.assert_close(first["twice"], four, atol=1e-6, rtol=1e-5)
     newest = matta.read_snapshot(tmp_path / "published", lambda: tower(4))
     assert (newest.version, newest.events) == {2: (3, 47), 3: (4, 47)}[world]
+
+
+@pytest.mark.stress
+def test_two_then_one_then_four_processes_are_one_run(tmp_path: Path) -> None:
+    for world, stop in ((2, 3), (1, 3), (4, 99)):
+        if world == 1:
+            go_on(str(tmp_path), stop)
+            continue
+        ended = torchrun(world, tmp_path, f"go_on({str(tmp_path)!r}, {stop})")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    whole_run = Trained(SHUFFLED["list"](), steps=7, accumulate=4, log_every=2).shown()
+    for rank in range(4):
+        found = torch.load(tmp_path / f"chain-{rank}.pt", weights_only=True)
+        for part in ("weights", "losses", "steps"):
+            torch.testing.assert_close(found[part], whole_run[part], atol=1e-6, rtol=1e-5)
 
 
 def test_one_process_weighs_every_label_of_a_step_alike() -> None:
