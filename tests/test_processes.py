@@ -165,7 +165,8 @@ def torchrun(world: int, folder: Path, call: str = "") -> subprocess.CompletedPr
     """Run `work`, or another call, in processes that nothing but the launcher tells of each other."""
     script = folder / "script.py"
     call = call or f"work({str(folder)!r})"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_processes\ntest_processes.{call}\n"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code += f"import test_processes\ntest_processes.{call}\n"
     script.write_text(code, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
