@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from matta.errors import RunError, Terminated
 from matta.training.launching import in_processes
@@ -19,6 +20,8 @@ def work(what: str) -> dict[str, str]:
     rank = os.environ["RANK"]
     if what == "refuse":
         raise RunError("there is no such recipe")
+    if what == "fault":
+        raise ZeroDivisionError("a fault of the function")
     if what == "die" and rank == "1":
         os._exit(7)
     if what.startswith("wait"):
@@ -40,6 +43,8 @@ def test_the_result_is_that_of_the_first_process() -> None:
 def test_an_error_is_raised_once_and_a_death_is_told() -> None:
     with pytest.raises(RunError, match="^there is no such recipe$"):
         in_processes(work, "refuse", num_processes=2)
+    with pytest.raises(ProcessRaisedException, match="(?s)Traceback.*a fault of the function"):
+        in_processes(work, "fault", num_processes=1)
     with pytest.raises(RunError, match="process 1 of 2 died with exit code 7; .* resume"):
         in_processes(work, "die", num_processes=2)
 

@@ -7,7 +7,7 @@ head_dim) is a product, and has *factors*, each of them again a row of parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -73,8 +73,13 @@ class Trace:
 
     def describe(self, dimension: int) -> str:
         """The axes of a dimension, for a message."""
-        names = [f"{name} (axis {axis})" for name, axis in self.dimensions[dimension].members]
-        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        return named_axes(self.dimensions[dimension].members)
+
+
+def named_axes(members: Sequence[tuple[str, int]], most: int = 6) -> str:
+    """Axes of parameters in words; of many the first few."""
+    names = [f"{name} (axis {axis})" for name, axis in members]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @final

@@ -18,6 +18,7 @@ from matta.nesting.acceptance import require_nestable
 from matta.nesting.batches import Batch, call, map_tensors, outputs_of, split_labels
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
+from matta.nesting.dimensions import named_axes
 from matta.nesting.importance import Importance, Loss, channel_scores
 
 _SEED = 20250523
@@ -52,14 +53,9 @@ class Ordering:
     left: tuple[Left, ...]
 
     def __str__(self) -> str:
-        lines = [f"ordered: {each.size} channels of {_axes([*each.members])}" for each in self.groups]
-        lines += [f"left: {each.size} channels of {_axes(each.members)}: {each.reason}" for each in self.left]
+        lines = [f"ordered: {each.size} channels of {named_axes([*each.members])}" for each in self.groups]
+        lines += [f"left: {each.size} channels of {named_axes(each.members)}: {each.reason}" for each in self.left]
         return "\n".join(lines)
-
-
-def _axes(members: Sequence[tuple[str, int]], most: int = 6) -> str:
-    names = [f"{name} (axis {axis})" for name, axis in members]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def order(

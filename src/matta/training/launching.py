@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from matta.errors import MattaError, RunError, Terminated
 from matta.training.interrupts import SIGNALS
@@ -29,6 +29,7 @@ def in_processes(function: Callable[[Any], Any], settings: Any, *, num_processes
     Raises:
         BaseException: what a process ended with: an error of ours, KeyboardInterrupt, `Terminated`.
         RunError: a process died.
+        ProcessRaisedException: a fault of the function, with its traceback, where no process ended as above.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _in_processes(function, settings, num_processes, Path(folder))
@@ -37,17 +38,19 @@ def in_processes(function: Callable[[Any], Any], settings: Any, *, num_processes
 def _in_processes(function: Callable[[Any], Any], settings: Any, num_processes: int, ends: Path) -> Any:
     shared = (function, settings, num_processes, _free_port(), sys.stdout is sys.stderr, ends)
     context = start_processes(_work, shared, nprocs=num_processes, join=False, daemon=False, start_method="spawn")
-    died = None
+    died: ProcessExitedException | ProcessRaisedException | None = None
     with _passed_on([process.pid for process in context.processes]):
         try:
             while not context.join(grace_period=_GRACE_S):
                 pass
-        except ProcessExitedException as error:
+        except (ProcessExitedException, ProcessRaisedException) as error:
             died = error
     found = {int(each.stem): pickle.loads(each.read_bytes()) for each in sorted(ends.glob("*.end"))}
     for each in found.values():
         if isinstance(each, BaseException):
             raise each
+    if isinstance(died, ProcessRaisedException):
+        raise died
     if died is not None:
         raise RunError(
             f"process {died.error_index} of {num_processes} died with exit code {died.exit_code}; see above for why, "
