@@ -206,12 +206,12 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def rows_of(found: Iterable[Choice], memory: int | None) -> Iterator[tuple[str, ...]]:
-    """The table of choices, in GiB."""
-    names = {"none": "DDP", "whole": "FSDP2, whole", "block": "FSDP2, by block"}
+    """The table of choices, in GiB; narrow enough for a terminal: the parts of each are in the JSON."""
     for choice in found:
         each = choice.memory
-        parts = (each.weights, each.gradients, each.optimizer, each.gathered, each.activations, each.heads, each.total)
+        state = each.weights + each.gradients + each.optimizer
+        parts = (state, each.gathered, each.activations + each.heads, each.total, choice.sent)
         fits = "" if memory is None else ("yes" if each.total <= memory else "no")
         checkpointing = "yes" if choice.activation_checkpointing else "no"
-        sizes = (f"{size / 2**30:.2f}" for size in (*parts, choice.sent))
-        yield names[choice.sharding], checkpointing, *sizes, fits
+        sizes = (f"{size / 2**30:.2f}" for size in parts)
+        yield choice.sharding, checkpointing, *sizes, fits

@@ -152,10 +152,7 @@ def _print(figures: Mapping[str, Any]) -> None:
 def _print_choices(found: list[Choice], figures: Mapping[str, Any], memory: int | None) -> None:
     from rich.console import Console
 
-    columns = (
-        *("run as", "recompute", "weights", "gradients", "optimizer", "gathered", "activations", "heads", "total"),
-        *("sent a step", "fits"),
-    )
+    columns = ("sharding", "recompute", "state", "gathered", "activations", "total", "sent", "fits")
     title = f"GiB on each of {figures['num_gpus']} GPUs"
     console = Console()
     console.print(rich_table(title, columns, list(rows_of(found, memory)), left=columns[:2]))
