@@ -129,8 +129,8 @@ GRIDS: Final[Mapping[str, Grid]] = {
     ),
     "text": Grid(
         trials=((8, 0.016), (8, 0.03), (16, 0.03), (16, 0.045)),
-        family_trials=((0.016, 0.6, 0.5), (0.03, 0.6, 0.5), (0.045, 0.6, 0.5), (0.03, 0.5, 0.3)),
-        family_batch=8,
+        family_trials=((0.016, 0.6, 0.5), (0.022, 0.6, 0.5), (0.03, 0.6, 0.5), (0.022, 0.5, 0.3)),
+        family_batch=16,
         budget_passes=1.0,
         short_examples=2_900,
         short_batch=8,
