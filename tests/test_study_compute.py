@@ -50,7 +50,7 @@ from matta_studies.compute_tasks import (
     spec_of,
 )
 from matta_studies.compute_text import GptWidths, Topics
-from matta_studies.compute_training import ALONE, FAMILY, PRUNED, STAGES, TOGETHER, Attempt
+from matta_studies.compute_training import ALONE, DOWNWARDS, FAMILY, PRUNED, STAGES, TOGETHER, Attempt
 from matta_studies.experiment import Job, Measured, Training
 from matta_studies.language import GptSize, cut
 from matta_studies.rankers import RankerSize
@@ -174,7 +174,7 @@ def test_grids_have_as_many_trials_for_all(name: str) -> None:
     assert grid.family_batch in {batch for batch, _ in grid.trials}
 
 
-@pytest.mark.parametrize("way", [FAMILY, *WAYS])
+@pytest.mark.parametrize("way", [FAMILY, DOWNWARDS, *WAYS])
 def test_every_way_learns_and_repeats(way: str, films: Task) -> None:
     trial = Attempt(way=way, batch=64, lr=0.05, passes=12, alone=0.5, student_chance=0.5)
     if way in (PRUNED, STAGES):
@@ -190,7 +190,7 @@ def test_every_way_learns_and_repeats(way: str, films: Task) -> None:
 
 
 @pytest.mark.parametrize("name", ["flights", "text"])
-@pytest.mark.parametrize("way", [FAMILY, *WAYS])
+@pytest.mark.parametrize("way", [FAMILY, DOWNWARDS, *WAYS])
 def test_every_way_runs_on_every_task(way: str, name: str, tasks: dict[str, Task]) -> None:
     later = (0.1,) * 7 if way in (PRUNED, STAGES) else ()
     trial = Attempt(way=way, batch=16, lr=0.01, passes=0.2, alone=0.5, student_chance=0.5, later_passes=later)

@@ -4,11 +4,14 @@
 passes. Sizes alone share it among those wanted. *Data are short*: a fixed set, and every arm trains as long as is best
 for it, with the weight decay that is best for it.
 
-The family begins with the Student, trained alone; then it is nested, and each step trains the TA and one other model
-(`CoTraining.for_family`). "Together" is the family with everything in every step. The peers are one random sub-model a
-step on the labels alone (MatFormer), the sandwich rule with in-place distillation (slimmable networks), a TA that is
-trained first and then pruned to each size by importance and distilled (Minitron), or distilled into new models (two
-stages), and each size alone. Every arm is tuned with as many trials, on a validation part, and runs with fresh seeds.
+Where compute is short the family begins with the Student, trained alone; then it is nested, and each step trains the TA
+and one other model (`CoTraining.for_family`). Where data are short it goes downwards: the TA is trained alone, its
+channels are put in order (`matta.order`), each size starts as its best part (`warm_start="ta"`), and then come the same
+steps, with the TA as it was for a Teacher. "Together" is the family with everything in every step. The peers are one
+random sub-model a step on the labels alone (MatFormer), the sandwich rule with in-place distillation (slimmable
+networks), a TA that is trained first and then pruned to each size by importance and distilled (Minitron), or distilled
+into new models (two stages), and each size alone. Every arm is tuned with as many trials, on a validation part, and
+runs with fresh seeds.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from rich.console import Console
 from matta_studies.compute_tasks import NARROWEST, SIZES, WIDEST, Task, load_task, prepare
 from matta_studies.compute_training import (
     ALONE,
+    DOWNWARDS,
     FAMILY,
     NEVER,
     PRUNED,
@@ -64,6 +68,7 @@ WAYS: Final[Mapping[str, str]] = {
 }
 PEERS: Final = (RANDOM, SANDWICH, PRUNED, STAGES, ALONE)
 TA_SHARE: Final = 0.5  # of the time, where the TA is trained first
+SHORT_ALONE: Final = 0.6  # of the passes, the TA alone, where data are short
 LATER_SHARE: Final = 1 / 3  # passes of each later size, of those of the TA, where data are short
 FIRST_FRESH_SEED: Final = 12_000
 SEARCH: Final = Search(seeds=(100,), num_finalists=1)
@@ -80,8 +85,7 @@ class Grid:
     Student in later steps) at `family_batch`. `budget_passes` of MatTA with all in every step, at the first batch, are
     the time that every arm gets.
 
-    Where data are short: the first `short_examples`, `short_trials` of (passes, weight decay) at one batch and rate, of
-    which a family trains the Student alone for a share.
+    Where data are short: the first `short_examples`, `short_trials` of (passes, weight decay) at one batch and rate.
     """
 
     trials: tuple[tuple[int, float], ...]
@@ -92,7 +96,6 @@ class Grid:
     short_batch: int
     short_rate: float
     short_trials: tuple[tuple[float, float], ...]
-    short_alone: float = 0.4
 
     def with_examples(self, num_examples: int) -> Grid:
         """The same for another number of short data: fewer steps to a pass take more weight decay in a step."""
@@ -213,8 +216,8 @@ def short_attempts(grid: Grid, way: str, sizes: tuple[str, ...] = SIZES) -> tupl
     for passes, weight_decay in grid.short_trials:
         plain = Attempt(way=way, batch=grid.short_batch, lr=grid.short_rate, sizes=sizes, passes=passes)
         attempt = replace(plain, weight_decay=weight_decay)
-        if way == FAMILY:
-            attempt = replace(attempt, alone=grid.short_alone, student_chance=0.5)
+        if way == DOWNWARDS:
+            attempt = replace(attempt, alone=SHORT_ALONE, student_chance=0.3)
         if way in (PRUNED, STAGES):
             attempt = replace(attempt, later_passes=(_two_digits(LATER_SHARE * passes),) * (len(sizes) - 1))
         attempts.append(attempt)
@@ -262,9 +265,11 @@ class ComputePlan(Plan):
 
     def with_short_data(self) -> ComputePlan:
         """The plan with its arms, each with as many passes as are best for it."""
-        titles = {FAMILY: "MatTA in turns", **WAYS}
+        titles = {DOWNWARDS: "MatTA downwards", **WAYS}
         arms = [
-            Arm(name=family(len(SIZES)) if way == FAMILY else way, title=title, trials=short_attempts(self.grid, way))
+            Arm(
+                name=family(len(SIZES)) if way == DOWNWARDS else way, title=title, trials=short_attempts(self.grid, way)
+            )
             for way, title in titles.items()
         ]
         arms += [
@@ -506,7 +511,7 @@ def told(results: Mapping[str, Any]) -> list[Part]:
         f"`{command} --seeds {results['num_seeds']}`; {told_machine(results['machine'])}. {regime}",
         Table(
             title=f"{metric} by size (less is better)",
-            columns=("size", "parameters", *(_short(arm) for arm in arms)),
+            columns=("size", "parameters", *(_short(arm, _family_told(results)) for arm in arms)),
             rows=[_row(results, size, arms) for size in SIZES],
         ),
         Table(
@@ -525,10 +530,14 @@ def told(results: Mapping[str, Any]) -> list[Part]:
     ]
 
 
-def _short(arm: str) -> str:
+def _family_told(results: Mapping[str, Any]) -> str:
+    return "in turns" if results["short"] == COMPUTE else "downwards"
+
+
+def _short(arm: str, of_family: str) -> str:
     if arm.startswith(ALONE):
         return f"alone, {arm.split()[1]} wanted"
-    return WAYS.get(arm, "MatTA in turns")
+    return WAYS.get(arm, f"MatTA {of_family}")
 
 
 def _row(results: Mapping[str, Any], size: str, arms: Sequence[str]) -> tuple[str, ...]:
@@ -544,8 +553,8 @@ def _hypervolume_told(results: Mapping[str, Any]) -> str:
         return f"Hypervolume: with some seed nothing of any peer's, of {peer} either, is better than the Student alone."
     told = [Change.told(changes[arm]) for arm in (family(len(SIZES)), TOGETHER)]
     return (
-        f"Hypervolume of loss and log size against the best peer's ({peer}): in turns {told[0]}, all in every step "
-        f"{told[1]} (more is better)."
+        f"Hypervolume of loss and log size against the best peer's ({peer}): {_family_told(results)} {told[0]}, all in "
+        f"every step {told[1]} (more is better)."
     )
 
 
@@ -567,13 +576,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     ]
     lines = [
         *(
-            f"{count} sizes wanted, their mean against each alone: in turns {each}, all in every step "
+            f"{count} sizes wanted, their mean against each alone: {_family_told(results)} {each}, all in every step "
             f"{together[count]}."
             for count, each in in_turns.items()
         ),
         _hypervolume_told(results),
-        f"Sizes that are worse than a smaller one beyond the interval: in turns {worse[0]}; all in every step "
-        f"{worse[1]}.",
+        f"Sizes that are worse than a smaller one beyond the interval: {_family_told(results)} {worse[0]}; all in "
+        f"every step {worse[1]}.",
         f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds.",
     ]
     if results["short"] == COMPUTE:

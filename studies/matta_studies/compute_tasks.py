@@ -23,7 +23,7 @@ from matta.objectives import Binary, Objective
 from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings
-from matta_studies.rankers import EventModel, Ranker, RankerSize, nest_rankers
+from matta_studies.rankers import EventModel, Ranker, RankerSize, WarmStart, nest_rankers
 from matta_studies.relevance import DATA_FILE, STUDENT_SIZE, copy_data, read_data, tuples_loss
 from matta_studies.trials import auc_loss
 
@@ -50,8 +50,8 @@ class Task(ABC):
         """A fresh model."""
 
     @abstractmethod
-    def nested(self, student: nn.Module, *, warm_start: bool) -> Nested:
-        """A Student in a fresh TA."""
+    def nested(self, student: nn.Module, *, ta: nn.Module | None = None, warm_start: WarmStart = False) -> Nested:
+        """A Student in a TA, which is fresh if none is given."""
 
     @abstractmethod
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -156,9 +156,10 @@ class Films(Task):
     def build(self, size: str) -> Ranker:
         return Ranker(self.data.num_rows, ranker_size(size, self.student))
 
-    def nested(self, student: nn.Module, *, warm_start: bool) -> Nested:
-        assert isinstance(student, Ranker)
-        return nest_rankers([student], self.build(WIDEST), warm_start=warm_start)
+    def nested(self, student: nn.Module, *, ta: nn.Module | None = None, warm_start: WarmStart = False) -> Nested:
+        ta = ta or self.build(WIDEST)
+        assert isinstance(student, Ranker) and isinstance(ta, Ranker)
+        return nest_rankers([student], ta, warm_start=warm_start)
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[Batch]:
         train = self.data.train
@@ -209,9 +210,10 @@ class Flights(Task):
     def build(self, size: str) -> EventModel:
         return EventModel(self.stream, ranker_size(size, self.student), even_pace=False)
 
-    def nested(self, student: nn.Module, *, warm_start: bool) -> Nested:
-        assert isinstance(student, EventModel)
-        return nest_rankers([student], self.build(WIDEST), warm_start=warm_start)
+    def nested(self, student: nn.Module, *, ta: nn.Module | None = None, warm_start: WarmStart = False) -> Nested:
+        ta = ta or self.build(WIDEST)
+        assert isinstance(student, EventModel) and isinstance(ta, EventModel)
+        return nest_rankers([student], ta, warm_start=warm_start)
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[Batch]:
         return (self._batch(self.train[rows]) for rows in shuffled_rows(self.num_examples, batch, generator))

@@ -16,6 +16,7 @@ from matta.nesting.nested import Nested, nest
 from matta.objectives import CausalLM
 from matta_studies.compute_tasks import PRUNING_EXAMPLES, WIDEST, Task, important
 from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics
+from matta_studies.rankers import WarmStart
 
 CONTEXT: Final = 64
 
@@ -51,8 +52,8 @@ class Topics(Task):
                 block.mlp = other.mlp
         return wide if size == WIDEST else made
 
-    def nested(self, student: nn.Module, *, warm_start: bool) -> Nested:
-        return nest(student, self.build(WIDEST), layouts={"*.c_attn.*": 3}, warm_start=warm_start)
+    def nested(self, student: nn.Module, *, ta: nn.Module | None = None, warm_start: WarmStart = False) -> Nested:
+        return nest(student, ta or self.build(WIDEST), layouts={"*.c_attn.*": 3}, warm_start=warm_start)
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[Batch]:
         flat, offsets = self.text.train.reshape(-1), torch.arange(CONTEXT)

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from matta.nesting.batches import Batch, call, logits_of, split_labels
 from matta.nesting.nested import Nested
+from matta.nesting.ordering import order
 from matta.objectives.losses import LossWeights
 from matta.optim.shampoo import Shampoo
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import live, random_sub_model
 from matta.training.cotraining import CoTraining
-from matta_studies.compute_tasks import NARROWEST, SIZES, WIDEST, Task, spec_of
+from matta_studies.compute_tasks import NARROWEST, PRUNING_EXAMPLES, SIZES, WIDEST, Task, spec_of
 from matta_studies.trials import Step, Trial, descend, step_of, step_of_pair
 
-FAMILY, TOGETHER, RANDOM, SANDWICH = "family", "together", "random", "sandwich"
+FAMILY, DOWNWARDS = "family", "downwards"
+TOGETHER, RANDOM, SANDWICH = "together", "random", "sandwich"
 PRUNED, STAGES, ALONE = "pruned", "stages", "alone"
 DISTILL_WEIGHT, RAMP = 0.5, 0.1  # ω₃, its ramp as a share of the steps
+TEACHER_LABELS: Final = 0.5  # what the labels weigh beside those of a Teacher
+ORDERING_BATCHES: Final = 8
 NEVER: Final = 2**30  # steps of a run that is only timed
 
 
@@ -33,8 +37,8 @@ class Attempt:
     """One way to train; rates fall to zero.
 
     `sizes` are those wanted; where one alone is trained, there is one. Before a family comes the Student alone, for a
-    share of the passes and at a constant rate. Where the TA is trained first, each other size has `later_passes`, in
-    the order of `sizes`.
+    share of the passes and at a constant rate; or, downwards, the TA. Where the TA is trained first and then each other
+    size for itself, these have `later_passes`, in the order of `sizes`.
     """
 
     way: str
@@ -51,8 +55,11 @@ class Attempt:
         told = f"batch {self.batch:,}, rate {self.lr:g}, {self.passes:g} passes"
         if self.weight_decay:
             told += f", weight decay {self.weight_decay:g}"
-        if self.way == FAMILY:
-            told += f", {self.alone:g} of them the Student alone, in {self.student_chance:g} of the later steps too"
+        if self.way in (FAMILY, DOWNWARDS):
+            first = "Student" if self.way == FAMILY else "TA"
+            told += (
+                f", {self.alone:g} of them the {first} alone, then the Student in {self.student_chance:g} of the steps"
+            )
         if self.later_passes:
             told += f", then {min(self.later_passes):g} to {max(self.later_passes):g}"
         return told
@@ -65,22 +72,40 @@ def train(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]:
 
 def _train_once(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]:
     """The sizes wanted, out of one co-training run; or one alone."""
-    start = None
+    student = ta = None
+    steps_alone = num_steps(trial.alone * trial.passes, trial, task)
     if trial.way == FAMILY:
         first = replace(trial, way=ALONE, sizes=(NARROWEST,))
-        start = _trained(first, task, seed, num_steps(trial.alone * trial.passes, trial, task), falls=False)
+        student = _trained(first, task, seed, steps_alone, falls=False)
+    if trial.way == DOWNWARDS:
+        first = replace(trial, way=ALONE, sizes=(WIDEST,))
+        ta = _trained(first, task, seed, steps_alone).eval()
     steps = num_steps((1.0 - trial.alone) * trial.passes, trial, task)
-    model = _trained(trial, task, seed, steps, start=start)
+    model = _trained(trial, task, seed, steps, student=student, ta=ta)
     if not isinstance(model, Nested):
         return {trial.sizes[0]: model}
     return {size: extract(model, spec_of(model, size)) for size in trial.sizes}
 
 
+def _ordered(ta: nn.Module, task: Task, seed: int) -> nn.Module:
+    """A TA with what matters most in front, so that every size starts as its best part."""
+    rows = PRUNING_EXAMPLES // ORDERING_BATCHES
+    batches = [*islice(task.batches(rows, torch.Generator().manual_seed(seed)), ORDERING_BATCHES)]
+    return order(ta, example=batches[0], data=batches, importance="activation")
+
+
 def _trained(
-    trial: Attempt, task: Task, seed: int, steps: int, *, start: nn.Module | None = None, falls: bool = True
+    trial: Attempt,
+    task: Task,
+    seed: int,
+    steps: int,
+    *,
+    student: nn.Module | None = None,
+    ta: nn.Module | None = None,
+    falls: bool = True,
 ) -> nn.Module:
-    """A model after so many steps; its Student starts as it is given."""
-    model, descent = descent_of(trial, task, seed, steps, start=start, falls=falls)
+    """A model after so many steps; a pair starts from the trained Student or TA that is given."""
+    model, descent = descent_of(trial, task, seed, steps, student=student, ta=ta, falls=falls)
     for _ in descent:
         pass
     return model
@@ -108,15 +133,28 @@ def _train_stages(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]
 
 
 def descent_of(
-    trial: Attempt, task: Task, seed: int, steps: int, *, start: nn.Module | None = None, falls: bool = True
+    trial: Attempt,
+    task: Task,
+    seed: int,
+    steps: int,
+    *,
+    student: nn.Module | None = None,
+    ta: nn.Module | None = None,
+    falls: bool = True,
 ) -> tuple[nn.Module, Iterator[Any]]:
-    """A fresh model, or one whose Student starts as it is given, and the steps that train it."""
+    """A fresh model, or a pair that starts from a trained Student or TA, and the steps that train it.
+
+    The trained TA is the Teacher of the pair as well.
+    """
     torch.manual_seed(seed)
     if trial.way == ALONE:
         model = task.build(trial.sizes[0])
+    elif ta is not None:
+        model = task.nested(task.build(NARROWEST), ta=_ordered(ta, task, seed), warm_start="ta")
     else:
-        model = task.nested(start or task.build(NARROWEST), warm_start=start is not None)
-    return model, _descent(trial, task, model, loss_of(trial, task, model, seed, steps), seed, steps, falls=falls)
+        model = task.nested(student or task.build(NARROWEST), warm_start=student is not None)
+    loss = loss_of(trial, task, model, seed, steps, teacher=ta)
+    return model, _descent(trial, task, model, loss, seed, steps, falls=falls)
 
 
 def later_descent(
@@ -149,12 +187,14 @@ def _descent(
     return descend(step, Shampoo(model, lr=trial.lr, weight_decay=trial.weight_decay), rate, batches)
 
 
-def loss_of(trial: Attempt, task: Task, model: nn.Module, seed: int, steps: int) -> Step:
+def loss_of(
+    trial: Attempt, task: Task, model: nn.Module, seed: int, steps: int, *, teacher: nn.Module | None = None
+) -> Step:
     """What a way to train minimises."""
     objective = task.objective
     if not isinstance(model, Nested):
         return step_of(model, objective, Trial(method="baseline", optimizer="shampoo", lr=trial.lr), 0)
-    if trial.way == FAMILY:
+    if trial.way in (FAMILY, DOWNWARDS):
         cotrain = CoTraining.for_family(
             model,
             objective,
@@ -163,6 +203,8 @@ def loss_of(trial: Attempt, task: Task, model: nn.Module, seed: int, steps: int)
             alone=0.0,
             student_chance=trial.student_chance,
             distill=DISTILL_WEIGHT,
+            teacher=teacher,
+            labels=0.0 if teacher is None else TEACHER_LABELS,
         )
         return step_of_pair(cotrain)
     if trial.way == TOGETHER:

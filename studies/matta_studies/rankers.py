@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, final
+from typing import Final, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from matta.nesting.layout import Layout
 from matta.nesting.nested import Nested, nest
 from matta_studies.event_streams import EventStream
+
+WarmStart = bool | Literal["ta"]
+"""What `matta.nest` starts from."""
 
 EVEN_WIDTH: Final = 32  # hidden units of a layer whose output an even pace leaves as it is
 
@@ -159,7 +162,7 @@ def nest_rankers(
     share: str = "all",
     place: str = "first",
     *,
-    warm_start: bool = False,
+    warm_start: WarmStart = False,
 ) -> Nested:
     """Nest rankers, or models of events; the first layer's input is one embedding after the other, then the numbers.
 

@@ -152,12 +152,18 @@ class CoTraining(nn.Module):
         student_chance: float = 0.3,
         distill: float = 0.5,
         teacher: nn.Module | Sequence[nn.Module] | None = None,
+        labels: float = 0.0,
     ) -> CoTraining:
-        """The training that gives the best family for its compute where data are without end (`matta study compute`).
+        """The training that gives the best family for its compute, or from few data (`matta study compute`).
 
-        The Student alone for a share of the steps, then the TA and one other model a step (see `Turns`). Nest with
-        `warm_start=True`; keep the learning rate while the Student is alone and let it fall to zero after that. Where
-        each event can be used once, `CoTraining(sample=...)`, with everything in every step, was better.
+        Where data are without end: the Student alone for a share of the steps, then the TA and one other model a step
+        (see `Turns`). Nest with `warm_start=True`; keep the learning rate while the Student is alone and let it fall to
+        zero after that.
+
+        Where data are short: train the TA first, put it in order (`matta.order`), nest with `warm_start="ta"`, and
+        take `alone=0`, the trained TA as the Teacher, and `labels=0.5`.
+
+        Where each event can be used once, `CoTraining(sample=...)`, with everything in every step, was better.
 
         Args:
             nested: The pair.
@@ -168,6 +174,7 @@ class CoTraining(nn.Module):
             student_chance: Of a later step, to train the Student and not a size between.
             distill: ω₃.
             teacher: As in the constructor.
+            labels: As in the constructor.
 
         Raises:
             MattaError: a share or a chance outside of 0 to 1, or as in the constructor.
@@ -187,6 +194,7 @@ class CoTraining(nn.Module):
             objective,
             weights=Weights(distill=distill),
             teacher=teacher,
+            labels=labels,
             sample=None if between == [] else random_sub_model(nested, between),
             turns=Turns(alone_steps=int(alone * num_steps), student_chance=student_chance),
         )
