@@ -286,6 +286,7 @@ def test_settings_become_a_plan() -> None:
     whole = plan_of(ComputeSettings(short="data"))
     decays = [[decay for _, decay in plan.grid.short_trials] for plan in (tenth, whole)]
     assert decays[0] == [pytest.approx(10 * decay) for decay in decays[1]]
+    assert [passes for passes, _ in tenth.grid.short_trials] == [63.0, 95.0, 95.0, 140.0]
 
 
 @pytest.mark.parametrize(

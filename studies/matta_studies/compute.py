@@ -68,7 +68,7 @@ WAYS: Final[Mapping[str, str]] = {
 }
 PEERS: Final = (RANDOM, SANDWICH, PRUNED, STAGES, ALONE)
 TA_SHARE: Final = 0.5  # of the time, where the TA is trained first
-SHORT_ALONE: Final = 0.6  # of the passes, the TA alone, where data are short
+SHORT_ALONE: Final = 0.5  # of the passes, the TA alone, where data are short
 LATER_SHARE: Final = 1 / 3  # passes of each later size, of those of the TA, where data are short
 FIRST_FRESH_SEED: Final = 12_000
 SEARCH: Final = Search(seeds=(100,), num_finalists=1)
@@ -98,9 +98,11 @@ class Grid:
     short_trials: tuple[tuple[float, float], ...]
 
     def with_examples(self, num_examples: int) -> Grid:
-        """The same for another number of short data: fewer steps to a pass take more weight decay in a step."""
+        """The same for another number of short data: fewer steps to a pass take more passes, and more weight decay."""
         scale = self.short_examples / num_examples
-        trials = tuple((passes, _two_digits(decay * scale)) for passes, decay in self.short_trials)
+        trials = tuple(
+            (_two_digits(passes * math.sqrt(scale)), _two_digits(decay * scale)) for passes, decay in self.short_trials
+        )
         return replace(self, short_examples=num_examples, short_trials=trials)
 
     @property

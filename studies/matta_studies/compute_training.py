@@ -91,7 +91,7 @@ def _ordered(ta: nn.Module, task: Task, seed: int) -> nn.Module:
     """A TA with what matters most in front, so that every size starts as its best part."""
     rows = PRUNING_EXAMPLES // ORDERING_BATCHES
     batches = [*islice(task.batches(rows, torch.Generator().manual_seed(seed)), ORDERING_BATCHES)]
-    return order(ta, example=batches[0], data=batches, importance="activation")
+    return order(ta, example=batches[0], data=batches, importance="taylor", loss=task.objective)
 
 
 def _trained(
