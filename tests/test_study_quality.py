@@ -31,6 +31,7 @@ from matta_studies.experiment import Arm, Job, Measured, Training
 from matta_studies.intervals import beyond_the_sum, relative_change
 from matta_studies.quality import (
     ARMS,
+    LONGER,
     PAPER,
     Predicted,
     QualityPlan,
@@ -116,7 +117,10 @@ def test_a_stream_survives_its_file(tmp_path: Path) -> None:
         assert torch.equal(getattr(loaded, name), getattr(stream, name))
 
 
-@pytest.mark.parametrize("trial", [BASELINE, PAIR], ids=lambda trial: trial.method)
+AGAIN = dataclasses.replace(BASELINE, updates=3)
+
+
+@pytest.mark.parametrize("trial", [BASELINE, PAIR, AGAIN, dataclasses.replace(AGAIN, replays=True)], ids=str)
 def test_events_are_predicted_before_they_are_learned(trial: StreamTrial) -> None:
     stream = made_stream()
     turned = dataclasses.replace(stream, label=torch.cat([stream.label[:320], 1 - stream.label[320:]]))
@@ -138,7 +142,7 @@ def test_embeddings_have_a_rate_of_their_own(optimizer) -> None:
     }
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ARMS + LONGER, ids=lambda arm: arm.name)
 def test_every_arm_learns(arm) -> None:
     stream = made_stream()
     for trial in (arm.trials[0], arm.trials[-1]):
@@ -178,8 +182,9 @@ def test_scores_are_of_the_right_events() -> None:
 
 
 def test_every_arm_has_as_many_trials() -> None:
-    assert {len(arm.trials) for arm in ARMS} == {len(set(arm.trials)) for arm in ARMS} == {24}
-    for settings in (QualitySettings(), QualitySettings(quick=True)):
+    every = ARMS + LONGER
+    assert {len(arm.trials) for arm in every} == {len(set(arm.trials)) for arm in every} == {24}
+    for settings in (QualitySettings(), QualitySettings(quick=True), QualitySettings(longer=True)):
         plan = plan_of(settings)
         assert len({len(set(plan.search.chosen(arm.trials))) for arm in plan.arms}) == 1
 
@@ -313,9 +318,10 @@ def test_rates_at_the_edge_of_what_was_tried_are_said() -> None:
 
 
 def test_the_command_is_written_as_it_was_typed() -> None:
-    results = {"stream": "ratings", "setting": {"warm_up": 7}, "num_seeds": 4}
+    results = {"stream": "ratings", "setting": {"warm_up": 7}, "num_seeds": 4, "titles": {}}
     assert quality.command(results) == "matta study quality --stream ratings --warm-up 7 --seeds 4"
     assert quality.picture(results) == "images/quality-ratings-warm-up-7.png"
+    assert quality.command(results | {"titles": {"again": ""}}).endswith("--warm-up 7 --longer --seeds 4")
 
 
 def test_an_existing_folder_is_refused_before_anything_is_computed(

@@ -8,10 +8,11 @@ and are judged by the other three quarters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any, Final, final
 
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
+from matta.nesting.batches import Batch
 from matta.objectives import Binary
 from matta.optim.parameter_groups import shampoo_groups
 from matta.optim.shampoo import Shampoo
@@ -70,6 +72,7 @@ SEARCH: Final = Search(seeds=tuple(range(100, 106)), num_screening_seeds=2, num_
 QUICK_SEARCH: Final = Search(seeds=(100,), num_trials=8)
 SETTLED: Final = 1 / 3  # of the first quarter: what trials are judged by begins here
 SHAMPOO, MATTA, BOTH = "shampoo", "matta", "matta_shampoo"
+AGAIN, REPLAY = "again", "replay"
 
 
 @final
@@ -113,14 +116,23 @@ class StreamSetting:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamTrial(Trial):
-    """How much higher the rate of embeddings is, and the pace (see `PacedReLU`), for baselines as for pairs."""
+    """How much higher the rate of embeddings is, and the pace (see `PacedReLU`), for baselines as for pairs.
+
+    `updates` for each batch that comes: the others are made on the same batch, or on earlier ones if it `replays`.
+    """
 
     embedding_factor: float = 1.0
     even_pace: bool = False
+    updates: int = 1
+    replays: bool = False
 
     def told_rates(self) -> str:
         told = f", of embeddings {self.lr * self.embedding_factor:g}"
-        return f"{told}, even pace" if self.even_pace else told
+        if self.even_pace:
+            told += ", even pace"
+        if self.updates > 1:
+            told += f", {self.updates - 1} more steps a batch, on {'earlier ones' if self.replays else 'the same'}"
+        return told
 
 
 def _trials(
@@ -161,11 +173,32 @@ def _pair(summed: str, decayed: str) -> tuple[StreamTrial, ...]:
     )
 
 
+def _longer(*, replays: bool) -> tuple[StreamTrial, ...]:
+    """As many trials of a Student alone that takes as much time as a pair: two or three steps for each batch."""
+    tried = product(("adagrad", "shampoo-adagrad"), (0.03, 0.06, 0.1), (2, 3), (False, True))
+    return tuple(
+        StreamTrial(
+            method="baseline",
+            optimizer=optimizer,
+            lr=lr,
+            embedding_factor=4.0,
+            even_pace=even,
+            updates=updates,
+            replays=replays,
+        )
+        for optimizer, lr, updates, even in tried
+    )
+
+
 ARMS: Final = (
     Arm(name=BASELINE, title="baseline", trials=_baseline("adagrad", "adam")),
     Arm(name=MATTA, title="MatTA", trials=_pair("adagrad", "adam")),
     Arm(name=SHAMPOO, title="Shampoo alone", trials=_baseline("shampoo-adagrad", "shampoo-adam")),
     Arm(name=BOTH, title="MatTA with Shampoo", trials=_pair("shampoo-adagrad", "shampoo-adam")),
+)
+LONGER: Final = (
+    Arm(name=AGAIN, title="more steps on each batch", trials=_longer(replays=False)),
+    Arm(name=REPLAY, title="more steps on earlier batches", trials=_longer(replays=True)),
 )
 
 
@@ -220,6 +253,7 @@ class QualityPlan(Plan):
 def plan_of(settings: QualitySettings) -> QualityPlan:
     """The plan behind the settings of the command line."""
     return QualityPlan(
+        arms=ARMS + LONGER if settings.longer else ARMS,
         num_seeds=settings.num_seeds,
         stream=settings.stream,
         search=QUICK_SEARCH if settings.quick else SEARCH,
@@ -257,17 +291,28 @@ def predict_and_learn(
     torch.manual_seed(seed)
     model = make_model(trial, stream, setting)
     step = step_of(model, Binary(), trial, setting.ramp)
-    batches = (((batch.ids, batch.numbers), batch.label) for batch in stream.batches(setting.batch))
-    num_learned = None if learned is None else -(-learned // setting.batch)
+    coming = (((batch.ids, batch.numbers), batch.label) for batch in stream.batches(setting.batch))
+    batches = _with_earlier(coming, trial, Random(seed))
+    num_learned = None if learned is None else -(-learned // setting.batch) * trial.updates
     warm_up = max(1, setting.warm_up)
     steps = descend(
         step, make_optimizer(trial, model), lambda step: min(1.0, (step + 1) / warm_up), batches, num_learned
     )
-    logits = zip(*(read() for read in steps), strict=True)
+    logits = zip(*(read() for read in islice(steps, 0, None, trial.updates)), strict=True)
     return Predicted(
         logits={name: torch.cat(each) for name, each in zip(trial.models, logits, strict=True)},
         parameters={name: count_parameters(each) for name, each in models_of(model).items()},
     )
+
+
+def _with_earlier(coming: Iterable[Batch], trial: StreamTrial, random: Random) -> Iterator[Batch]:
+    """Each batch that comes, followed by those that are learned from besides."""
+    seen: list[Batch] = []
+    for batch in coming:
+        seen.append(batch)
+        yield batch
+        for _ in range(trial.updates - 1):
+            yield random.choice(seen) if trial.replays else batch
 
 
 def make_model(trial: StreamTrial, stream: EventStream, setting: StreamSetting) -> nn.Module:
@@ -361,6 +406,12 @@ CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
     "matta_student_vs_baseline": (MATTA, STUDENT, BASELINE),
     "matta_ta_vs_baseline": (MATTA, TA, BASELINE),
 }
+LONGER_CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
+    "again_vs_baseline": (AGAIN, STUDENT, BASELINE),
+    "replay_vs_baseline": (REPLAY, STUDENT, BASELINE),
+    "student_vs_again": (BOTH, STUDENT, AGAIN),
+    "student_vs_replay": (BOTH, STUDENT, REPLAY),
+}
 # Change of AucLoss in percent, by the figure's name here (section 4; Table 3).
 PAPER: Final[Mapping[str, float]] = {
     "matta_student_vs_baseline": -0.25,
@@ -375,7 +426,8 @@ WANTED: Final = {"student_vs_baseline": -1.0, "ta_vs_baseline": -1.7}
 def results_of(plan: QualityPlan, found: Found) -> dict[str, Any]:
     """Everything that the study found, in types that JSON gives back as they are."""
     together = beyond_the_sum(*(found.losses(arm) for arm in (BOTH, SHAMPOO, MATTA, BASELINE)))
-    results = found.summary(found.changes(CHANGES) | {"beyond_the_sum": together}, "tuning_aucloss") | {
+    compared = CHANGES | (LONGER_CHANGES if AGAIN in found.titles else {})
+    results = found.summary(found.changes(compared) | {"beyond_the_sum": together}, "tuning_aucloss") | {
         "by_period": {arm: _periods(found, arm) for arm in found.titles},
         "stream": plan.stream,
         "setting": dataclasses.asdict(plan.setting),
@@ -399,7 +451,7 @@ def told(results: Mapping[str, Any]) -> list[Part]:
     return [
         f"## {stream.title}{f', with a warm-up of {warm_up} steps' if warm_up else ''}",
         _what_was_run(results),
-        arm_table("Progressive AucLoss of the last three quarters", results, CHANGES, PAPER, digits=4),
+        arm_table("Progressive AucLoss of the last three quarters", results, CHANGES | LONGER_CHANGES, PAPER, digits=4),
         Notes([*notes(results), *edges(results), stream.seen]),
         chosen_table(results, "settings, chosen on the first quarter"),
         f"![AucLoss over the stream]({picture(results)})",
@@ -415,6 +467,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         f"For the Student, MatTA and Shampoo together give {beyond} beyond the sum of their changes: "
         f"{_verdict(beyond)} (the paper: −0.07%).",
         *missed(results),
+        *longer_told(results),
     ]
     first_order = change_of(results, "matta_student_vs_baseline")
     if not first_order.high < 0:
@@ -423,6 +476,17 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     rates = f"after a warm-up of {warm_up} steps" if warm_up else "from the first step on"
     found.append(f"Rates are constant {rates}. Intervals: 95%, paired over {results['num_seeds']} fresh seeds.")
     return found
+
+
+def longer_told(results: Mapping[str, Any]) -> list[str]:
+    """How MatTA's Student compares with one that takes its time alone, if these arms were run."""
+    if AGAIN not in results["titles"]:
+        return []
+    again, replay = (change_of(results, f"student_vs_{each}") for each in (AGAIN, REPLAY))
+    return [
+        f"The Student of MatTA with Shampoo against a Student alone with more steps a batch, on the same {again}, "
+        f"on earlier ones {replay}."
+    ]
 
 
 def _verdict(beyond: Change) -> str:
@@ -479,6 +543,7 @@ def command(results: Mapping[str, Any]) -> str:
     stream, warm_up = results["stream"], results["setting"]["warm_up"]
     options = [f"--stream {stream}"] if stream != "flights" else []
     options += [f"--warm-up {warm_up}"] if warm_up else []
+    options += ["--longer"] if AGAIN in results["titles"] else []
     return " ".join(["matta study quality", *options, f"--seeds {results['num_seeds']}"])
 
 

@@ -98,6 +98,7 @@ class QualitySettings(StudySettings):
     seeds: int | None = field(default=None, metadata=_seeds("16; --quick: 3"))
     stream: str = field(default="flights", metadata={"help": "flights or ratings (default: flights)"})
     warm_up: int = field(default=0, metadata={"help": "steps until the constant rates are reached (default: 0)"})
+    longer: bool = field(default=False, metadata={"help": "also a Student alone that takes more steps for each batch"})
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
