@@ -19,8 +19,11 @@ from made_events import made_stream
 from made_films import made_data
 from matta.errors import RunError
 from matta.nesting.batches import call, logits_of, split_labels
-from matta_studies.compute import (
+from matta_studies.compute import dominated, measure_costs, run_job, run_study
+from matta_studies.compute_plan import (
+    COSTS,
     DATA,
+    FLOPS,
     GRIDS,
     PEERS,
     WANTED,
@@ -30,15 +33,12 @@ from matta_studies.compute import (
     Timing,
     alone,
     cost_key,
-    dominated,
     family,
-    measure_costs,
-    notes,
     plan_of,
-    run_job,
-    run_study,
+    spent,
     timed,
 )
+from matta_studies.compute_report import notes
 from matta_studies.compute_tasks import (
     NARROWEST,
     SIZES,
@@ -152,19 +152,7 @@ def test_every_arm_gets_the_same_time_and_as_many_trials() -> None:
         shares = int(arm.name.split()[1]) if arm.name.startswith(ALONE) else 1
         assert len(arm.trials) == len(grid.trials) == len(grid.family_trials)
         for each in arm.trials:
-            assert shares * seconds_of(each, costs) == pytest.approx(budget, rel=0.06), "passes have two digits"
-
-
-def seconds_of(trial: Attempt, costs: dict[str, float]) -> float:
-    if trial.way == FAMILY:
-        first = costs[cost_key(ALONE, trial.batch, (NARROWEST,))]
-        later = costs[cost_key(FAMILY, trial.batch, trial.sizes)]
-        return trial.passes * (trial.alone * first + (1 - trial.alone) * later)
-    if trial.later_passes:
-        each = zip(trial.sizes, trial.later_passes, strict=False)
-        later = sum(passes * costs[cost_key(STAGES, trial.batch, (size,))] for size, passes in each)
-        return trial.passes * costs[cost_key(ALONE, trial.batch, (WIDEST,))] + later
-    return trial.passes * costs[cost_key(trial.way, trial.batch, trial.sizes)]
+            assert shares * spent(each, costs) == pytest.approx(budget, rel=0.06), "passes have two digits"
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -225,8 +213,12 @@ def test_each_pass_has_every_row_once() -> None:
 
 
 def test_all_ways_are_timed(films: Task) -> None:
-    costs = measure_costs(films, GRID, num_steps=2)
-    assert costs.keys() == {cost_key(*each) for each in timed(GRID)} and min(costs.values()) > 0
+    measured = measure_costs(films, GRID, num_steps=2)
+    for costs in (measured[COSTS], measured[FLOPS]):
+        assert costs.keys() == {cost_key(*each) for each in timed(GRID)} and min(costs.values()) > 0
+    alone_of = {size: measured[FLOPS][cost_key(ALONE, 64, (size,))] for size in SIZES}
+    assert min(alone_of, key=alone_of.__getitem__) == NARROWEST and max(alone_of, key=alone_of.__getitem__) == WIDEST
+    assert alone_of[WIDEST] < measured[FLOPS][cost_key(TOGETHER, 64)]
 
 
 def test_a_larger_model_of_no_use_adds_nothing() -> None:
@@ -271,7 +263,7 @@ def test_the_whole_study_on_made_tuples(
         assert results[f"{name}_vs_alone_mean_percent"]["8"]["percent"] == pytest.approx(expected)
     told = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert told.count("\n| 2, 4-3 |") == told.count("\n| 4, 16-12 |") == 2 and "8 sizes wanted" in told
-    assert ("Processor seconds of the shared runs" in told) == (short == "compute")
+    assert ("Processor seconds of the shared runs" in told) == ("TFLOPs" in told) == (short == "compute")
     assert (
         "compute short" if short == "compute" else "128 examples"
     ) in told and "less is better" in capsys.readouterr().out

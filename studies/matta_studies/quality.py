@@ -426,7 +426,7 @@ WANTED: Final = {"student_vs_baseline": -1.0, "ta_vs_baseline": -1.7}
 def results_of(plan: QualityPlan, found: Found) -> dict[str, Any]:
     """Everything that the study found, in types that JSON gives back as they are."""
     together = beyond_the_sum(*(found.losses(arm) for arm in (BOTH, SHAMPOO, MATTA, BASELINE)))
-    compared = CHANGES | (LONGER_CHANGES if AGAIN in found.titles else {})
+    compared = {**CHANGES, **(LONGER_CHANGES if AGAIN in found.titles else {})}
     results = found.summary(found.changes(compared) | {"beyond_the_sum": together}, "tuning_aucloss") | {
         "by_period": {arm: _periods(found, arm) for arm in found.titles},
         "stream": plan.stream,
@@ -451,7 +451,9 @@ def told(results: Mapping[str, Any]) -> list[Part]:
     return [
         f"## {stream.title}{f', with a warm-up of {warm_up} steps' if warm_up else ''}",
         _what_was_run(results),
-        arm_table("Progressive AucLoss of the last three quarters", results, CHANGES | LONGER_CHANGES, PAPER, digits=4),
+        arm_table(
+            "Progressive AucLoss of the last three quarters", results, {**CHANGES, **LONGER_CHANGES}, PAPER, digits=4
+        ),
         Notes([*notes(results), *edges(results), stream.seen]),
         chosen_table(results, "settings, chosen on the first quarter"),
         f"![AucLoss over the stream]({picture(results)})",
