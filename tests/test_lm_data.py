@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -32,7 +33,7 @@ from matta.errors import RunError
 from matta.lm import packing, text_files, text_streaming, tokens
 from matta.lm.documents import Counts, TextSource, held_out_documents, read_documents
 from matta.lm.packing import PackedTokens
-from matta.lm.text_streaming import Shuffled, draws
+from matta.lm.permutations import Shuffled
 from matta.lm.tokens import (
     TextEncoder,
     disagreement,
@@ -442,8 +443,6 @@ def test_shuffled_orders_are_fair() -> None:
     np.add.at(after, (where[:, :-1].ravel(), where[:, 1:].ravel()), 1)
     pairs = after[~np.eye(20, dtype=bool)]
     assert abs(((pairs - 50) ** 2 / 50).sum() - 361) < 5 * (2 * 361) ** 0.5, "what follows what: 50 of each pair too"
-    drawn = np.bincount(draws(0, 10_000, 10, 3), minlength=10)
-    assert ((drawn - 1000) ** 2 / 1000).sum() < 35
 
 
 def shares(path: Path, num_ranks: int, **settings: Any) -> list[list[list[int]]]:
@@ -579,6 +578,54 @@ def test_processes_stream_documents_of_their_own(num_files: int, tmp_path: Path)
     assert sorted(ids) == list(range(96))
 
 
+def in_processes(
+    make: Callable[[], PackedTokens], states: list[dict[str, Any]], num_ranks: int, steps: int
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The samples of some steps of several processes in the order of the run, and the states after them."""
+    ranks = [make() for _ in range(num_ranks)]
+    found: list[list[int]] = []
+    for rank, packed in enumerate(ranks):
+        packed.shard(rank, num_ranks)
+        if states:
+            packed.load_state_dicts(states)
+    for _ in range(steps):
+        batches = [next(packed) and packed.last_samples.tolist() for packed in ranks]
+        found += [[batch[place] for batch in batches] for place in range(ranks[0].batch)]
+    return [each for row in found for each in row], [through_a_file(packed.state_dict()) for packed in ranks]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("num_files", [1, 6])
+@pytest.mark.parametrize(("lanes", "chain"), [(None, [2, 1, 4]), (None, [4, 3, 1]), (3, [1, 2, 3]), (4, [1, 4, 2])])
+def test_a_stream_is_one_sequence_for_any_numbers_of_processes(
+    num_files: int, lanes: int | None, chain: list[int], tmp_path: Path
+) -> None:
+    path = written(tmp_path, WORDS, num_files, ".parquet")
+
+    def make(batch: int, lanes: int | None = lanes) -> PackedTokens:
+        return pack(path, batch=batch, passes=None, stream=True, seed=2, buffer=8, lanes=lanes)
+
+    seen: list[int] = []
+    states: list[dict[str, Any]] = []
+    for count in chain:
+        ids, states = in_processes(lambda size=12 // count: make(size), states, count, 3)  # type: ignore[misc]
+        ranks = [sorted(ids[rank::count]) for rank in range(count)]
+        assert sorted(each for rank in ranks for each in rank) == sorted(ids)
+        seen += ids
+    whole, _ = in_processes(lambda: make(12, lanes or chain[0]), [], 1, 3 * len(chain))
+    assert {*seen} == {*whole} and len({*seen}) == len(seen), "none lost, none twice"
+    steps = [{*ids} for ids in zip(*[iter(seen)] * 12, strict=True)]
+    assert steps == [{*ids} for ids in zip(*[iter(whole)] * 12, strict=True)], "each step has the same samples"
+
+
+def test_lanes_in_one_process_have_every_sample_once_a_pass(tmp_path: Path) -> None:
+    path = written(tmp_path, [f"{index:04}" for index in range(50)], 3)
+    packed = pack(path, context=5, passes=2, stream=True, seed=0, buffer=4, lanes=3)
+    rows, ids = dealt(packed)
+    assert Counter(BYTES.decode(row[:4]) for row in rows) == {f"{index:04}": 2 for index in range(50)}
+    assert len({*ids}) == 100 and packed.report()["documents"] == 100 and packed.report()["tokens"] == 500
+
+
 def test_a_tokenizer_written_in_python_will_do(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab</s>c", encoding="utf-8")
     tokenizer = ByT5Tokenizer()  # ids are bytes + 3, and its end of text is 1
@@ -627,6 +674,18 @@ def test_what_cannot_be_resumed_or_shared_says_so(tmp_path: Path) -> None:
         begun.shard(0, 1)
     with pytest.raises(RunError, match="received rank=2 of 2"):
         pack(path).shard(2, 2)
+    endless = {"stream": True, "passes": None, "seed": 0}
+    half = pack(path, **endless)
+    half.shard(1, 2)
+    with pytest.raises(RunError, match=r"the state of 1 process\(es\), without lane\(s\) \[0\]; expected those of all"):
+        pack(path, **endless).load_state_dict(half.state_dict())
+    with pytest.raises(RunError, match="begun with lanes=2, and now it is 3; expected the same"):
+        pack(path, **endless, lanes=3).load_state_dict(half.state_dict())
+    older = {**half.state_dict(), "order": "seed 0, buffer 2048, 2 processes"}
+    with pytest.raises(
+        RunError, match="order was 'seed 0, buffer 2048, 2 processes' and is 'seed 0, in windows of 2048'"
+    ):
+        pack(path, **endless).load_state_dict(older)
 
 
 def without_end() -> PreTrainedTokenizerBase:
@@ -638,6 +697,7 @@ def without_end() -> PreTrainedTokenizerBase:
     [
         ({"context": 1}, "received context=1; expected at least 2"),
         ({"batch": 0}, "received batch=0; expected at least 1"),
+        ({"lanes": 0}, "received lanes=0; expected at least 1"),
         ({"passes": 0}, "received passes=0; expected at least 1, or None"),
         ({"seed": -1}, "received seed=-1; expected 0 or more, or None"),
         ({"context": 10_000}, "the text has 1[0-9]{3} tokens; expected at least context=10000"),
@@ -667,7 +727,7 @@ def test_a_process_without_text_of_its_own_says_what_its_share_is(num_files: int
     empty = 0 if num_files == 2 else 1  # the first of two files has no line
     packed = pack(path, stream=True, passes=None)
     packed.shard(empty, 2)
-    with pytest.raises(RunError, match=f"the share of rank {empty} of 2, one in 2 of the {what}, gave no document"):
+    with pytest.raises(RunError, match=f"lane {empty} of 2, one in 2 of the {what}, gave no document"):
         next(packed)
 
 
@@ -865,11 +925,25 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
         trained(pack(written(tmp_path / "text", WORDS[1:])), run=tmp_path / "run", resume=True)
 
 
+def stream_of(folder: Path, **settings: Any) -> PackedTokens:
+    return pack(folder, source=TextSource(hub=str(folder / "text")), seed=3, passes=None, buffer=4, **settings)
+
+
+def join(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """A process of two."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join(rank, 2, port)
     files = pack(folder / "text", seed=3, batch=2, cache=folder / "cache")
     weights, ids = trained(files)
     settings = {"run": folder / "run", "checkpoint_every": 3, "resume": True}
@@ -877,8 +951,9 @@ def work(rank: int, port: int, folder: Path) -> None:
         trained(pack(folder / "text", seed=3, batch=2), fail_at=5, **settings)
     again, seen = trained(pack(folder / "text", seed=3, batch=2), **settings)
     assert seen == ids[3:] and torch.equal(again, weights)
-    stream = pack(folder / "text", source=TextSource(hub=str(folder / "text")), seed=3, batch=2, passes=None, buffer=4)
-    streamed, streamed_ids = trained(stream, steps=6)
+    streamed, streamed_ids = trained(stream_of(folder, batch=2), steps=6)
+    with pytest.raises(InterruptedError):
+        trained(stream_of(folder, batch=2), steps=6, fail_at=4, run=folder / "stream", checkpoint_every=1)
     torch.save(
         {"weights": weights, "ids": ids, "streamed": streamed, "streamed_ids": streamed_ids}, folder / f"{rank}.pt"
     )
@@ -887,10 +962,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 def test_two_processes_share_the_samples(tmp_path: Path) -> None:
     path = written(tmp_path / "text", WORDS, 2, ".parquet")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    multiprocessing.spawn(work, (free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("weights", "streamed"):
         assert torch.equal(first[name], second[name])
@@ -900,3 +972,33 @@ def test_two_processes_share_the_samples(tmp_path: Path) -> None:
     torch.testing.assert_close(first["weights"], weights, atol=1e-9, rtol=0)
     streamed = [set(itertools.chain(*each["streamed_ids"])) for each in (first, second)]
     assert not streamed[0] & streamed[1] and len(streamed[0] | streamed[1]) == 2 * 2 * 6
+    weights, ids = trained(stream_of(tmp_path, batch=4), steps=6, run=tmp_path / "stream", resume=True)
+    assert [{*step} for step in ids] == [
+        {*one, *other} for one, other in zip(first["streamed_ids"][3:], second["streamed_ids"][3:], strict=True)
+    ], "resumed in one process"
+    torch.testing.assert_close(weights, first["streamed"], atol=1e-9, rtol=0)
+
+
+def go_on(rank: int, world: int, port: int, folder: Path, fail_at: int | None) -> None:
+    """A process of a run over streamed text that breaks off, or ends."""
+    join(rank, world, port)
+    settings = {"run": folder / "chain", "checkpoint_every": 1, "resume": True, "steps": 9}
+    with contextlib.nullcontext() if fail_at is None else pytest.raises(InterruptedError):
+        weights, _ = trained(stream_of(folder, batch=4 // world), fail_at=fail_at, **settings)
+        torch.save(weights, folder / f"chain-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.stress
+def test_a_stream_in_two_then_one_then_four_processes_is_one_run(tmp_path: Path) -> None:
+    written(tmp_path / "text", WORDS, 2, ".parquet")
+    multiprocessing.spawn(go_on, (2, free_port(), tmp_path, 4), nprocs=2)
+    with pytest.raises(InterruptedError):
+        trained(
+            stream_of(tmp_path, batch=4), fail_at=4, run=tmp_path / "chain", checkpoint_every=1, resume=True, steps=9
+        )
+    multiprocessing.spawn(go_on, (4, free_port(), tmp_path, None), nprocs=4)
+    whole, _ = trained(stream_of(tmp_path, batch=4, lanes=2), steps=9)
+    for rank in range(4):
+        weights = torch.load(tmp_path / f"chain-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(weights, whole, atol=1e-9, rtol=0)

@@ -223,6 +223,7 @@ def packed_text(part: DataPart, tokenizer: PreTrainedTokenizerBase, *, batch: in
         mask_boundaries=part.mask_boundaries,
         passes=part.passes,
         cache=part.cache or None,
+        lanes=part.lanes,
     )
 
 

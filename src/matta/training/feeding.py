@@ -62,6 +62,14 @@ class ShardedIterator(StatefulIterator, Protocol):
         """Give out the batches of one process from now on, as many as those of every other."""
 
 
+@runtime_checkable
+class DividedIterator(ShardedIterator, Protocol):
+    """One that every process knows a part of, so that each needs the states of all to continue."""
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], /) -> None:
+        """Go on after the batch at which all processes took these states, in as many processes or others."""
+
+
 @final
 class Feed:
     """What a run has seen of its data, and what comes next.
@@ -175,7 +183,10 @@ class Feed:
             if "data" not in state:
                 raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
             self.epoch = 0  # what had ended may have more now
-            self.stateful.load_state_dict(state["data"])
+            if isinstance(self.stateful, DividedIterator):
+                self.stateful.load_state_dicts([each["data"] for each in states])
+            else:
+                self.stateful.load_state_dict(state["data"])
         elif self.loader is not None and self.batch:
             self._require_place(state)
             self.loader.load_state_dict(state["data"])
@@ -193,7 +204,7 @@ class Feed:
         now = first["now"] if self.rank < was else _own_random_states(first["now"], self.rank)
         state = {**states[min(self.rank, was - 1)], "start": first["start"], "now": now}
         if self.stateful is not None:
-            return {**state, "data": first.get("data")}
+            return {**state, "data": first["data"]} if "data" in first else state
         if self.loader is not None or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
             raise RunError(
                 f"{begun}; expected as many: a {type(self.data).__name__} over "
