@@ -11,9 +11,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 
 import matta
 from matta.errors import RunError
-from matta.lm import packing, text_files, text_streaming, tokens
+from matta.lm import corpora, packing, text_files, text_streaming
 from matta.lm.documents import Counts, TextSource, held_out_documents, read_documents
 from matta.lm.packing import PackedTokens
 from matta.lm.permutations import Shuffled
@@ -41,6 +43,7 @@ from matta.lm.tokens import (
     require_agreement,
     tokenizer_fingerprint,
 )
+from matta.training import processes
 
 END = 256
 BYTES = load_tokenizer("bytes")
@@ -293,7 +296,7 @@ def test_cutting_before_spaces_leaves_the_tokens_as_they_were(tmp_path: Path) ->
     text = "the other, then he; " * 60 + "the end"
     (tmp_path / "a.txt").write_text(text)
     source = TextSource(path=tmp_path / "a.txt", piece_bytes=100)
-    cut = tokens.load_corpus(source, tokenizer, None)
+    cut = corpora.load_corpus(source, tokenizer, None)
     assert cut.tokens.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert cut.counts.cut == cut.counts.documents == 1
 
@@ -306,7 +309,7 @@ def test_a_piece_that_is_not_utf8_is_left_out_and_the_document_ends(tmp_path: Pa
 
 def test_a_document_without_a_good_piece_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff" * 50 + b";first;" + b"\xff" * 50 + b";" + b"\xff" * 9 + b";last")
-    made = tokens.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
+    made = corpora.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
     assert made.tokens.tolist() == [*b"first", END, *b"last", END]
     assert made.counts.skipped == {"not UTF-8": 3 + 3 + 1}
 
@@ -746,13 +749,13 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     path = written(tmp_path / "text", WORDS)
     rows, _ = dealt(pack(path))
     calls = []
-    blocks = tokens.token_blocks
+    write = corpora._write
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any) -> None:
         calls.append(1)
-        return blocks(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(tokens, "token_blocks", counted)
+    monkeypatch.setattr(corpora, "_write", counted)
     first = pack(path, cache=tmp_path / "cache")
     again = pack(path, cache=tmp_path / "cache", context=8, seed=4)
     assert len(calls) == 1 and again.report()["documents"] == 40
@@ -765,6 +768,94 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     written(tmp_path / "text", [*WORDS, "one more that fills a sample"])
     assert len(dealt(pack(path, cache=tmp_path / "cache"))[0]) > len(rows), "other text is tokenised"
     assert pack(path, cache=tmp_path / "cache").fingerprint() == pack(path).fingerprint() != first.fingerprint()
+
+
+class Side:
+    """Threads in the place of processes, which tell each other what `corpora` exchanges."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.own, self.values = count, threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.values[self.own.rank] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What each gives, or the error that it raises."""
+
+        def begin(rank: int) -> Any:
+            self.own.rank = rank
+            try:
+                return work(rank)
+            except RunError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(begin, range(self.count)))
+
+
+@pytest.fixture
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Side:
+    made = Side(request.param)
+    for module in (corpora, processes):
+        monkeypatch.setattr(module, "gathered", made.gathered)
+    monkeypatch.setattr(corpora, "num_processes", lambda: made.count)
+    monkeypatch.setattr(corpora, "process_rank", lambda: made.own.rank)
+    return made
+
+
+@pytest.mark.parametrize("side", [2, 3], indirect=True)
+@pytest.mark.parametrize("chars", [1, 40, 300, 10_000])
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_together_have_the_tokens_of_one(
+    side: Side, chars: int, cached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[END]": 2}, merges=[]))  # of other letters it knows nothing
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
+    texts = ["xxx", "aab", "ab" * 40, "zz", "yyyy" * 20, "b", "a" * 25 + "x" * 30, "z", "xyz", "ba"]
+    (tmp_path / "a.txt").write_text(";".join(texts))
+    source = TextSource(path=tmp_path / "a.txt", separator=";", piece_bytes=16)
+    alone = corpora.load_corpus(source, tokenizer, None)
+    writes, write = [], corpora._write
+    monkeypatch.setattr(corpora, "_write", lambda *arguments: writes.append(write(*arguments)))
+    monkeypatch.setattr(corpora, "BLOCK_CHARS", chars)
+    cache = tmp_path / "cache" if cached else None
+    for found in side.run(lambda rank: corpora.load_corpus(source, tokenizer, cache, together=True)):
+        assert found.tokens.tolist() == alone.tokens.tolist() and found.tokens.dtype == alone.tokens.dtype
+        assert (found.fingerprint, found.counts) == (alone.fingerprint, alone.counts)
+    assert len(writes) == cached
+
+
+@pytest.mark.parametrize("side", [2], indirect=True)
+def test_an_error_of_one_process_reaches_all(side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = written(tmp_path / "text", WORDS)
+    monkeypatch.setattr(corpora, "BLOCK_CHARS", 100)
+
+    def load(rank: int, **changes: Any) -> Any:
+        settings = {"source": TextSource(path=path), "tokenizer": BYTES, "cache": None, **changes}
+        return corpora.load_corpus(**settings, together=True)
+
+    other = written(tmp_path / "other", WORDS[1:])
+    for found in side.run(lambda rank: load(rank, source=TextSource(path=other if rank else path))):
+        assert found.startswith("the processes read different text: documents so far ")
+    (tmp_path / "file").touch()
+    own, others = side.run(lambda rank: load(rank, cache=tmp_path / ("cache" if rank else "file")))
+    assert "file cannot be written: " in own and "process 0 of 2 failed: " in others
+    part = corpora._part
+
+    def failing(*arguments: Any) -> Any:
+        if side.own.rank == 1:
+            raise RunError("no such letter")
+        return part(*arguments)
+
+    monkeypatch.setattr(corpora, "_part", failing)
+    for cache in (None, tmp_path / "fresh"):
+        first, second = side.run(lambda rank, cache=cache: load(rank, cache=cache))  # type: ignore[misc]
+        assert (first, second) == ("process 1 of 2 failed: no such letter", "no such letter")
 
 
 def test_a_cache_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,7 +889,7 @@ def test_text_of_which_the_tokenizer_knows_nothing_is_too_little(tmp_path: Path)
     (tmp_path / "a.txt").write_text("zzz")
     inner = Tokenizer(models.BPE(vocab={"a": 0, "[END]": 1}, merges=[]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
-    for cache in (None, tmp_path / "cache"):
+    for cache in (None, tmp_path / "fresh"):
         with pytest.raises(RunError, match="the text has 0 tokens; expected at least context=16 of them"):
             pack(tmp_path, tokenizer=tokenizer, cache=cache)
 
@@ -944,7 +1035,8 @@ def free_port() -> int:
 def work(rank: int, port: int, folder: Path) -> None:
     """A process of two."""
     join(rank, 2, port)
-    files = pack(folder / "text", seed=3, batch=2, cache=folder / "cache")
+    files = pack(folder / "text", seed=3, batch=2, cache=folder / "cache", together=True)
+    assert pack(folder / "text", together=True).fingerprint(order=False) == files.fingerprint(order=False)
     weights, ids = trained(files)
     settings = {"run": folder / "run", "checkpoint_every": 3, "resume": True}
     with pytest.raises(InterruptedError):

@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import matta
 from matta.cli import main
@@ -418,7 +419,12 @@ def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
         (
             lambda: DataLoader(Endless(), batch_size=4),
             {},
-            "as many: a DataLoader over Endless gives them other batches",
+            "map-style dataset: a DataLoader over Endless gives them other",
+        ),
+        (
+            lambda: StatefulDataLoader(TensorDataset(torch.zeros(48)), 4, generator=torch.Generator()),
+            {},
+            "a StatefulDataLoader over TensorDataset gives them other batches",
         ),
         (lambda: batches()[:9], {}, "a pass of 9 batches is not a multiple of both"),
     ],

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matta.errors import RunError
+from matta.lm.corpora import Corpus, load_corpus
 from matta.lm.documents import Documents, TextSource, read_documents
 from matta.lm.permutations import Shuffled
 from matta.lm.text_streaming import StreamedSamples, StreamSettings
-from matta.lm.tokens import TextEncoder, load_corpus, tokenizer_fingerprint
+from matta.lm.tokens import TextEncoder, tokenizer_fingerprint
 
 IGNORED: Final = -100
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -97,6 +98,8 @@ class PackedTokens:
             4 bytes a token.
         lanes: Of streamed text; None: as many as the processes in which a run begins. Choose a multiple of the numbers
             of processes that will share them: what does not divide among them is tokenised by several.
+        together: Whether all processes of torch.distributed make this at the same place, so that each tokenises its
+            share of local text; else each tokenises all of it, or finds it in the cache.
 
     Raises:
         RunError: settings that cannot work, a tokenizer without an end of text, no file, or too little text.
@@ -130,6 +133,7 @@ class PackedTokens:
         stream: bool | None = None,
         buffer: int = 2048,
         lanes: int | None = None,
+        together: bool = False,
     ) -> None:
         sizes = {"context": context, "batch": batch, "buffer": buffer, "lanes": 1 if lanes is None else lanes}
         _check(tokenizer, passes=passes, seed=seed, **sizes)
@@ -148,7 +152,8 @@ class PackedTokens:
             about = _about_source(source, documents)
             self._samples = StreamedSamples(documents, about, settings, passes=passes, num_lanes=lanes)
         else:
-            self._samples = _Slices(source, tokenizer, context, seed, passes, cache)
+            folder = None if cache is None else Path(cache).expanduser()
+            self._samples = _Slices(load_corpus(source, tokenizer, folder, together=together), context, seed, passes)
 
     @property
     def num_samples(self) -> int | None:
@@ -263,16 +268,7 @@ def _about_source(source: TextSource, documents: Documents) -> str:
 class _Slices:
     """Samples of a corpus that is tokenised. The place is the number of samples that all processes have taken."""
 
-    def __init__(
-        self,
-        source: TextSource,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int,
-        seed: int | None,
-        passes: int | None,
-        cache: str | os.PathLike[str] | None,
-    ) -> None:
-        corpus = load_corpus(source, tokenizer, None if cache is None else Path(cache).expanduser())
+    def __init__(self, corpus: Corpus, context: int, seed: int | None, passes: int | None) -> None:
         self.data, self.fingerprint, self.order = corpus.fingerprint, corpus.fingerprint, f"seed {seed}"
         self.num_samples: int | None = len(corpus.tokens) // context
         if not self.num_samples:

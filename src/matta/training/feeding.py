@@ -114,8 +114,9 @@ class Feed:
             self._share = _even_share(data, self.num_processes, is_whole=num_passes is not None)
         self.data = self._shared(data, accelerator) if self.is_sharded else data
         self.generators = generators_of(data)
-        keeps_place = self.num_processes == 1 and isinstance(data, DataLoader)
-        self.loader: Any = data if keeps_place and isinstance(data, StatefulLoader) else None
+        self._name = type(data).__name__
+        self._is_stateful_loader = isinstance(data, DataLoader) and isinstance(data, StatefulLoader)
+        self.loader: Any = data if self._is_stateful_loader and self.num_processes == 1 else None
         self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
@@ -205,10 +206,10 @@ class Feed:
         state = {**states[min(self.rank, was - 1)], "start": first["start"], "now": now}
         if self.stateful is not None:
             return {**state, "data": first["data"]} if "data" in first else state
-        if self.loader is not None or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
+        if self._is_stateful_loader or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
             raise RunError(
-                f"{begun}; expected as many: a {type(self.data).__name__} over "
-                f"{type(getattr(self.data, 'dataset', None)).__name__} gives them other batches"
+                f"{begun}; expected as many, or a run that was begun with a DataLoader over a map-style dataset: a "
+                f"{self._name} over {type(getattr(self.data, 'dataset', None)).__name__} gives them other batches"
             )
         if len(self.generators) != len(first["now"]["generators"]):
             raise RunError(
