@@ -34,9 +34,10 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import matta
+from matta.lm.corpora import load_corpus
 from matta.lm.documents import TextSource
 from matta.lm.packing import PackedTokens
-from matta.lm.tokens import END, load_corpus, load_tokenizer
+from matta.lm.tokens import END, load_tokenizer
 
 CONTEXT, BATCH = 256, 16
 

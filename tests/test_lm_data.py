@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -10,9 +11,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 
 import matta
 from matta.errors import RunError
-from matta.lm import packing, text_files, text_streaming, tokens
+from matta.lm import corpora, packing, text_files, text_streaming
 from matta.lm.documents import Counts, TextSource, held_out_documents, read_documents
 from matta.lm.packing import PackedTokens
-from matta.lm.text_streaming import Shuffled, draws
+from matta.lm.permutations import Shuffled
 from matta.lm.tokens import (
     TextEncoder,
     disagreement,
@@ -40,6 +43,7 @@ from matta.lm.tokens import (
     require_agreement,
     tokenizer_fingerprint,
 )
+from matta.training import processes
 
 END = 256
 BYTES = load_tokenizer("bytes")
@@ -292,7 +296,7 @@ def test_cutting_before_spaces_leaves_the_tokens_as_they_were(tmp_path: Path) ->
     text = "the other, then he; " * 60 + "the end"
     (tmp_path / "a.txt").write_text(text)
     source = TextSource(path=tmp_path / "a.txt", piece_bytes=100)
-    cut = tokens.load_corpus(source, tokenizer, None)
+    cut = corpora.load_corpus(source, tokenizer, None)
     assert cut.tokens.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert cut.counts.cut == cut.counts.documents == 1
 
@@ -305,7 +309,7 @@ def test_a_piece_that_is_not_utf8_is_left_out_and_the_document_ends(tmp_path: Pa
 
 def test_a_document_without_a_good_piece_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff" * 50 + b";first;" + b"\xff" * 50 + b";" + b"\xff" * 9 + b";last")
-    made = tokens.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
+    made = corpora.load_corpus(TextSource(path=tmp_path, separator=";", piece_bytes=20), BYTES, None)
     assert made.tokens.tolist() == [*b"first", END, *b"last", END]
     assert made.counts.skipped == {"not UTF-8": 3 + 3 + 1}
 
@@ -442,8 +446,6 @@ def test_shuffled_orders_are_fair() -> None:
     np.add.at(after, (where[:, :-1].ravel(), where[:, 1:].ravel()), 1)
     pairs = after[~np.eye(20, dtype=bool)]
     assert abs(((pairs - 50) ** 2 / 50).sum() - 361) < 5 * (2 * 361) ** 0.5, "what follows what: 50 of each pair too"
-    drawn = np.bincount(draws(0, 10_000, 10, 3), minlength=10)
-    assert ((drawn - 1000) ** 2 / 1000).sum() < 35
 
 
 def shares(path: Path, num_ranks: int, **settings: Any) -> list[list[list[int]]]:
@@ -579,6 +581,54 @@ def test_processes_stream_documents_of_their_own(num_files: int, tmp_path: Path)
     assert sorted(ids) == list(range(96))
 
 
+def in_processes(
+    make: Callable[[], PackedTokens], states: list[dict[str, Any]], num_ranks: int, steps: int
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The samples of some steps of several processes in the order of the run, and the states after them."""
+    ranks = [make() for _ in range(num_ranks)]
+    found: list[list[int]] = []
+    for rank, packed in enumerate(ranks):
+        packed.shard(rank, num_ranks)
+        if states:
+            packed.load_state_dicts(states)
+    for _ in range(steps):
+        batches = [next(packed) and packed.last_samples.tolist() for packed in ranks]
+        found += [[batch[place] for batch in batches] for place in range(ranks[0].batch)]
+    return [each for row in found for each in row], [through_a_file(packed.state_dict()) for packed in ranks]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("num_files", [1, 6])
+@pytest.mark.parametrize(("lanes", "chain"), [(None, [2, 1, 4]), (None, [4, 3, 1]), (3, [1, 2, 3]), (4, [1, 4, 2])])
+def test_a_stream_is_one_sequence_for_any_numbers_of_processes(
+    num_files: int, lanes: int | None, chain: list[int], tmp_path: Path
+) -> None:
+    path = written(tmp_path, WORDS, num_files, ".parquet")
+
+    def make(batch: int, lanes: int | None = lanes) -> PackedTokens:
+        return pack(path, batch=batch, passes=None, stream=True, seed=2, buffer=8, lanes=lanes)
+
+    seen: list[int] = []
+    states: list[dict[str, Any]] = []
+    for count in chain:
+        ids, states = in_processes(lambda size=12 // count: make(size), states, count, 3)  # type: ignore[misc]
+        ranks = [sorted(ids[rank::count]) for rank in range(count)]
+        assert sorted(each for rank in ranks for each in rank) == sorted(ids)
+        seen += ids
+    whole, _ = in_processes(lambda: make(12, lanes or chain[0]), [], 1, 3 * len(chain))
+    assert {*seen} == {*whole} and len({*seen}) == len(seen), "none lost, none twice"
+    steps = [{*ids} for ids in zip(*[iter(seen)] * 12, strict=True)]
+    assert steps == [{*ids} for ids in zip(*[iter(whole)] * 12, strict=True)], "each step has the same samples"
+
+
+def test_lanes_in_one_process_have_every_sample_once_a_pass(tmp_path: Path) -> None:
+    path = written(tmp_path, [f"{index:04}" for index in range(50)], 3)
+    packed = pack(path, context=5, passes=2, stream=True, seed=0, buffer=4, lanes=3)
+    rows, ids = dealt(packed)
+    assert Counter(BYTES.decode(row[:4]) for row in rows) == {f"{index:04}": 2 for index in range(50)}
+    assert len({*ids}) == 100 and packed.report()["documents"] == 100 and packed.report()["tokens"] == 500
+
+
 def test_a_tokenizer_written_in_python_will_do(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab</s>c", encoding="utf-8")
     tokenizer = ByT5Tokenizer()  # ids are bytes + 3, and its end of text is 1
@@ -627,6 +677,18 @@ def test_what_cannot_be_resumed_or_shared_says_so(tmp_path: Path) -> None:
         begun.shard(0, 1)
     with pytest.raises(RunError, match="received rank=2 of 2"):
         pack(path).shard(2, 2)
+    endless = {"stream": True, "passes": None, "seed": 0}
+    half = pack(path, **endless)
+    half.shard(1, 2)
+    with pytest.raises(RunError, match=r"the state of 1 process\(es\), without lane\(s\) \[0\]; expected those of all"):
+        pack(path, **endless).load_state_dict(half.state_dict())
+    with pytest.raises(RunError, match="begun with lanes=2, and now it is 3; expected the same"):
+        pack(path, **endless, lanes=3).load_state_dict(half.state_dict())
+    older = {**half.state_dict(), "order": "seed 0, buffer 2048, 2 processes"}
+    with pytest.raises(
+        RunError, match="order was 'seed 0, buffer 2048, 2 processes' and is 'seed 0, in windows of 2048'"
+    ):
+        pack(path, **endless).load_state_dict(older)
 
 
 def without_end() -> PreTrainedTokenizerBase:
@@ -638,6 +700,7 @@ def without_end() -> PreTrainedTokenizerBase:
     [
         ({"context": 1}, "received context=1; expected at least 2"),
         ({"batch": 0}, "received batch=0; expected at least 1"),
+        ({"lanes": 0}, "received lanes=0; expected at least 1"),
         ({"passes": 0}, "received passes=0; expected at least 1, or None"),
         ({"seed": -1}, "received seed=-1; expected 0 or more, or None"),
         ({"context": 10_000}, "the text has 1[0-9]{3} tokens; expected at least context=10000"),
@@ -667,7 +730,7 @@ def test_a_process_without_text_of_its_own_says_what_its_share_is(num_files: int
     empty = 0 if num_files == 2 else 1  # the first of two files has no line
     packed = pack(path, stream=True, passes=None)
     packed.shard(empty, 2)
-    with pytest.raises(RunError, match=f"the share of rank {empty} of 2, one in 2 of the {what}, gave no document"):
+    with pytest.raises(RunError, match=f"lane {empty} of 2, one in 2 of the {what}, gave no document"):
         next(packed)
 
 
@@ -686,13 +749,13 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     path = written(tmp_path / "text", WORDS)
     rows, _ = dealt(pack(path))
     calls = []
-    blocks = tokens.token_blocks
+    write = corpora._write
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any) -> None:
         calls.append(1)
-        return blocks(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(tokens, "token_blocks", counted)
+    monkeypatch.setattr(corpora, "_write", counted)
     first = pack(path, cache=tmp_path / "cache")
     again = pack(path, cache=tmp_path / "cache", context=8, seed=4)
     assert len(calls) == 1 and again.report()["documents"] == 40
@@ -705,6 +768,94 @@ def test_text_is_tokenised_once_for_all_runs(tmp_path: Path, monkeypatch: pytest
     written(tmp_path / "text", [*WORDS, "one more that fills a sample"])
     assert len(dealt(pack(path, cache=tmp_path / "cache"))[0]) > len(rows), "other text is tokenised"
     assert pack(path, cache=tmp_path / "cache").fingerprint() == pack(path).fingerprint() != first.fingerprint()
+
+
+class Side:
+    """Threads in the place of processes, which tell each other what `corpora` exchanges."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.own, self.values = count, threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.values[self.own.rank] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What each gives, or the error that it raises."""
+
+        def begin(rank: int) -> Any:
+            self.own.rank = rank
+            try:
+                return work(rank)
+            except RunError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(begin, range(self.count)))
+
+
+@pytest.fixture
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Side:
+    made = Side(request.param)
+    for module in (corpora, processes):
+        monkeypatch.setattr(module, "gathered", made.gathered)
+    monkeypatch.setattr(corpora, "num_processes", lambda: made.count)
+    monkeypatch.setattr(corpora, "process_rank", lambda: made.own.rank)
+    return made
+
+
+@pytest.mark.parametrize("side", [2, 3], indirect=True)
+@pytest.mark.parametrize("chars", [1, 40, 300, 10_000])
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_together_have_the_tokens_of_one(
+    side: Side, chars: int, cached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[END]": 2}, merges=[]))  # of other letters it knows nothing
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
+    texts = ["xxx", "aab", "ab" * 40, "zz", "yyyy" * 20, "b", "a" * 25 + "x" * 30, "z", "xyz", "ba"]
+    (tmp_path / "a.txt").write_text(";".join(texts))
+    source = TextSource(path=tmp_path / "a.txt", separator=";", piece_bytes=16)
+    alone = corpora.load_corpus(source, tokenizer, None)
+    writes, write = [], corpora._write
+    monkeypatch.setattr(corpora, "_write", lambda *arguments: writes.append(write(*arguments)))
+    monkeypatch.setattr(corpora, "BLOCK_CHARS", chars)
+    cache = tmp_path / "cache" if cached else None
+    for found in side.run(lambda rank: corpora.load_corpus(source, tokenizer, cache, together=True)):
+        assert found.tokens.tolist() == alone.tokens.tolist() and found.tokens.dtype == alone.tokens.dtype
+        assert (found.fingerprint, found.counts) == (alone.fingerprint, alone.counts)
+    assert len(writes) == cached
+
+
+@pytest.mark.parametrize("side", [2], indirect=True)
+def test_an_error_of_one_process_reaches_all(side: Side, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = written(tmp_path / "text", WORDS)
+    monkeypatch.setattr(corpora, "BLOCK_CHARS", 100)
+
+    def load(rank: int, **changes: Any) -> Any:
+        settings = {"source": TextSource(path=path), "tokenizer": BYTES, "cache": None, **changes}
+        return corpora.load_corpus(**settings, together=True)
+
+    other = written(tmp_path / "other", WORDS[1:])
+    for found in side.run(lambda rank: load(rank, source=TextSource(path=other if rank else path))):
+        assert found.startswith("the processes read different text: documents so far ")
+    (tmp_path / "file").touch()
+    own, others = side.run(lambda rank: load(rank, cache=tmp_path / ("cache" if rank else "file")))
+    assert "file cannot be written: " in own and "process 0 of 2 failed: " in others
+    part = corpora._part
+
+    def failing(*arguments: Any) -> Any:
+        if side.own.rank == 1:
+            raise RunError("no such letter")
+        return part(*arguments)
+
+    monkeypatch.setattr(corpora, "_part", failing)
+    for cache in (None, tmp_path / "fresh"):
+        first, second = side.run(lambda rank, cache=cache: load(rank, cache=cache))  # type: ignore[misc]
+        assert (first, second) == ("process 1 of 2 failed: no such letter", "no such letter")
 
 
 def test_a_cache_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,7 +889,7 @@ def test_text_of_which_the_tokenizer_knows_nothing_is_too_little(tmp_path: Path)
     (tmp_path / "a.txt").write_text("zzz")
     inner = Tokenizer(models.BPE(vocab={"a": 0, "[END]": 1}, merges=[]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
-    for cache in (None, tmp_path / "cache"):
+    for cache in (None, tmp_path / "fresh"):
         with pytest.raises(RunError, match="the text has 0 tokens; expected at least context=16 of them"):
             pack(tmp_path, tokenizer=tokenizer, cache=cache)
 
@@ -865,20 +1016,36 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
         trained(pack(written(tmp_path / "text", WORDS[1:])), run=tmp_path / "run", resume=True)
 
 
+def stream_of(folder: Path, **settings: Any) -> PackedTokens:
+    return pack(folder, source=TextSource(hub=str(folder / "text")), seed=3, passes=None, buffer=4, **settings)
+
+
+def join(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """A process of two."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    files = pack(folder / "text", seed=3, batch=2, cache=folder / "cache")
+    join(rank, 2, port)
+    files = pack(folder / "text", seed=3, batch=2, cache=folder / "cache", together=True)
+    assert pack(folder / "text", together=True).fingerprint(order=False) == files.fingerprint(order=False)
     weights, ids = trained(files)
     settings = {"run": folder / "run", "checkpoint_every": 3, "resume": True}
     with pytest.raises(InterruptedError):
         trained(pack(folder / "text", seed=3, batch=2), fail_at=5, **settings)
     again, seen = trained(pack(folder / "text", seed=3, batch=2), **settings)
     assert seen == ids[3:] and torch.equal(again, weights)
-    stream = pack(folder / "text", source=TextSource(hub=str(folder / "text")), seed=3, batch=2, passes=None, buffer=4)
-    streamed, streamed_ids = trained(stream, steps=6)
+    streamed, streamed_ids = trained(stream_of(folder, batch=2), steps=6)
+    with pytest.raises(InterruptedError):
+        trained(stream_of(folder, batch=2), steps=6, fail_at=4, run=folder / "stream", checkpoint_every=1)
     torch.save(
         {"weights": weights, "ids": ids, "streamed": streamed, "streamed_ids": streamed_ids}, folder / f"{rank}.pt"
     )
@@ -887,10 +1054,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 def test_two_processes_share_the_samples(tmp_path: Path) -> None:
     path = written(tmp_path / "text", WORDS, 2, ".parquet")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, tmp_path), nprocs=2)
+    multiprocessing.spawn(work, (free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("weights", "streamed"):
         assert torch.equal(first[name], second[name])
@@ -900,3 +1064,33 @@ def test_two_processes_share_the_samples(tmp_path: Path) -> None:
     torch.testing.assert_close(first["weights"], weights, atol=1e-9, rtol=0)
     streamed = [set(itertools.chain(*each["streamed_ids"])) for each in (first, second)]
     assert not streamed[0] & streamed[1] and len(streamed[0] | streamed[1]) == 2 * 2 * 6
+    weights, ids = trained(stream_of(tmp_path, batch=4), steps=6, run=tmp_path / "stream", resume=True)
+    assert [{*step} for step in ids] == [
+        {*one, *other} for one, other in zip(first["streamed_ids"][3:], second["streamed_ids"][3:], strict=True)
+    ], "resumed in one process"
+    torch.testing.assert_close(weights, first["streamed"], atol=1e-9, rtol=0)
+
+
+def go_on(rank: int, world: int, port: int, folder: Path, fail_at: int | None) -> None:
+    """A process of a run over streamed text that breaks off, or ends."""
+    join(rank, world, port)
+    settings = {"run": folder / "chain", "checkpoint_every": 1, "resume": True, "steps": 9}
+    with contextlib.nullcontext() if fail_at is None else pytest.raises(InterruptedError):
+        weights, _ = trained(stream_of(folder, batch=4 // world), fail_at=fail_at, **settings)
+        torch.save(weights, folder / f"chain-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.stress
+def test_a_stream_in_two_then_one_then_four_processes_is_one_run(tmp_path: Path) -> None:
+    written(tmp_path / "text", WORDS, 2, ".parquet")
+    multiprocessing.spawn(go_on, (2, free_port(), tmp_path, 4), nprocs=2)
+    with pytest.raises(InterruptedError):
+        trained(
+            stream_of(tmp_path, batch=4), fail_at=4, run=tmp_path / "chain", checkpoint_every=1, resume=True, steps=9
+        )
+    multiprocessing.spawn(go_on, (4, free_port(), tmp_path, None), nprocs=4)
+    whole, _ = trained(stream_of(tmp_path, batch=4, lanes=2), steps=9)
+    for rank in range(4):
+        weights = torch.load(tmp_path / f"chain-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(weights, whole, atol=1e-9, rtol=0)

@@ -163,7 +163,7 @@ def test_streamed_text_has_labels_by_the_ids_of_its_samples(folder: Path, tmp_pa
         assert_in_step(next(data))
     with pytest.raises(RunError, match=r"has no labels of sample \d+, but of 40 others; expected .* matta teach with"):
         next(data)
-    with pytest.raises(RunError, match="other text .*if it is streamed, another seed or number of processes"):
+    with pytest.raises(RunError, match="other text .*if it is streamed, another seed or number of lanes"):
         with_teacher(stream(seed=4), StoredTeacher(tmp_path / "labels"))
 
 

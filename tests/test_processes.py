@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import matta
 from matta.cli import main
-from matta.errors import RunError
+from matta.errors import NestingError, RunError
 from matta.training.feeding import Feed
 from matta.training.processes import make_accelerator, num_launched, require_all
 from matta.training.randomness import random_state
@@ -72,6 +76,108 @@ class Trained:
     def shown(self) -> dict[str, Any]:
         judged = self.validation.values() if self.validation.names else {}
         return {"weights": self.weights, "losses": self.result.losses, "steps": self.result.steps, "judged": judged}
+
+
+class Ranker(nn.Module):
+    """Rows of a table, looked up one by one or as bags, a block, and heads."""
+
+    def __init__(self, width: int, *, bags: bool, sparse: bool, heads: Sequence[str]) -> None:
+        super().__init__()
+        self.table = (nn.EmbeddingBag if bags else nn.Embedding)(30, width, sparse=sparse)
+        self.blocks = nn.ModuleList([nn.Linear(width, width)])
+        self.heads = nn.ModuleDict({name: nn.Linear(width, 1) for name in heads})
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        found = self.table(ids)
+        found = self.blocks[0](found if found.ndim == 2 else found.mean(1))
+        return {name: head(found) for name, head in self.heads.items()}
+
+
+def events() -> list[dict[str, Any]]:
+    """Eight batches of weighted events, which ever more weigh, and of which the last is short; few have a time."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(30, (32, 3), generator=generator)
+    click, watch_s = (
+        torch.randint(2, (32,), generator=generator).double(),
+        torch.rand(32, 1, generator=generator).double(),
+    )
+    watch_s[::3], click[5:8] = -100.0, -100.0
+    weights = torch.rand(32, generator=generator).double() * torch.linspace(0, 4, 32)
+    weights[12:16] = 0
+    parts = zip(*(each.split([4] * 7 + [3, 1]) for each in (ids, click, watch_s, weights)), strict=True)
+    found = [{"ids": a, "labels": {"click": b, "watch_s": c}, "importance": d} for a, b, c, d in parts]
+    return found[:8]
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda nested: torch.optim.SGD(nested.parameters(), 0.3),
+    "adagrad": lambda nested: torch.optim.Adagrad(nested.parameters(), 0.1),
+    "shampoo": lambda nested: matta.Shampoo(nested, lr=0.05),
+}
+HEADS = ("click", "watch_s")
+EVENTS: dict[str, dict[str, Any]] = {
+    "weights": {"heads": HEADS[:1]},
+    "heads": {},
+    "weights, sparse": {"heads": HEADS[:1], "sparse": True},
+    "heads, sparse": {"sparse": True},
+    "sparse bags": {"sparse": True, "bags": True},
+    "sparse bags, adagrad": {"sparse": True, "bags": True, "optimizer": "adagrad"},
+    "sparse bags, shampoo": {"sparse": True, "bags": True, "optimizer": "shampoo"},
+}
+"""Weighted events for one head or two, over tables with sparse gradients or others."""
+
+
+class Ranked:
+    """A run over events by `Heads`, or by the click alone; `by` says how it is sharded."""
+
+    def __init__(
+        self,
+        *,
+        heads: Sequence[str] = HEADS,
+        alone: bool = False,
+        bags: bool = False,
+        sparse: bool = False,
+        optimizer: str = "sgd",
+        by: Any = None,
+        **settings: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        pair = (Ranker(width, bags=bags, sparse=sparse, heads=heads) for width in (3, 5))
+        nested = matta.nest(*pair).double()
+        click, watch_s = matta.objectives.Binary(), matta.objectives.Huber(ignore_index=-100)
+        both = matta.objectives.Heads({"click": (click, 1.0), "watch_s": (watch_s, 0.5)}, weights="importance")
+        alone = alone or len(heads) == 1
+        objective = matta.objectives.Binary(weights="importance") if alone else both
+        cotrain = matta.CoTraining(nested, objective, logits="click" if alone else None)
+        if by is not None:
+            matta.shard(cotrain, by=by)
+        data = [{**each, "labels": each["labels"]["click"]} for each in events()] if alone else events()
+        quiet = {"progress": False, "tensorboard": False, "clip_norm": 0.1, "log_every": 2}
+        result = matta.fit(cotrain, data, OPTIMIZERS[optimizer](nested), epochs=2, **quiet, **settings)
+        found = {name: each.full_tensor() if by else each for name, each in nested.named_parameters()}
+        weights = {name: each.detach() for name, each in found.items()}
+        self.shown = {"weights": weights, "losses": result.losses}
+
+
+def check_events() -> dict[str, Any]:
+    """What one of two processes shows of runs over events; and what is refused before the first step."""
+    found = {name: Ranked(**options).shown for name, options in EVENTS.items()}
+    for by in ("block", "whole"):
+        found |= {f"{name} by {by}": Ranked(**EVENTS[name], by=by).shown for name in ("weights", "heads")}
+    with pytest.raises(
+        RunError, match=r"no loss depends on nested.ta.heads.watch_s.weight, .*find_unused_parameters=True"
+    ):
+        Ranked(alone=True)
+    unused = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    found["unused"] = Ranked(alone=True, accelerator=unused).shown
+    with pytest.raises(NestingError, match="received table, a table with sparse gradients, to be sharded by FSDP2"):
+        Ranked(sparse=True, by="block")
+    by_hand = matta.CoTraining(matta.nest(tower(4), tower(8)), matta.objectives.Binary())
+    by_hand.nested.ta.append(nn.Embedding(2, 2, sparse=True))
+    fully_shard(by_hand)
+    with pytest.raises(NestingError, match="received 3, a table with sparse gradients"):
+        by_hand(batches()[0])
+    return found
 
 
 def loader(generator: torch.Generator) -> DataLoader[Any]:
@@ -146,6 +252,7 @@ def work(folder: str) -> None:
             with suppress(Stopped):
                 Trained(make(), **begun(folder, f"two, {name}", stop=3), accumulate=2)
             found[f"changed {name}"] = Trained(make(), **resumed(folder, f"one, {name}"), accumulate=2).shown()
+        found |= check_events()
     share = make_accelerator().prepare_data_loader(plain)
     with pytest.raises(RunError, match="gives each process its share"):
         matta.Evaluation(data=share, objective=matta.objectives.Binary())(matta.nest(tower(4), tower(8)))
@@ -201,6 +308,12 @@ def test_processes_equal_one_whatever_labels_they_ignore(world: int, tmp_path: P
     if world == 2:
         four = Trained(batches(), accumulate=4, log_every=3).shown()
         torch.testing.assert_close(first["twice"], four, atol=1e-6, rtol=1e-5)
+    if world == 2:
+        expected = {name: Ranked(**options, accumulate=2).shown for name, options in EVENTS.items()}
+        sharded = {f"{name} by {by}": expected[name] for name in ("weights", "heads") for by in ("block", "whole")}
+        unused = {"unused": Ranked(alone=True, accumulate=2).shown}
+        for name, shown in (expected | sharded | unused).items():
+            torch.testing.assert_close(first[name], shown, atol=1e-9, rtol=0)
     newest = matta.read_snapshot(tmp_path / "published", lambda: tower(4))
     assert (newest.version, newest.events) == {2: (3, 47), 3: (4, 47)}[world]
 
@@ -306,7 +419,12 @@ def test_batches_that_do_not_divide_are_refused_before_the_first_step() -> None:
         (
             lambda: DataLoader(Endless(), batch_size=4),
             {},
-            "as many: a DataLoader over Endless gives them other batches",
+            "map-style dataset: a DataLoader over Endless gives them other",
+        ),
+        (
+            lambda: StatefulDataLoader(TensorDataset(torch.zeros(48)), 4, generator=torch.Generator()),
+            {},
+            "a StatefulDataLoader over TensorDataset gives them other batches",
         ),
         (lambda: batches()[:9], {}, "a pass of 9 batches is not a multiple of both"),
     ],

@@ -3,8 +3,9 @@
 Read in this order:
 
 - `recipe`, checked by `typed_tables`: what a run trains, on what, and how. `command_settings`: options of the commands.
-- `text_files`, `documents`, `tokens`: text from files or the hub, as documents, as token ids.
-- `packing`, `text_streaming`: batches of packed blocks; text too large for the memory.
+- `text_files`, `documents`, `tokens`, `corpora`: text from files or the hub, as documents, as token ids, kept.
+- `packing`, `permutations`: batches of packed blocks in a shuffled order. `text_streaming`, `lanes`: text too large for
+  the memory.
 - `decoders`: Student and TA of a recipe, nested. `costs`, `gpu_memory` and `planning`: `matta plan`.
 - `recipe_training`: `matta train`. `trained_runs`: what its folder holds. `run_listing`: `matta runs`.
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, final
@@ -137,6 +137,18 @@ class Counts:
     def from_state(state: dict[str, Any]) -> Counts:
         """The counts that `state_dict` gave."""
         return Counts(**{**state, "skipped": dict(state["skipped"]), "examples": dict(state["examples"])})
+
+    @staticmethod
+    def summed(parts: Iterable[Counts]) -> Counts:
+        """What was read in all; the examples of the first part that has one."""
+        total = Counts()
+        for part in parts:
+            for name in _COUNTED:
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            for reason, count in part.skipped.items():
+                total.skipped[reason] = total.skipped.get(reason, 0) + count
+            total.examples = {**part.examples, **total.examples}
+        return total
 
 
 class Shards(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol, final
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from matta.errors import RunError
-from matta.lm.documents import TextSource, read_documents
-from matta.lm.text_streaming import Shuffled, StreamedSamples
-from matta.lm.tokens import TextEncoder, load_corpus, tokenizer_fingerprint
+from matta.lm.corpora import Corpus, load_corpus
+from matta.lm.documents import Documents, TextSource, read_documents
+from matta.lm.permutations import Shuffled
+from matta.lm.text_streaming import StreamedSamples, StreamSettings
+from matta.lm.tokens import TextEncoder, tokenizer_fingerprint
 
 IGNORED: Final = -100
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -29,6 +32,8 @@ class SampleSource(Protocol):
     """Samples in an order, this process's share of them, and the place reached."""
 
     num_samples: int | None
+    data: str
+    """A name for the text."""
 
     @property
     def fingerprint(self) -> str:
@@ -50,8 +55,8 @@ class SampleSource(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The place reached."""
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on there."""
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], /) -> None:
+        """Continue at the place that each of some processes has reached."""
 
     def report(self) -> dict[str, Any]:
         """What was read and skipped."""
@@ -69,10 +74,11 @@ class PackedTokens:
     batch, the next one fills it. Several processes (`shard`; `matta.fit` calls it) have equally many batches and
     share each out between them. Place and order take no memory, and going on costs nothing.
 
-    With `stream`, and from the hub, documents are tokenised while training continues, on a thread of their own. The
-    order of the files is shuffled, and so are samples, in a buffer. Each process has files of its own, or, of fewer
-    files than processes, documents of its own. A state has what is in the buffer (4 bytes a token), and
-    going on reads the file in use up to where it was.
+    With `stream`, and from the hub, documents are tokenised while training continues, on threads of their own. The
+    order of the files is shuffled, and so are samples, in windows. The text is read in lanes, from which the samples
+    come in turn: one lane a process, unless you set their number. Each lane has files of its own, or, of fewer files
+    than lanes, documents of its own. Samples do not depend on the number of processes, but on that of lanes, which a
+    resumed run keeps. Continuing reads the files in use up to where they were, and tokenises a window again.
 
     Args:
         source: The text.
@@ -88,7 +94,12 @@ class PackedTokens:
         cache: A folder for the tokens of local files, so that they are tokenised once for all runs and processes;
             None: they are kept in memory, 2 bytes each (4 from 65,537 tokens on).
         stream: Whether to tokenise while training continues; by default what is on the hub, and not local files.
-        buffer: Samples in the buffer in which streamed text is shuffled.
+        buffer: Samples that are shuffled together in streamed text: a window of a lane. Each lane holds three of them,
+            4 bytes a token.
+        lanes: Of streamed text; None: as many as the processes in which a run begins. Choose a multiple of the numbers
+            of processes that will share them: what does not divide among them is tokenised by several.
+        together: Whether all processes of torch.distributed make this at the same place, so that each tokenises its
+            share of local text; else each tokenises all of it, or finds it in the cache.
 
     Raises:
         RunError: settings that cannot work, a tokenizer without an end of text, no file, or too little text.
@@ -121,8 +132,11 @@ class PackedTokens:
         cache: str | os.PathLike[str] | None = None,
         stream: bool | None = None,
         buffer: int = 2048,
+        lanes: int | None = None,
+        together: bool = False,
     ) -> None:
-        _check(tokenizer, context=context, batch=batch, buffer=buffer, passes=passes, seed=seed)
+        sizes = {"context": context, "batch": batch, "buffer": buffer, "lanes": 1 if lanes is None else lanes}
+        _check(tokenizer, passes=passes, seed=seed, **sizes)
         if source.hub is not None and stream is False:
             raise RunError("received hub= and stream=False; a data set of the hub is streamed: leave stream out")
         self.context, self.batch = context, batch
@@ -131,9 +145,15 @@ class PackedTokens:
         self._tokenizer = tokenizer_fingerprint(tokenizer)
         self._samples: SampleSource
         if stream or source.hub is not None:
-            self._samples = _streamed(source, tokenizer, context=context, seed=seed, passes=passes, buffer=buffer)
+            settings = StreamSettings(
+                encode=TextEncoder(tokenizer), end=self._end, context=context, seed=seed, window=buffer
+            )
+            documents = read_documents(source)
+            about = _about_source(source, documents)
+            self._samples = StreamedSamples(documents, about, settings, passes=passes, num_lanes=lanes)
         else:
-            self._samples = _Slices(source, tokenizer, context, seed, passes, cache)
+            folder = None if cache is None else Path(cache).expanduser()
+            self._samples = _Slices(load_corpus(source, tokenizer, folder, together=together), context, seed, passes)
 
     @property
     def num_samples(self) -> int | None:
@@ -191,19 +211,27 @@ class PackedTokens:
         """Go on after the batch at which the state was taken.
 
         Raises:
-            RunError: it is a state of other data, another tokenizer, context or order.
+            RunError: it is a state of other data, another tokenizer, context or order, or of one of several processes.
+        """
+        self.load_state_dicts([state])
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on after the batch at which all processes took these states, in as many processes or others.
+
+        Raises:
+            RunError: they are states of other data, another tokenizer, context, order or number of lanes.
         """
         for name, value in self._about().items():
-            if state.get(name) != value:
+            if (begun := states[0].get(name)) != value:
                 raise RunError(
-                    f"the run was begun with other training text: {name} was {state.get(name)!r} and is {value!r}; "
+                    f"the run was begun with other training text: {name} was {begun!r} and is {value!r}; "
                     f"expected the same files, tokenizer, context and seed"
                 )
-        self._samples.load_state_dict(state["samples"])
+        self._samples.load_state_dicts([each["samples"] for each in states])
 
     def _about(self) -> dict[str, Any]:
         own = self._samples
-        return {"data": own.fingerprint, "tokenizer": self._tokenizer, "context": self.context, "order": own.order}
+        return {"order": own.order, "data": own.data, "tokenizer": self._tokenizer, "context": self.context}
 
     def report(self) -> dict[str, Any]:
         """What was read, and what was skipped and why.
@@ -220,7 +248,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, *, seed: int | None, passes: int 
             "the tokenizer has no end of text (eos_token), which separates documents; set one: "
             "tokenizer.eos_token = '...', a token of its vocabulary"
         )
-    least = {"context": 2, "batch": 1, "buffer": 1}
+    least = {"context": 2, "batch": 1, "buffer": 1, "lanes": 1}
     for name, value in sizes.items():
         if value < least[name]:
             raise RunError(f"received {name}={value}; expected at least {least[name]}")
@@ -230,34 +258,18 @@ def _check(tokenizer: PreTrainedTokenizerBase, *, seed: int | None, passes: int 
         raise RunError(f"received seed={seed}; expected 0 or more, or None for the order of the data")
 
 
-def _streamed(source: TextSource, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> StreamedSamples:
-    documents = read_documents(source)
+def _about_source(source: TextSource, documents: Documents) -> str:
+    """What identifies streamed text: names and sizes of local files; of the hub its name and the number of files."""
     files = [] if source.hub is not None else [(file.name, file.stat().st_size) for file in source.files()]
-    about = {**asdict(source), "path": files, "parts": len(documents.shards.names)}
-    return StreamedSamples(
-        documents,
-        json.dumps(about),
-        TextEncoder(tokenizer),
-        end=int(tokenizer.eos_token_id),
-        **settings,
-    )
+    return json.dumps({**asdict(source), "path": files, "parts": len(documents.shards.names)})
 
 
 @final
 class _Slices:
     """Samples of a corpus that is tokenised. The place is the number of samples that all processes have taken."""
 
-    def __init__(
-        self,
-        source: TextSource,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int,
-        seed: int | None,
-        passes: int | None,
-        cache: str | os.PathLike[str] | None,
-    ) -> None:
-        corpus = load_corpus(source, tokenizer, None if cache is None else Path(cache).expanduser())
-        self.fingerprint, self.order = corpus.fingerprint, f"seed {seed}"
+    def __init__(self, corpus: Corpus, context: int, seed: int | None, passes: int | None) -> None:
+        self.data, self.fingerprint, self.order = corpus.fingerprint, corpus.fingerprint, f"seed {seed}"
         self.num_samples: int | None = len(corpus.tokens) // context
         if not self.num_samples:
             raise RunError(f"the text has {len(corpus.tokens)} tokens; expected at least context={context} of them")
@@ -314,8 +326,8 @@ class _Slices:
     def state_dict(self) -> dict[str, Any]:
         return {"place": self._place}
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        self._place = state["place"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], /) -> None:
+        self._place = states[0]["place"]
 
     def report(self) -> dict[str, Any]:
         left_over = self._num_tokens - self._rows.size

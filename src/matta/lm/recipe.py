@@ -129,6 +129,8 @@ class DataPart:
         passes: Passes over the text at most; none: as many as the steps need.
         cache: A folder for the tokens of local files, so that all runs and processes tokenise them once; none: each
             keeps them in memory.
+        lanes: Lanes in which streamed text is read, whatever the number of processes; none: as many as the processes
+            that begin the run.
         seed: Of the order of the text.
 
     Raises:
@@ -143,10 +145,11 @@ class DataPart:
     mask_boundaries: bool = False
     passes: int | None = None
     cache: str = ""
+    lanes: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self, 1, "evaluate_bytes", "passes")
+        _require(self, 1, "evaluate_bytes", "passes", "lanes")
         _require(self, 2, "context")
         _require(self, 0, "seed")
 

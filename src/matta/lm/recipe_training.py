@@ -209,7 +209,7 @@ def _mixed(part: TrainPart) -> MixedPrecisionPolicy | None:
 
 
 def packed_text(part: DataPart, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> PackedTokens:
-    """The batches of a recipe's text.
+    """The batches of a recipe's text; all processes must call this.
 
     Raises:
         RunError: there is no text, or too little.
@@ -223,6 +223,8 @@ def packed_text(part: DataPart, tokenizer: PreTrainedTokenizerBase, *, batch: in
         mask_boundaries=part.mask_boundaries,
         passes=part.passes,
         cache=part.cache or None,
+        lanes=part.lanes,
+        together=True,
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -297,12 +297,20 @@ class TaughtTokens:
     def __init__(self, packed: PackedTokens, stored: StoredTeacher) -> None:
         self.packed, self.stored = packed, stored
         self._require_fit()
+        self._is_checked = True
 
     def __iter__(self) -> TaughtTokens:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """The next batch."""
+        """The next batch.
+
+        Raises:
+            RunError: the text is streamed, and has other samples in as many lanes.
+        """
+        if not self._is_checked:
+            self._require_fit()
+            self._is_checked = True
         batch = next(self.packed)
         return {**batch, "labels": self.stored.labels(self.packed.last_samples, batch["labels"])}
 
@@ -318,10 +326,10 @@ class TaughtTokens:
         """Take the share of one of several processes.
 
         Raises:
-            RunError: as `PackedTokens.shard`; or the text is streamed, and has other samples in several processes.
+            RunError: as `PackedTokens.shard`.
         """
         self.packed.shard(rank, num_ranks)
-        self._require_fit()
+        self._is_checked = False
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the batch last given out."""
@@ -333,12 +341,21 @@ class TaughtTokens:
         Raises:
             RunError: it is a state of other text, or of other labels.
         """
-        if state.get("teacher") != self._name():
+        self.load_state_dicts([state])
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after the batch at which all processes took these states, in as many processes or others.
+
+        Raises:
+            RunError: they are states of other text, or of other labels.
+        """
+        if (begun := states[0].get("teacher", "no Teacher")) != self._name():
             raise RunError(
-                f"the run was begun with the labels of {state.get('teacher', 'no Teacher')}, and now they are of "
-                f"{self._name()}; expected the same"
+                f"the run was begun with the labels of {begun}, and now they are of {self._name()}; expected the same"
             )
-        self.packed.load_state_dict({name: value for name, value in state.items() if name != "teacher"})
+        self.packed.load_state_dicts(
+            [{name: value for name, value in state.items() if name != "teacher"} for state in states]
+        )
 
     def _name(self) -> str:
         about = self.stored.about
@@ -356,5 +373,5 @@ class TaughtTokens:
         if self.packed.fingerprint(order=False) != about.data:
             raise RunError(
                 f"the labels in {stored} were written for other text (or, if it is streamed, another seed or number of "
-                f"processes); expected the same: write labels for this recipe with matta teach"
+                f"lanes); expected the same: write labels for this recipe, with data.lanes set, with matta teach"
             )

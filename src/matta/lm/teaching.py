@@ -82,7 +82,8 @@ def load_teacher(
 def run(settings: TeachSettings) -> dict[str, Any]:
     """Write a Teacher's top-k labels for the samples of a recipe; of those that are there already, what is missing.
 
-    Local text is labelled whole; of streamed text the samples that the recipe trains on in one process.
+    Local text is labelled whole; of streamed text the samples that the recipe trains on, in one process, or with
+    data.lanes in any number.
 
     Raises:
         RunError: the recipe, its data or the Teacher cannot work, or --out holds something else.
@@ -138,6 +139,7 @@ def _samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Packed
         seed=None if is_local else part.seed,
         passes=1 if is_local else part.passes,
         cache=part.cache or None,
+        lanes=part.lanes,
     )
     if packed.num_samples is not None:
         return packed, packed.num_samples

@@ -8,14 +8,16 @@ forward and before its backward, and reduces and frees after them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_available, is_initialized
 
+from matta.errors import NestingError
 from matta.nesting.copying import FOLLOWS, is_unit
 from matta.nesting.slicing import slices_of
+from matta.nesting.sparse_tables import is_sparse_table
 
 _RUN: Final = "_run_a_student_block"
 
@@ -53,13 +55,32 @@ def placed(values: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
     return found
 
 
-def follow_shards(models: Iterable[nn.Module], ta: nn.Module) -> None:
+def refuse_sparse_tables(models: Iterable[nn.Module]) -> None:
+    """Refuse to shard tables whose gradient is sparse, which FSDP2 cannot reduce.
+
+    Raises:
+        NestingError: a model has one.
+    """
+    for name, part in (each for model in models for each in model.named_modules()):
+        if is_sparse_table(part):
+            raise NestingError(
+                f"received {name}, a table with sparse gradients, to be sharded by FSDP2, which cannot reduce them; "
+                f"expected sparse=False, or DistributedDataParallel: matta.fit without matta.shard"
+            )
+
+
+def follow_shards(models: Sequence[nn.Module], ta: nn.Module) -> None:
     """Make blocks of live models gather what they read of the TA's sharded blocks; done once, it stays.
 
     Parameters that the whole pair gathers (`fully_shard(cotrain)`) are there while the pair runs.
+
+    Raises:
+        NestingError: a table with sparse gradients is sharded.
     """
     if not (is_available() and is_initialized()):
         return
+    if is_sharded(ta):
+        refuse_sparse_tables(models)
     units = {id(part): unit for unit in ta.modules() if is_unit(unit) for part in unit.modules()}  # innermost last
     by_id = {id(unit): unit for unit in units.values()}
     for model in models if units else ():

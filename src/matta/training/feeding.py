@@ -62,6 +62,14 @@ class ShardedIterator(StatefulIterator, Protocol):
         """Give out the batches of one process from now on, as many as those of every other."""
 
 
+@runtime_checkable
+class DividedIterator(ShardedIterator, Protocol):
+    """One that every process knows a part of, so that each needs the states of all to continue."""
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], /) -> None:
+        """Go on after the batch at which all processes took these states, in as many processes or others."""
+
+
 @final
 class Feed:
     """What a run has seen of its data, and what comes next.
@@ -106,8 +114,9 @@ class Feed:
             self._share = _even_share(data, self.num_processes, is_whole=num_passes is not None)
         self.data = self._shared(data, accelerator) if self.is_sharded else data
         self.generators = generators_of(data)
-        keeps_place = self.num_processes == 1 and isinstance(data, DataLoader)
-        self.loader: Any = data if keeps_place and isinstance(data, StatefulLoader) else None
+        self._name = type(data).__name__
+        self._is_stateful_loader = isinstance(data, DataLoader) and isinstance(data, StatefulLoader)
+        self.loader: Any = data if self._is_stateful_loader and self.num_processes == 1 else None
         self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
@@ -175,7 +184,10 @@ class Feed:
             if "data" not in state:
                 raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
             self.epoch = 0  # what had ended may have more now
-            self.stateful.load_state_dict(state["data"])
+            if isinstance(self.stateful, DividedIterator):
+                self.stateful.load_state_dicts([each["data"] for each in states])
+            else:
+                self.stateful.load_state_dict(state["data"])
         elif self.loader is not None and self.batch:
             self._require_place(state)
             self.loader.load_state_dict(state["data"])
@@ -193,11 +205,11 @@ class Feed:
         now = first["now"] if self.rank < was else _own_random_states(first["now"], self.rank)
         state = {**states[min(self.rank, was - 1)], "start": first["start"], "now": now}
         if self.stateful is not None:
-            return {**state, "data": first.get("data")}
-        if self.loader is not None or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
+            return {**state, "data": first["data"]} if "data" in first else state
+        if self._is_stateful_loader or (isinstance(self.data, DataLoader) and not _is_map_style(self.data)):
             raise RunError(
-                f"{begun}; expected as many: a {type(self.data).__name__} over "
-                f"{type(getattr(self.data, 'dataset', None)).__name__} gives them other batches"
+                f"{begun}; expected as many, or a run that was begun with a DataLoader over a map-style dataset: a "
+                f"{self._name} over {type(getattr(self.data, 'dataset', None)).__name__} gives them other batches"
             )
         if len(self.generators) != len(first["now"]["generators"]):
             raise RunError(

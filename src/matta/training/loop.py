@@ -24,7 +24,7 @@ from matta.training.evaluation import evaluating
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
-from matta.training.processes import gathered_by_main
+from matta.training.processes import gathered_by_main, require_gradients
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
@@ -115,9 +115,11 @@ class Training:
         model = self._distributed()
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            for batches in full_groups(iter(self.feed), self.settings.accumulate):
+            for index, batches in enumerate(full_groups(iter(self.feed), self.settings.accumulate)):
                 self.times.add("data")
                 outputs = self._forward_backward(model, batches)
+                if index == 0:
+                    require_gradients(model)
                 self._move(outputs, batches)
                 self.times.add("optimizer")
                 self._after_step(outputs[-1])

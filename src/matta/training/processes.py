@@ -7,12 +7,13 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from matta.errors import RunError
+from matta.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,9 +26,14 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def process_rank() -> int:
+    """The number of this process, from 0."""
+    return 0 if num_processes() == 1 else distributed.get_rank()
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
-    return num_processes() == 1 or distributed.get_rank() == 0
+    return process_rank() == 0
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -54,6 +60,20 @@ def gathered_by_main(value: Any) -> list[Any]:
     values = [None] * num_processes() if is_main_process() else None
     distributed.gather_object(value, values)
     return values or []
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise the error of one process on all of them, which must all call this.
+
+    Raises:
+        RunError: another process has one.
+    """
+    messages = gathered(None if error is None else first_line(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RunError(f"process {rank} of {len(messages)} failed: {message}")
 
 
 def is_shared_out(data: Any) -> bool:
@@ -119,6 +139,23 @@ def require_one(what: str) -> None:
         raise RunError(
             f"{what} works in one process, and the launcher started {num_launched()}; expected it without accelerate "
             f"launch, torchrun or srun -n"
+        )
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Refuse a step that left parameters out, whose gradients DDP waits for, so that it has averaged none.
+
+    Raises:
+        RunError: a parameter has no gradient.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    idle = [name for name, each in model.module.named_parameters() if each.requires_grad and each.grad is None]
+    if idle:
+        raise RunError(
+            f"no loss depends on {', '.join(idle[:3])}{f' and {len(idle) - 3} more' if len(idle) > 3 else ''}, and "
+            f"DistributedDataParallel waits for their gradients; expected a loss that does, requires_grad_(False), or "
+            f"fit(accelerator=Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]))"
         )
 
 

@@ -13,7 +13,7 @@ from matta.errors import RunError
 from matta.nesting.batches import map_tensors
 from matta.nesting.copying import deep_copy, is_unit
 from matta.nesting.nested import Nested, nested_from_plans
-from matta.nesting.sharded_slices import gathered
+from matta.nesting.sharded_slices import gathered, refuse_sparse_tables
 from matta.nesting.slicing import materialize
 from matta.optim.shampoo import Shampoo
 
@@ -51,6 +51,7 @@ def shard(
 
     Raises:
         RunError: `by` is neither, or the TA has no module list with parameters.
+        NestingError: a table has sparse gradients.
 
     Example:
         >>> import matta, torch
@@ -61,6 +62,7 @@ def shard(
     """
     if by not in ("block", "whole"):
         raise RunError(f"received by={by!r}; expected 'block' or 'whole'")
+    refuse_sparse_tables([cotrain.nested.ta, *cotrain.nested.students])
     blocks = blocks_of(cotrain.nested.ta) if by == "block" else []
     if by == "block" and not blocks:
         raise RunError(
