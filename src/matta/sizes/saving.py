@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     description = _read_description(folder)
     tensors = _read_weights(folder, description)
     nested = _nest(folder, _read_plans(folder, description), modules)
-    require_fit(folder, tensors, split_state(nested)[0])
+    require_fit(folder, tensors, held_state(nested)[0])
     state = placed(tensors, nested) if is_sharded(nested) else tensors
     nested.load_state_dict({**state, **description.get("extra_state", {})}, strict=False)
     return nested
@@ -146,6 +146,12 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Of a sharded module the main process has it whole; all must call this.
     """
+    tensors, others = held_state(module)
+    return {name: gathered(tensor) for name, tensor in tensors.items()}, others
+
+
+def held_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `split_state`, with the module's own memory: of a sharded one, the shards of this process."""
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     seen: set[int] = set()
@@ -154,7 +160,7 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             others[name] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            tensors[name] = gathered(value.detach())
+            tensors[name] = value.detach()
     return tensors, others
 
 

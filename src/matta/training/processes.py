@@ -25,9 +25,14 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def process_rank() -> int:
+    """The number of this process, from 0 up."""
+    return distributed.get_rank() if num_processes() > 1 else 0
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
-    return num_processes() == 1 or distributed.get_rank() == 0
+    return process_rank() == 0
 
 
 def summed(tensor: Tensor) -> Tensor:
