@@ -31,8 +31,10 @@ STEPS = 6
 ROLLING = {"rollback": matta.Rollback(factor=1.2, window=2, most=1), "checkpoint_every": 3}
 
 
-def fit(run: Path | str | None, steps: int, *, by: str = "block", optimizer: str = "shampoo", **changes: Any) -> Any:
-    """The weights after so many steps of two batches, whatever the number of processes; `by` "one" is not sharded."""
+def fit(
+    run: Path | None, steps: int, *, by: str = "block", optimizer: str = "shampoo", batches: int = 2, **changes: Any
+) -> dict[str, Tensor]:
+    """The weights after so many steps, of two batches for any number of processes; `by` "one" is not sharded."""
     num_processes = distributed.get_world_size() if distributed.is_initialized() else 1
     cotrain = make() if by == "one" else matta.shard(make(), by=by)
     made = {
@@ -44,7 +46,7 @@ def fit(run: Path | str | None, steps: int, *, by: str = "block", optimizer: str
         "clip_norm": 0.5,
         "progress": False,
         "tensorboard": False,
-        "accumulate": 2 // num_processes or 1,
+        "accumulate": batches // num_processes or 1,
         **changes,
     }
     matta.fit(cotrain, data, made, steps=steps, run=run, resume=run is not None, **settings)
@@ -243,6 +245,14 @@ def test_each_process_writes_its_share_and_no_pickle(folder: Path) -> None:
     assert own == [{"process-00000"}, {"process-00001"}]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_nesting_at_the_end_is_written_from_shares(optimizer: str, folder: Path) -> None:
+    nested = matta.load(folder / f"one-{optimizer}" / "nested", make().nested)
+    expected = torch.load(folder / f"grown-{optimizer}-0.pt")
+    found = {f"nested.{name}": value.detach() for name, value in nested.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_weights_are_read_from_shares_by_the_slice(folder: Path) -> None:
     checkpoint = folder / "adamw" / "checkpoint-00000003"
     nested = matta.load(folder / "adamw" / "nested", make().nested)
@@ -259,3 +269,26 @@ def test_missing_rows_are_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / SHARD.format(1)).unlink()
     with pytest.raises(CheckpointError, match=r"lacks rows 0 to \d+ of .*; take another copy"):
         WeightShards(tmp_path / "checkpoint")
+
+
+def wide(rank: int, folder: str, size: int, steps: int) -> None:
+    """A run of several processes, begun or continued."""
+    joined(rank, size, folder, f"store-{size}-{steps}")
+    try:
+        for optimizer in OPTIMIZERS:
+            found = fit(Path(folder, optimizer), steps, optimizer=optimizer, batches=4)
+            torch.save(found, Path(folder, f"{optimizer}-{rank}.pt"))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.stress
+def test_two_then_four_then_one_process_are_one_run(tmp_path: Path) -> None:
+    for size, steps in ((2, 2), (4, 4)):
+        torch.multiprocessing.spawn(wide, (str(tmp_path), size, steps), nprocs=size)
+    for optimizer in OPTIMIZERS:
+        assert len(list((tmp_path / optimizer / "checkpoint-00000004").glob("process-*"))) == 4
+        assert_left(tmp_path, optimizer, fit(None, 4, by="one", optimizer=optimizer, batches=4), num_processes=4)
+        found = fit(tmp_path / optimizer, STEPS, by="one", optimizer=optimizer, batches=4)
+        expected = fit(None, STEPS, by="one", optimizer=optimizer, batches=4)
+        torch.testing.assert_close(found, expected, **TOLERANCE)

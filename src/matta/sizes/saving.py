@@ -24,7 +24,8 @@ from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.sharded_slices import gathered, is_sharded, placed
-from matta.sizes.storage import has_checksums, verify, whole_folder
+from matta.sizes.storage import enter_checksum, has_checksums, verify, whole_folder
+from matta.sizes.weight_files import WeightSource, write_weights
 
 WEIGHTS: Final = "nested.safetensors"
 DESCRIPTION: Final = "nested.json"
@@ -61,6 +62,19 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         save_file(apart(tensors), made / WEIGHTS)
         _write_description(made, nested, {"extra_state": extra} if extra else {})
     return target
+
+
+def save_from(weights: WeightSource, prefix: str, nested: Nested, target: Path) -> None:
+    """As `save`, with weights that are saved already under names with a prefix, piece by piece.
+
+    One process does this, also of a sharded nesting.
+    """
+    names, extra = held_state(nested)
+    _require_json(extra)
+    with whole_folder(target) as made:
+        tensors = {name: (weights.like(prefix + name), weights.pieces(prefix + name)) for name in names}
+        enter_checksum(made / WEIGHTS, write_weights(made / WEIGHTS, tensors))
+        _write_description(made, nested, {"extra_state": extra} if extra else {})
 
 
 def save_plans(nested: Nested, target: Path) -> None:

@@ -66,13 +66,13 @@ class WeightSource(ABC):
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        shape = self.like(name).shape
-        pieces = list(self.pieces(name, tuple(Axis.plain(size, size) for size in shape)))
-        return torch.cat(pieces).view(shape) if pieces else torch.empty_like(self.like(name), device="cpu")
+        like, pieces = self.like(name), list(self.pieces(name))
+        return torch.cat(pieces).view(like.shape) if pieces else torch.empty_like(like, device="cpu")
 
-    def pieces(self, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
-        """A slice of a tensor, as contiguous pieces that follow each other on the first axis."""
+    def pieces(self, name: str, axes: tuple[Axis, ...] | None = None) -> Iterator[Tensor]:
+        """A slice of a tensor, or all of it, as contiguous pieces that follow each other on the first axis."""
         like = self.like(name)
+        axes = tuple(Axis.plain(size, size) for size in like.shape) if axes is None else axes
         if not like.numel():
             return
         row = like.nbytes // (like.shape or (1,))[0]

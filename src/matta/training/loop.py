@@ -28,7 +28,7 @@ from matta.training.processes import gathered_by_main
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import NESTED, RunFolder
+from matta.training.run_folder import RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
 from matta.training.sharding import divided_state, no_sync, whole_nested
 from matta.training.spikes import SpikeWatch
@@ -270,9 +270,10 @@ class Training:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
-        if self.folder is not None and self.takes_part:
+        if self.folder is not None:
             self.folder.wait()
-            save(self.cotrain.nested, self.folder.path / NESTED)
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.save_nested(self.step, self.cotrain.nested)
             if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()

@@ -36,9 +36,11 @@ from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
 from matta.nesting.batches import Batch
+from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded, placed
-from matta.sizes.saving import held_state, require_fit
+from matta.sizes.saving import held_state, require_fit, save_from
 from matta.sizes.storage import verify, whole_folder, write_json
+from matta.sizes.weight_files import weights_in
 from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares
 from matta.training.plain_state import PackedState, cpu_copy, read_state
 from matta.training.processes import gathered, is_main_process
@@ -154,6 +156,12 @@ class RunFolder:
         self._shares = self._shares or ShareWriter()
         share = self._shares.copy(module, optimizer, training, own)
         self._writing = self._writer.submit(self._write_share, step, self._shares, share)
+
+    def save_nested(self, step: int, nested: Nested) -> None:
+        """Write the nesting at the end of the run, from the checkpoint of its last step; one process does this."""
+        checkpoint = self._checkpoint(step)
+        weights = weights_in(checkpoint if has_shares(checkpoint) else checkpoint / MODEL)
+        save_from(weights, "nested.", nested, self.path / NESTED)
 
     def wait(self) -> None:
         """Return when the last checkpoint is on disk.
