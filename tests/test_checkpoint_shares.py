@@ -22,6 +22,7 @@ from matta.errors import CheckpointError, RunError, Terminated
 from matta.sizes.streamed_extraction import SavedWeights
 from matta.sizes.weight_files import WeightShards
 from matta.training import share_files
+from matta.training.checkpoint_shares import SavedShares
 from test_fitting import flip
 from test_sharding import TOLERANCE, Model, batch, make, whole
 
@@ -89,7 +90,7 @@ def work(rank: int, folder: str) -> None:
     try:
         for optimizer in OPTIMIZERS:
             fit(path / optimizer, 3, optimizer=optimizer, checkpoint_every=1)
-            resume(path, optimizer, f"one-{optimizer}", f"grown-{optimizer}", rank)
+            resume(path, optimizer, f"one-{optimizer}", f"grown-{optimizer}", rank, checkpoint_every=1)
         for name, damage in DAMAGES.items():
             if rank == 0:
                 shutil.copytree(path / "shampoo", path / name)
@@ -107,8 +108,8 @@ def work(rank: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
-def resume(path: Path, optimizer: str, run: str, result: str, rank: int) -> None:
-    torch.save(fit(path / run, STEPS, by="whole", optimizer=optimizer), path / f"{result}-{rank}.pt")
+def resume(path: Path, optimizer: str, run: str, result: str, rank: int, **changes: Any) -> None:
+    torch.save(fit(path / run, STEPS, by="whole", optimizer=optimizer, **changes), path / f"{result}-{rank}.pt")
 
 
 def check_full_disk(rank: int, path: Path) -> None:
@@ -183,6 +184,8 @@ def assert_left(folder: Path, name: str, expected: dict[str, Tensor], num_proces
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_processes_continue_the_run_of_one(optimizer: str, folder: Path, undisturbed: Any) -> None:
     assert_left(folder, f"grown-{optimizer}", undisturbed[optimizer])
+    kept = sorted(each.name for each in (folder / f"one-{optimizer}").glob("*checkpoint*"))
+    assert kept == [f"checkpoint-0000000{step}" for step in (4, 5, 6)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -209,6 +212,16 @@ def test_one_process_finds_what_another_has_damaged(name: str, folder: Path, tmp
         DAMAGES[name](checkpoint)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*shard-00002"):
         fit(tmp_path / "run", STEPS, by="one")
+
+
+def test_a_flipped_bit_in_any_file_is_found(folder: Path, tmp_path: Path) -> None:
+    saved = folder / "shampoo" / "checkpoint-00000003"
+    assert SavedShares(saved).state("training")["step"] == 3
+    for file in saved.iterdir():
+        shutil.copytree(saved, tmp_path / file.name)
+        flip(tmp_path / file.name / file.name)
+        with pytest.raises(CheckpointError, match="take another copy"):
+            SavedShares(tmp_path / file.name)
 
 
 @pytest.mark.parametrize("name", ["full", "signalled"])

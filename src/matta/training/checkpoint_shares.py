@@ -248,8 +248,8 @@ def _fault(path: Path) -> str | None:
         if not has_checksums(path):
             raise CheckpointError(f"{path / SUMS} is missing; take another copy of the folder")
         summary = json.loads((path / f"{TRAINING}.json").read_text(encoding="utf-8"))
-        expected = {f"{TRAINING}.json", *(f"{name_of(rank)}.json" for rank in range(summary["num_processes"]))}
         num_shards = sum(Path(name).match(SHARD) for name in listed)
+        expected = {f"{TRAINING}.json", *(f"{name_of(rank)}.json" for rank in range(num_shards))}
         if num_shards != summary["num_processes"] or not expected <= listed.keys():
             raise CheckpointError(f"{path / SUMS} is damaged: it lacks files; take another copy of the folder")
         verify(path, *sorted(listed)[process_rank() :: num_processes()])
