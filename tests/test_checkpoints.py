@@ -183,7 +183,7 @@ def test_an_earlier_nesting_is_replaced_as_a_whole(saved: Path) -> None:
     assert [each.name for each in saved.parent.iterdir()] == ["nesting"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_plan_to_json", "_checksum", "_move"])
+@pytest.mark.parametrize("step", ["save_file", "_plan_to_json", "checksum_of", "_move"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, earlier: bool) -> None:
     target = tmp_path / "nesting"

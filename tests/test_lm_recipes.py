@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -18,13 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import matta
 from matta.cli import main
 from matta.errors import GrowthError, RunError
-from matta.lm.command_settings import TrainSettings
+from matta.lm import extracting
+from matta.lm.command_settings import ExtractSettings, TrainSettings
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
@@ -601,20 +604,44 @@ def test_a_pretrained_student_s_ta_must_be_larger(tmp_path: Path) -> None:
             build_pair(ModelPart(pretrained=name, ta={"n_inner": 8}), 257)
 
 
+def train_by_two(recipe: Path, out: Path, *overrides: str) -> None:
+    command = [sys.executable, "-m", "matta", "train", str(recipe), *overrides, "--out", str(out), "--json"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "--processes", "2"], env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(ended.stdout)["processes"] == 2
+
+
 def test_processes_and_micro_batches_train_as_one_whatever_labels_are_masked(tmp_path: Path) -> None:
     recipe = values(tmp_path, "llama", steps=4)  # which has no dropout
     recipe["data"]["mask_boundaries"] = True
     path = write(tmp_path, recipe)
     run(TrainSettings(recipe=path, out=tmp_path / "one"))
     run(TrainSettings(recipe=path, out=tmp_path / "small", overrides=("train.micro_batch=1",)))
-    command = [sys.executable, "-m", "matta", "train", str(path), "--out", str(tmp_path / "two"), "--json"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*command, "--processes", "2"], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert json.loads(ended.stdout)["processes"] == 2
+    train_by_two(path, tmp_path / "two")
     begun_by_two = tmp_path / "two" / "checkpoint-00000002"
     assert begun_by_two.is_dir()
     shutil.copytree(tmp_path / "two", tmp_path / "changed", ignore=shutil.ignore_patterns("*00004", "nested", "models"))
     run(TrainSettings(recipe=path, out=tmp_path / "changed", resume=True))
     for other in ("two", "small", "changed"):
         torch.testing.assert_close(weights(tmp_path / other), weights(tmp_path / "one"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("sharding", ["block", "whole"])
+def test_a_sharded_run_is_that_of_one_process_extracted_and_resumed(sharding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, values(tmp_path, "llama", steps=4, optimizer="shampoo"))
+    run(TrainSettings(recipe=path, out=tmp_path / "one"))
+    recomputed = "train.activation_checkpointing=true"
+    train_by_two(path, tmp_path / "two", f"train.sharding={sharding}", recomputed)
+    begun_by_two = tmp_path / "two" / "checkpoint-00000002"
+    assert len(list(begun_by_two.glob("shard-*.safetensors"))) == 2
+    extract = partial(extracting.run, ExtractSettings(run=tmp_path / "two", models=("k=2",), check=True))
+    at_end = load_file(Path(extract()["models"][0]["folder"]) / "model.safetensors")
+    shutil.rmtree(tmp_path / "two" / "nested")
+    unfinished = Path(extract()["models"][0]["folder"])
+    assert unfinished == tmp_path / "two" / "models-step-4" / "k-2"
+    assert_equal(load_file(unfinished / "model.safetensors"), at_end)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-00000004")
+    run(TrainSettings(recipe=path, out=tmp_path / "two", resume=True))
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-5, rtol=1e-4)

@@ -18,8 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from matta.errors import CheckpointError, RunError
+from matta.training.processes import make_accelerator
+from test_checkpoint_shares import fit
 from test_fitting import Setup, assert_equal, batches, flip, free_port, noisy
 
 pytestmark = pytest.mark.stress
@@ -58,10 +61,18 @@ def train(folder: str) -> None:
     torch.save(setup.state(), Path(folder, f"{rank}.pt"))
 
 
-def started(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
+def train_sharded(folder: str) -> None:
+    """What two processes do that have a pair divided among them."""
+    make_accelerator()
+    rank = distributed.get_rank()
+    slow = Slow(Path(folder, f"began-{rank}"))
+    torch.save(fit(Path(folder, "run"), STEPS, checkpoint_every=3, observers=[slow]), Path(folder, f"{rank}.pt"))
+
+
+def started(folder: Path, *launcher: str, function: str = "train") -> subprocess.Popen[bytes]:
     script = folder / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-                      f"import test_stress_faults\ntest_stress_faults.train({str(folder)!r})\n")  # fmt: skip
+                      f"import test_stress_faults\ntest_stress_faults.{function}({str(folder)!r})\n")  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *launcher, str(script)], env=environment, stderr=subprocess.DEVNULL)
 
@@ -102,17 +113,18 @@ def test_ten_sigterms_at_random_moments(seed: int, tmp_path: Path) -> None:
     assert_equal(torch.load(tmp_path / "0.pt", weights_only=True), undisturbed(tmp_path))
 
 
-def two_workers(folder: Path) -> subprocess.Popen[bytes]:
+def two_workers(folder: Path, function: str) -> subprocess.Popen[bytes]:
     return started(folder, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=10",
-                   "--monitor-interval=0.1", f"--master-port={free_port()}")  # fmt: skip
+                   "--monitor-interval=0.1", f"--master-port={free_port()}", function=function)  # fmt: skip
 
 
-def test_ten_kills_of_one_of_two_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["train", "train_sharded"])
+def test_ten_kills_of_one_of_two_workers(function: str, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:
         folder.mkdir()
-    assert two_workers(folders[0]).wait(timeout=300) == 0
-    process, moments, killed = two_workers(folders[1]), random.Random(7), set[str]()
+    assert two_workers(folders[0], function).wait(timeout=300) == 0
+    process, moments, killed = two_workers(folders[1], function), random.Random(7), set[str]()
     marks = [folders[1] / f"began-{rank}" for rank in range(2)]
     for _ in range(10):
         while not all(mark.exists() and mark.read_text() not in killed for mark in marks):

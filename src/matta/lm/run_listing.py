@@ -13,8 +13,9 @@ from rich.console import Console
 
 from matta.errors import RunError
 from matta.lm.command_settings import RunsSettings
+from matta.training.checkpoint_shares import TRAINING
 from matta.training.reporting import rich_table
-from matta.training.run_folder import MARKER, NESTED, TRAINING, checkpoints_in, is_in_use
+from matta.training.run_folder import MARKER, NESTED, checkpoints_in, is_in_use
 
 COLUMNS = ("run", "state", "step", "student", "ta", "distill", "skipped", "checkpoint")
 

@@ -31,6 +31,7 @@ from matta.nesting.nested import Nested
 from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
 from matta.sizes.streamed_extraction import SavedWeights
+from matta.training.checkpoint_shares import has_shares
 from matta.training.run_folder import MODEL, checkpoints_in
 
 RESULTS: Final = "results.json"
@@ -85,8 +86,8 @@ def map_run(path: Path, *, check: bool = False) -> MappedRun:
         CheckpointError: weights, plan, configurations or tokenizer are damaged.
     """
     recipe = read_run_recipe(path)
-    folder, file, prefix, step = path / NESTED, WEIGHTS, "", None
-    plan = folder
+    folder, prefix, step = path / NESTED, "", None
+    plan, weights = folder, folder / WEIGHTS
     if not folder.is_dir():
         checkpoints = checkpoints_in(path)
         if not checkpoints:
@@ -94,17 +95,18 @@ def map_run(path: Path, *, check: bool = False) -> MappedRun:
                 f"the run in {path} has not ended and has no checkpoint; resume it: matta train RECIPE --resume --out "
                 f"{path}"
             )
-        folder, file, prefix, plan = checkpoints[-1], MODEL, "nested.", path / PLAN
+        folder, prefix, plan = checkpoints[-1], "nested.", path / PLAN
+        weights = folder if has_shares(folder) else folder / MODEL
         step = int(re.sub(r"\D", "", folder.name))
     if check:
-        verify(folder, file)
+        verify(folder, *([] if weights == folder else [weights.name]))
     with init_empty_weights(include_buffers=False):
         modules = _models(path)
     for module in modules:
         module.tie_weights()  # parameters that are made anew on the meta device are tied no longer
     nested = nest_saved(plan, *modules).eval()
     run = LanguageRun(recipe=recipe, nested=nested, tokenizer=_tokenizer(path), path=path)
-    return MappedRun(run=run, weights=SavedWeights(folder / file, nested, prefix), step=step)
+    return MappedRun(run=run, weights=SavedWeights(weights, nested, prefix), step=step)
 
 
 def _models(path: Path) -> list[PreTrainedModel]:

@@ -180,5 +180,29 @@ def gathered(kept: Mapping[Strip, Mapping[str, Tensor]], strips: Sequence[Strip]
     return found
 
 
+def of_strip(name: str, index: int) -> str:
+    """The name of a strip's part of a matrix's state, where each strip is by itself.
+
+    Example:
+        >>> of_strip("left", 3), strip_index("left.3"), strip_index("left")
+        ('left.3', 3, None)
+    """
+    return f"{name}.{index}"
+
+
+def strip_index(name: str) -> int | None:
+    """The strip whose part of the state has this name; None where it is that of a whole parameter."""
+    index = name.partition(".")[2]
+    return int(index) if index else None
+
+
+def joined_strips(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a whole matrix from those of all its strips; any other state as it is."""
+    by_name: dict[str, list[Tensor]] = {}
+    for name in sorted(state, key=lambda name: strip_index(name) or 0):
+        by_name.setdefault(name.partition(".")[0], []).append(state[name])
+    return {name: _joined(values) for name, values in by_name.items()}
+
+
 def _joined(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(values)) if values[0].ndim else values[0]

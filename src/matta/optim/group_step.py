@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matta.optim.divided_parameters import is_sharded, local, sharding_group
-from matta.optim.exchange import Exchange, Strip, strips_of
+from matta.optim.exchange import Exchange, Strip, of_strip, strip_index, strips_of
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
 from matta.optim.grids import Grid, Piece, Whole
 from matta.optim.parameter_groups import is_preconditioned, matrix_shape
@@ -140,6 +140,11 @@ def _grid(parameter: Tensor, group: Mapping[str, Any]) -> Grid:
     return Grid.of(*matrix_shape(parameter), block_size=group["block_size"])
 
 
+def owned_strips(group: Mapping[str, Any]) -> dict[Tensor, set[int]]:
+    """The strips that this process owns of each sharded matrix of a group, by number."""
+    return {parameter: {each.index for each in own if each.is_mine} for parameter, own in _strips(group).items()}
+
+
 def _strips(group: Mapping[str, Any]) -> dict[Tensor, list[Strip]]:
     """The strips of the group's sharded matrices."""
     divided = [p for p in group["params"] if is_sharded(p) and is_preconditioned(p, group)]
@@ -152,15 +157,25 @@ def _strips(group: Mapping[str, Any]) -> dict[Tensor, list[Strip]]:
 def _by_piece(
     state: MutableMapping[Tensor, dict[str, Tensor]], strips: Mapping[Tensor, list[Strip]]
 ) -> Mapping[Any, dict[str, Tensor]]:
-    """The state by piece: that of a strip is its part of what was loaded for the whole matrix."""
+    """The state by piece: that of a strip is what was loaded for it, or its part of what was for the whole matrix."""
     kept: dict[Any, dict[str, Tensor]] = {}
     for parameter, own in strips.items():
-        whole = state.pop(parameter, {})
+        loaded = state.pop(parameter, {})
         for strip in own:
-            first, number = strip.index * strip.grid.counts[1], strip.grid.num_blocks
-            cut = {name: value[first : first + number] if value.ndim else value for name, value in whole.items()}
-            kept[strip] = {k: v.to(parameter.device, copy=True) for k, v in cut.items()} if strip.is_mine else {}
+            found = _state_of_strip(strip, loaded) if strip.is_mine else {}
+            kept[strip] = {name: value.to(parameter.device, copy=True) for name, value in found.items()}
     return ChainMap(kept, state)
+
+
+def _state_of_strip(strip: Strip, loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    first, number = strip.index * strip.grid.counts[1], strip.grid.num_blocks
+    found = {}
+    for name, value in loaded.items():
+        if strip_index(name) is None:
+            found[name] = value[first : first + number] if value.ndim else value
+        elif name == of_strip(own := name.partition(".")[0], strip.index):
+            found[own] = value
+    return found
 
 
 def _exchanges(strips: Sequence[Strip]) -> list[Exchange]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matta.errors import OptimizerError
 from matta.optim.divided_parameters import is_sharded, local, placed, sharding_group, whole_on_first
-from matta.optim.exchange import gathered
+from matta.optim.exchange import gathered, joined_strips, of_strip
 from matta.optim.group_step import GroupStep
 from matta.optim.parameter_groups import check_group, distinct, expand_modules, refuse_sparse_matrices
 
@@ -188,10 +188,34 @@ class Shampoo(torch.optim.Optimizer):
                 found["state"] = {}
         return found
 
+    def share_of_state(self) -> dict[str, Any]:
+        """As `state_dict`, of what this process keeps: nothing is gathered.
+
+        Of sharded matrices it has the strips of blocks that this process owns, each under its number ("left.3"); other
+        state is sharded as its parameter is. The shares of all processes together are the state.
+
+        Example:
+            >>> parameter = nn.Parameter(torch.ones(2, 3))
+            >>> optimizer = Shampoo([parameter])
+            >>> parameter.sum().backward(); optimizer.step()
+            >>> sorted(optimizer.share_of_state()["state"][0])
+            ['exp_avg', 'exp_avg_sq', 'left', 'left_root', 'right', 'right_root', 'step']
+        """
+        found = {**super().state_dict(), "num_skipped": self.num_skipped}
+        numbers = {
+            parameter: n for n, parameter in enumerate(p for group in self.param_groups for p in group["params"])
+        }
+        for part in self._parts.values():
+            for strip, kept in part.kept.items():
+                own = {of_strip(name, strip.index): value for name, value in kept.items()}
+                found["state"].setdefault(numbers[strip.parameter], {}).update(own)
+        return found
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state, on the parameters' devices and at full precision; training continues bit for bit.
 
-        Every process of sharded parameters is given the whole state, of any number of processes, and keeps its part.
+        Every process of sharded parameters is given the whole state, of any number of processes, and keeps its part; or
+        the strips that it owns, and shards of the rest (`share_of_state`, of any number of processes).
 
         Raises:
             OptimizerError: the state is another optimizer's.
@@ -211,7 +235,8 @@ class Shampoo(torch.optim.Optimizer):
         for number, parameter in zip(saved, params, strict=True):
             if number in state_dict["state"]:
                 values = state_dict["state"][number]
-                self.state[parameter] = {name: placed(value, parameter) for name, value in values.items()}
+                own = values if is_sharded(parameter) else joined_strips(values)
+                self.state[parameter] = {name: placed(value, parameter) for name, value in own.items()}
         self.num_skipped = state_dict.get("num_skipped", 0)
         self._parts = {}
 

@@ -24,7 +24,8 @@ from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.sharded_slices import gathered, is_sharded, placed
-from matta.sizes.storage import has_checksums, verify, whole_folder
+from matta.sizes.storage import enter_checksum, has_checksums, verify, whole_folder
+from matta.sizes.weight_files import WeightSource, write_weights
 
 WEIGHTS: Final = "nested.safetensors"
 DESCRIPTION: Final = "nested.json"
@@ -63,6 +64,19 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def save_from(weights: WeightSource, prefix: str, nested: Nested, target: Path) -> None:
+    """As `save`, with weights that are saved already under names with a prefix, piece by piece.
+
+    One process does this, also of a sharded nesting.
+    """
+    names, extra = held_state(nested)
+    _require_json(extra)
+    with whole_folder(target) as made:
+        tensors = {name: (weights.like(prefix + name), weights.pieces(prefix + name)) for name in names}
+        enter_checksum(made / WEIGHTS, write_weights(made / WEIGHTS, tensors))
+        _write_description(made, nested, {"extra_state": extra} if extra else {})
+
+
 def save_plans(nested: Nested, target: Path) -> None:
     """Write the plans alone, without weights, for `nest_saved` and `saved_plans`."""
     with whole_folder(target) as made:
@@ -99,7 +113,7 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
     description = _read_description(folder)
     tensors = _read_weights(folder, description)
     nested = _nest(folder, _read_plans(folder, description), modules)
-    require_fit(folder, tensors, split_state(nested)[0])
+    require_fit(folder, tensors, held_state(nested)[0])
     state = placed(tensors, nested) if is_sharded(nested) else tensors
     nested.load_state_dict({**state, **description.get("extra_state", {})}, strict=False)
     return nested
@@ -146,6 +160,12 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Of a sharded module the main process has it whole; all must call this.
     """
+    tensors, others = held_state(module)
+    return {name: gathered(tensor) for name, tensor in tensors.items()}, others
+
+
+def held_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `split_state`, with the module's own memory: of a sharded one, the shards of this process."""
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     seen: set[int] = set()
@@ -154,7 +174,7 @@ def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             others[name] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            tensors[name] = gathered(value.detach())
+            tensors[name] = value.detach()
     return tensors, others
 
 

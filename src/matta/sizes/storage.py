@@ -28,16 +28,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield made
-        entered = _read_checksums(made)
+        entered = read_checksums(made)
         if missing := [each.name for each in made.iterdir() if each.is_file() and each.name not in entered]:
             add_checksums(made, *missing)
-        for file in (*made.iterdir(), made):
-            _put_on_disk(file)
-        made.chmod(0o755)
-        _move(made, target)
-        _put_on_disk(target.parent)
+        put_in_place(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Put a finished folder on disk, and then in the place of `target`."""
+    for file in (*made.iterdir(), made):
+        _put_on_disk(file)
+    made.chmod(0o755)
+    _move(made, target)
+    _put_on_disk(target.parent)
 
 
 @contextmanager
@@ -56,9 +61,9 @@ def whole_file(target: Path) -> Iterator[Path]:
 @contextmanager
 def checked_file(target: Path) -> Iterator[Path]:
     """As `whole_file`, with the file in the checksums of its folder. Killed in between, it is left out of them."""
-    listed = _read_checksums(target.parent)
+    listed = read_checksums(target.parent)
     if listed.pop(target.name, None) is not None:
-        _write_checksums(target.parent, listed)
+        write_checksums(target.parent, listed)
     with whole_file(target) as made:
         yield made
     add_checksums(target.parent, target.name)
@@ -73,12 +78,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def add_checksums(folder: Path, *names: str) -> None:
     """Enter files into the checksums of their folder; without names, all that are there."""
     found = set(names or (each.name for each in folder.iterdir() if each.is_file())) - {SUMS}
-    _write_checksums(folder, {**_read_checksums(folder), **{name: _checksum(folder / name) for name in found}})
+    write_checksums(folder, {**read_checksums(folder), **{name: checksum_of(folder / name) for name in found}})
 
 
 def enter_checksum(file: Path, checksum: str) -> None:
     """Enter a checksum that was computed as the file was written."""
-    _write_checksums(file.parent, {**_read_checksums(file.parent), file.name: checksum})
+    write_checksums(file.parent, {**read_checksums(file.parent), file.name: checksum})
 
 
 def has_checksums(folder: Path) -> bool:
@@ -92,14 +97,14 @@ def verify(folder: Path, *names: str) -> None:
     Raises:
         CheckpointError: a file is missing, or is not the one written.
     """
-    listed = _read_checksums(folder)
+    listed = read_checksums(folder)
     for name in names or listed:
         if name not in listed and not (listed and (folder / name).exists()):
             continue
         if name not in listed:
             raise CheckpointError(f"{folder / SUMS} is damaged: it lacks {name}; take another copy of the folder")
         try:
-            found = _checksum(folder / name)
+            found = checksum_of(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}; take another copy") from None
         if found != listed[name]:
@@ -114,18 +119,23 @@ def verify_weights(folder: Path) -> None:
     Raises:
         CheckpointError: a file is not the one written.
     """
-    listed = [name for name in _read_checksums(folder) if name.endswith(".safetensors")]
+    listed = [name for name in read_checksums(folder) if name.endswith(".safetensors")]
     if listed:
         verify(folder, *listed)
 
 
-def _checksum(file: Path) -> str:
+def checksum_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_checksums(folder: Path) -> dict[str, str]:
-    """Checksums by name; none without the file."""
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The checksums of a folder by name; none without the file.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
@@ -138,7 +148,8 @@ def _read_checksums(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / SUMS} is damaged; take another copy of the folder") from None
 
 
-def _write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
+def write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Write the checksums of a folder by name, in place of those that are there."""
     with whole_file(folder / SUMS) as made:
         made.write_text("".join(f"{each}  {name}\n" for name, each in sorted(checksums.items())), encoding="utf-8")
 

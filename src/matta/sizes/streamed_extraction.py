@@ -13,10 +13,10 @@ from matta.errors import CheckpointError
 from matta.nesting.layout import Axis
 from matta.nesting.nested import Nested
 from matta.nesting.slicing import LiveSlice, materialize, slices_of
-from matta.sizes.saving import WEIGHTS, nest_saved, require_fit, split_state
+from matta.sizes.saving import WEIGHTS, held_state, nest_saved, require_fit
 from matta.sizes.storage import whole_file
 from matta.sizes.submodels import SubModel, live, wide_narrow_wide
-from matta.sizes.weight_files import WeightFile, write_weights
+from matta.sizes.weight_files import weights_in, write_weights
 
 Pieces = tuple[Tensor, Iterable[Tensor]]
 """A tensor of a type and shape, without memory, and what it consists of."""
@@ -24,12 +24,12 @@ Pieces = tuple[Tensor, Iterable[Tensor]]
 
 @final
 class SavedWeights:
-    """The weights of a nesting in a safetensors file, and the nesting that tells where they are.
+    """The weights of a nesting in safetensors, and the nesting that tells where they are.
 
     Its parameters may be on the meta device; its buffers, which are few, are read.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a checkpoint by shares.
         nested: A nesting like the one saved.
         prefix: Before the names in the file, such as "nested." in a checkpoint of `CoTraining`.
 
@@ -38,9 +38,9 @@ class SavedWeights:
     """
 
     def __init__(self, path: Path, nested: Nested, prefix: str = "") -> None:
-        self.nested, self._prefix, self._file = nested, prefix, WeightFile(path)
+        self.nested, self._prefix, self._file = nested, prefix, weights_in(path)
         names = (name.removeprefix(prefix) for name in self._file.names if name.startswith(prefix))
-        require_fit(path, {name: self._file.like(prefix + name) for name in names}, split_state(nested)[0])
+        require_fit(path, {name: self._file.like(prefix + name) for name in names}, held_state(nested)[0])
         self._names = {
             id(each): name for name, each in reversed(list(nested.named_parameters())) if prefix + name in self._file
         }
@@ -133,6 +133,6 @@ def extract_saved(
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as made:
-        names = split_state(materialize(module))[0]  # of tied names the first
+        names = held_state(materialize(module))[0]  # of tied names the first
         write_weights(made, {name: found[name] for name in names}, has_checksum=False)
     return target

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matta.errors import CheckpointError
+from matta.errors import DAMAGE, CheckpointError
 from matta.nesting.layout import Axis
 
+SHARD: Final = "shard-*.safetensors"
+"""What the files of one set of tensors are called that several processes have written."""
 PIECE: Final = 1 << 22
 """Bytes read at a time."""
 _TYPES: Final[Mapping[str, torch.dtype]] = {  # in the order in which a file has its tensors, the last first
@@ -42,9 +45,47 @@ _NAMES: Final = {dtype: name for name, dtype in _TYPES.items()}
 _RANKS: Final = {name: rank for rank, name in enumerate(_TYPES)}
 
 
+class WeightSource(ABC):
+    """Saved tensors, of which only what is asked for is read."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+
+    @abstractmethod
+    def like(self, name: str) -> Tensor:
+        """A tensor of the type and shape of one saved, without memory."""
+
+    @abstractmethod
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of a tensor; one of a single number is a row."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        like, pieces = self.like(name), list(self.pieces(name))
+        return torch.cat(pieces).view(like.shape) if pieces else torch.empty_like(like, device="cpu")
+
+    def pieces(self, name: str, axes: tuple[Axis, ...] | None = None) -> Iterator[Tensor]:
+        """A slice of a tensor, or all of it, as contiguous pieces that follow each other on the first axis."""
+        like = self.like(name)
+        axes = tuple(Axis.plain(size, size) for size in like.shape) if axes is None else axes
+        if not like.numel():
+            return
+        row = like.nbytes // (like.shape or (1,))[0]
+        for first, last in _runs(axes[0] if axes else Axis.plain(1, 1), max(1, PIECE // row)):
+            piece = self.rows(name, first, last)
+            for dim, axis in enumerate(axes[1:], 1):
+                piece = axis.take(piece, dim)
+            yield piece.contiguous()
+
+
 @final
-class WeightFile:
-    """The tensors of a safetensors file, of which only what is asked for is read.
+class WeightFile(WeightSource):
+    """The tensors of a safetensors file.
 
     Raises:
         CheckpointError: it cannot be read, or holds numbers of a type that is not known here.
@@ -68,39 +109,84 @@ class WeightFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of its tensors."""
         return tuple(self._entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def like(self, name: str) -> Tensor:
-        """A tensor of the type and shape of one in the file, without memory."""
         entry = self._entries[name]
         return torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor."""
-        shape = self.like(name).shape
-        pieces = list(self.pieces(name, tuple(Axis.plain(size, size) for size in shape)))
-        return torch.cat(pieces).view(shape) if pieces else torch.empty_like(self.like(name), device="cpu")
-
-    def pieces(self, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
-        """A slice of a tensor, as contiguous pieces that follow each other on the first axis."""
+    def rows(self, name: str, first: int, last: int) -> Tensor:
         like = self.like(name)
-        if not like.numel():
-            return
         shape = like.shape or (1,)
         row = like.nbytes // shape[0]
-        begin = self._start + self._entries[name]["data_offsets"][0]
         with self.path.open("rb") as file:
-            for first, last in _runs(axes[0] if axes else Axis.plain(1, 1), max(1, PIECE // row)):
-                file.seek(begin + first * row)
-                piece = torch.from_numpy(np.fromfile(file, np.uint8, (last - first) * row))
-                piece = piece.view(like.dtype).view(last - first, *shape[1:])
-                for dim, axis in enumerate(axes[1:], 1):
-                    piece = axis.take(piece, dim)
-                yield piece.contiguous()
+            file.seek(self._start + self._entries[name]["data_offsets"][0] + first * row)
+            read = torch.from_numpy(np.fromfile(file, np.uint8, (last - first) * row))
+        return read.view(like.dtype).view(last - first, *shape[1:])
+
+
+@final
+class WeightShards(WeightSource):
+    """The tensors of a checkpoint by shares: each file has some rows of a tensor, and says which.
+
+    Raises:
+        CheckpointError: a file cannot be read, a tensor is divided otherwise than by rows, or rows are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._parts: dict[str, list[tuple[int, WeightFile]]] = {}
+        for file in map(WeightFile, sorted(folder.glob(SHARD))):
+            offsets = _offsets(file)
+            for name in file.names:
+                self._parts.setdefault(name, []).append((offsets[name], file))
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part[0])
+            end = 0
+            for first, file in parts:
+                num_rows = _num_rows(file.like(name))
+                if num_rows and first != end:
+                    raise CheckpointError(f"{folder} lacks rows {end} to {first} of {name}; take another copy of it")
+                end += num_rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._parts)
+
+    def like(self, name: str) -> Tensor:
+        parts = [file.like(name) for _, file in self._parts[name]]
+        return parts[0].new_empty((sum(map(_num_rows, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        found = []
+        for start, file in self._parts[name]:
+            begin, end = max(first, start), min(last, start + _num_rows(file.like(name)))
+            if begin < end:
+                found.append(file.rows(name, begin - start, end - start))
+        return torch.cat(found)
+
+
+def weights_in(path: Path) -> WeightSource:
+    """The tensors of a safetensors file, or of a folder with those of a checkpoint by shares."""
+    return WeightShards(path) if path.is_dir() else WeightFile(path)
+
+
+def _num_rows(like: Tensor) -> int:
+    return like.shape[:1].numel()
+
+
+def _offsets(file: WeightFile) -> dict[str, int]:
+    """The first row of each tensor in a file of `torch.distributed.checkpoint`."""
+    try:
+        saved = json.loads(file.metadata["DCP_SHARDING_INFO"])
+        offsets = {name: saved[name]["saved_offsets"] for name in file.names}
+        if any(any(each[1:]) for each in offsets.values()):
+            raise ValueError("a tensor is divided otherwise than by rows")
+        return {name: int(each[0]) if each else 0 for name, each in offsets.items()}
+    except DAMAGE as error:
+        raise CheckpointError(f"{file.path} cannot be read: {error}; expected rows of tensors") from None
 
 
 def write_weights(

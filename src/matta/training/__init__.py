@@ -11,8 +11,9 @@ Read in this order:
 - `resuming`: what a resumed run must have in common with the first, and how a run is prolonged.
 - `processes`: what a run on several processes shares. `launching`: several for one call. `sharding`: FSDP2, whole and
   by block.
-- `run_folder`: checkpoints, of `plain_state` without pickle. `interrupts`: signals that let the step end. `spikes`:
-  losses that leap, and the way back.
+- `run_folder`: checkpoints, of `plain_state` without pickle. `checkpoint_shares`: those of sharded runs, to which every
+  process writes its share, and their `share_files`.
+- `interrupts`: signals that let the step end. `spikes`: losses that leap, and the way back.
 - `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
 - `evaluation`: losses on held-out batches. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.

@@ -63,9 +63,10 @@ def fit(
     computes the same again, and the data is the same; random numbers that a dataset draws in DataLoader workers
     are not replayed). That call may also be the first one, and may be made in another number of processes: with
     as many batches to a step of all together, each step sees the same samples. A thread writes the checkpoints, of
-    a copy in memory. On Ctrl-C, SIGTERM or SIGUSR1 the step is ended and a checkpoint written before KeyboardInterrupt
-    or `Terminated` (an exit with code 143 or 138) is raised, in all processes; in one process a second signal does
-    not wait. The folder ends with the nesting in `nested` and the best one in `best`, for `matta.load`.
+    a copy in memory; of a sharded pair (`matta.shard`) each process writes what it holds. On Ctrl-C, SIGTERM or
+    SIGUSR1 the step is ended and a checkpoint written before KeyboardInterrupt or `Terminated` (an exit with code
+    143 or 138) is raised, in all processes; in one process a second signal does not wait. The folder ends with the
+    nesting in `nested` and the best one in `best`, for `matta.load`.
 
     Args:
         cotrain: The pair with its objective. It is in training mode meanwhile.

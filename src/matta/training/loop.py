@@ -28,9 +28,9 @@ from matta.training.processes import gathered_by_main, require_gradients
 from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import NESTED, RunFolder
+from matta.training.run_folder import RunFolder
 from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import divided_state, no_sync, whole_nested, whole_state
+from matta.training.sharding import divided_state, no_sync, whole_nested
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
@@ -194,7 +194,7 @@ class Training:
         assert self.folder is not None
         self.folder.wait()
         self.accelerator.wait_for_everyone()
-        state = self.folder.load(self.cotrain)
+        state = self.folder.load(self.cotrain, self.optimizer)
         if state is None:
             return False
         spikes.count(loss, self.step)
@@ -272,9 +272,10 @@ class Training:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
-        if self.folder is not None and self.takes_part:
+        if self.folder is not None:
             self.folder.wait()
-            save(self.cotrain.nested, self.folder.path / NESTED)
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.save_nested(self.step, self.cotrain.nested)
             if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
@@ -364,21 +365,22 @@ class Training:
         """Write a checkpoint, unless there is one of this step."""
         if self.folder is None or self.saved_step == self.step:
             return
-        feeds = [self.feed.state()]
-        if self.accelerator.num_processes > 1:
-            feeds = gathered_by_main(feeds[0])
-        if self.takes_part:
-            state, is_main = self._state(feeds), self.accelerator.is_main_process
-            self.folder.save(self.step, self.cotrain, state, writes=is_main)
+        own = self.feed.state()
+        if self.is_sharded:
+            self.folder.save_shares(self.step, self.cotrain, self.optimizer, self._state(), own)
+        else:
+            feeds = gathered_by_main(own)
+            if self.accelerator.is_main_process:
+                whole = {**self._state(), "feeds": feeds, "optimizer": self.optimizer.state_dict()}
+                self.folder.save(self.step, self.cotrain, whole)
         self.saved_step = self.step
 
-    def _state(self, feeds: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
+        """What is common to all processes, but for the optimizer's state."""
         return {
             "step": self.step,
             **self._shape(),
             "arguments": self.arguments,
-            "feeds": feeds,
-            "optimizer": whole_state(self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -400,7 +402,7 @@ class Training:
         }
 
     def _resume(self) -> None:
-        state = None if self.folder is None else self.folder.load(self.cotrain)
+        state = None if self.folder is None else self.folder.load(self.cotrain, self.optimizer)
         if state is None:
             return
         prolong = self.settings.resume == PROLONG

@@ -33,19 +33,25 @@ _SEQUENCES: Final[dict[str, Any]] = {"$tuple": tuple, "$set": set, "$size": torc
 class PackedState:
     """A copy of a state, on the CPU, that training no longer changes; to be written when there is time.
 
+    Its `tensors` are numbered, and the numbers begin with a `prefix`.
+
     Raises:
         CheckpointError: something in it is neither a tensor nor a plain type; where and what it is is told.
     """
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], prefix: str = "") -> None:
         self.tensors: dict[str, Tensor] = {}
+        self._prefix = prefix
         self._plain = self._packed(state, "")
 
     def write(self, folder: Path, name: str) -> None:
         """Write `<name>.json` and `<name>.safetensors` into a folder."""
         save_file(self.tensors, folder / f"{name}.safetensors")
-        text = json.dumps(self._plain, allow_nan=False, separators=(",", ":"))
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        (folder / f"{name}.json").write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """Everything but the tensors, in JSON."""
+        return json.dumps(self._plain, allow_nan=False, separators=(",", ":"))
 
     def _packed(self, value: Any, path: str) -> Any:
         if value is None or isinstance(value, bool | int | str):
@@ -73,7 +79,7 @@ class PackedState:
     def _tensor(self, value: Tensor) -> dict[str, str]:
         if value.is_complex():
             return {"$complex": self._tensor(torch.view_as_real(value))["$tensor"]}
-        name = str(len(self.tensors))
+        name = f"{self._prefix}{len(self.tensors)}"
         self.tensors[name] = cpu_copy(value)
         return {"$tensor": name}
 
@@ -95,12 +101,23 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
         CheckpointError: a file is missing, or was not written by `PackedState`.
     """
     try:
-        tensors = load_file(folder / f"{name}.safetensors")
-        state = _read(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return unpacked(folder / f"{name}.json", load_file(folder / f"{name}.safetensors"))
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / name} cannot be read: {error}; take another copy of the folder") from None
+
+
+def unpacked(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state that was packed: everything but the tensors in a file, and the tensors by name.
+
+    Raises:
+        CheckpointError: the file is missing, or is not of a `PackedState` with these tensors.
+    """
+    try:
+        state = _read(json.loads(file.read_text(encoding="utf-8")), tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; take another copy of the folder") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{folder / name}.json is not the state of a run; take another copy of the folder")
+        raise CheckpointError(f"{file} is not the state of a run; take another copy of the folder")
     return state
 
 

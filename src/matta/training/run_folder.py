@@ -3,7 +3,8 @@
     fit.json             what this folder is
     lock                 held by the process that writes here
     checkpoint-00001000/ model.safetensors, and optimizer, data position and the rest in training.safetensors and
-                         training.json; the newest three are kept
+                         training.json; of a sharded run the shares of its processes (matta.training.checkpoint_shares);
+                         the newest three are kept
     nonfinite/           batches whose loss was not finite (matta.training.plain_state.read_state)
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
@@ -28,23 +29,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matta.errors import CheckpointError, RunError
 from matta.nesting.batches import Batch
+from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded, placed
-from matta.sizes.saving import require_fit, split_state
+from matta.sizes.saving import held_state, require_fit, save_from
 from matta.sizes.storage import verify, whole_folder, write_json
+from matta.sizes.weight_files import weights_in
+from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares
 from matta.training.plain_state import PackedState, cpu_copy, read_state
+from matta.training.processes import gathered, is_main_process
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 MARKER: Final = "fit.json"
 MODEL: Final = "model.safetensors"
-TRAINING: Final = "training"
 LOCK: Final = "lock"
 NESTED: Final = "nested"
 FORMAT: Final = {"format": "matta.fit", "version": 2}
@@ -68,6 +73,7 @@ class RunFolder:
         self._held: FileLock | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="matta.checkpoint")
         self._writing: Future[None] | None = None
+        self._shares: ShareWriter | None = None
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (self.path / MARKER).is_file():
@@ -119,22 +125,43 @@ class RunFolder:
         except NotImplementedError:  # a file system without locks
             self._held = None
 
-    def save(self, step: int, module: nn.Module, training: Mapping[str, Any], *, writes: bool = True) -> None:
+    def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
         """Copy a checkpoint, to be written while training continues, in place of any of this step.
-
-        Of a sharded module all processes call this, and one `writes`.
 
         Raises:
             RunError: the checkpoint before could not be written.
             CheckpointError: the state holds something that is neither a tensor nor a plain type.
         """
         self.wait()
-        tensors, others = split_state(module)
-        if not writes:
-            return
+        tensors, others = held_state(module)
         copies = {name: cpu_copy(tensor) for name, tensor in tensors.items()}
         packed = PackedState({**training, "extra_state": others})
         self._writing = self._writer.submit(self._write, step, copies, packed)
+
+    def save_shares(
+        self,
+        step: int,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        training: Mapping[str, Any],
+        own: Mapping[str, Any],
+    ) -> None:
+        """As `save`, of a sharded module; all processes call this, each with a state of its `own`, and each writes.
+
+        Raises:
+            RunError: the checkpoint before could not be written.
+            CheckpointError: the state holds something that is neither a tensor nor a plain type.
+        """
+        self.wait()
+        self._shares = self._shares or ShareWriter()
+        share = self._shares.copy(module, optimizer, training, own)
+        self._writing = self._writer.submit(self._write_share, step, self._shares, share)
+
+    def save_nested(self, step: int, nested: Nested) -> None:
+        """Write the nesting at the end of the run, from the checkpoint of its last step; one process does this."""
+        checkpoint = self._checkpoint(step)
+        weights = weights_in(checkpoint if has_shares(checkpoint) else checkpoint / MODEL)
+        save_from(weights, "nested.", nested, self.path / NESTED)
 
     def wait(self) -> None:
         """Return when the last checkpoint is on disk.
@@ -146,7 +173,7 @@ class RunFolder:
         try:
             if writing is not None:
                 writing.result()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:
             whole = self.checkpoints()
             remedy = f"mend that, and resume from {whole[-1].name}" if whole else "mend that, and begin afresh"
             raise RunError(f"a checkpoint could not be written to {self.path}: {error}; {remedy}") from None
@@ -160,15 +187,30 @@ class RunFolder:
         try:
             self.wait()
         finally:
+            if self._shares is not None:
+                self._shares.close()
+                self._shares = None
             if self._held is not None:
                 self._held.release()
                 self._held = None
 
     def _write(self, step: int, tensors: dict[str, Tensor], training: PackedState) -> None:
         """Write a checkpoint; then remove all but the newest ones."""
-        with whole_folder(self.path / f"checkpoint-{step:08d}") as made:
+        with whole_folder(self._checkpoint(step)) as made:
             save_file(tensors, made / MODEL)
             training.write(made, TRAINING)
+        self._remove_old()
+
+    def _write_share(self, step: int, writer: ShareWriter, share: Share) -> None:
+        """Write this process's part of a checkpoint; then, on the main one, remove all but the newest ones."""
+        writer.write(share, self._checkpoint(step))
+        if is_main_process():
+            self._remove_old()
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step:08d}"
+
+    def _remove_old(self) -> None:
         for old in self.checkpoints()[:-NUM_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -181,27 +223,27 @@ class RunFolder:
                 PackedState({"batches": list(batches)}).write(aside, name)
         return aside if aside.exists() else None
 
-    def load(self, module: nn.Module) -> dict[str, Any] | None:
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Put the newest whole checkpoint's weights into `module`; the rest of it, or None if there is no checkpoint.
 
-        A damaged checkpoint is passed over with a warning.
+        A damaged checkpoint is passed over with a warning. All processes call this; of shares each reads those of
+        `module` and of the state of `optimizer` that it holds.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or one does not fit; the module is then as it was.
         """
         damaged: list[str] = []
-        for path in reversed(self.checkpoints()):
+        for name in gathered([each.name for each in reversed(self.checkpoints())])[0]:
+            path = self.path / name
             try:
-                tensors, training = _read(path)
+                saved = SavedShares(path) if has_shares(path) else _SavedWhole(path)
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            require_fit(path, tensors, split_state(module)[0])
-            if damaged:
+            saved.require_fit(module)
+            if damaged and is_main_process():
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
-            present = placed(tensors, module) if is_sharded(module) else tensors
-            module.load_state_dict({**present, **training.pop("extra_state")}, strict=False)
-            return training
+            return saved.load(module, optimizer)
         if damaged:
             raise CheckpointError(
                 f"no checkpoint in {self.path} is whole: {'; '.join(damaged)}; take another copy of the run, or remove "
@@ -230,10 +272,28 @@ def is_in_use(folder: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint, and the rest of it."""
-    verify(path)
-    try:
-        return load_file(path / MODEL), read_state(path, TRAINING)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+@final
+class _SavedWhole:
+    """A checkpoint that one process has written, whole; it is read into memory.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        verify(path)
+        self.path = path
+        try:
+            self._tensors, self._training = load_file(path / MODEL), read_state(path, TRAINING)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+    def require_fit(self, module: nn.Module) -> None:
+        """Refuse another module than the one saved."""
+        require_fit(self.path, self._tensors, held_state(module)[0])
+
+    def load(self, module: nn.Module, _: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put the weights into `module`; the rest of it."""
+        present = placed(self._tensors, module) if is_sharded(module) else self._tensors
+        module.load_state_dict({**present, **self._training.pop("extra_state")}, strict=False)
+        return self._training

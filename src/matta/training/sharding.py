@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.nesting.batches import map_tensors
 from matta.nesting.copying import deep_copy, is_unit
 from matta.nesting.nested import Nested, nested_from_plans
-from matta.nesting.sharded_slices import gathered, refuse_sparse_tables
+from matta.nesting.sharded_slices import refuse_sparse_tables
 from matta.nesting.slicing import materialize
 from matta.optim.shampoo import Shampoo
 
@@ -110,21 +109,15 @@ def whole_nested(nested: Nested) -> Nested:
     return nested_from_plans(students, deep_copy(nested.ta), nested.plans)
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer as one process would have it; with sharded parameters, on the main process."""
-    state = optimizer.state_dict()
-    return {**state, "state": map_tensors(state["state"], gathered)}
-
-
 def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one process as this process of a sharded run holds it."""
+    """The state of one process as this process of a sharded run holds it; what is divided already stays as it is."""
     parameters: list[Any] = [each for group in optimizer.param_groups for each in group["params"]]
     if isinstance(optimizer, Shampoo) or not any(hasattr(each, "placements") for each in parameters):
         return state
     from torch.distributed.tensor import distribute_tensor
 
     def divided(value: Any, like: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != like.shape:
+        if not isinstance(value, Tensor) or value.shape != like.shape or hasattr(value, "placements"):
             return value
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
