@@ -145,10 +145,10 @@ def find_order(
     groups, changing = trial.sorted_out(groups, trial.allows_orders)
     left += [Left(size=g.size, members=tuple(g.members), reason=_CHANGES) for g in changing]
     turned, groups = trial.sorted_out(groups, trial.allows_turns) if rotate else ([], groups)
-    if turned and data is not None:
-        data = list(islice(data, max(num_batches, 0)))
+    batches = list(islice(data or (), max(num_batches, 0))) if turned else []
+    data = batches if turned and data is not None else data
     measured = channel_scores(ordered, groups, importance, data=data, loss=loss, num_batches=num_batches)
-    axes = principal_axes(ordered, turned, importance, batches=data or (), loss=loss)
+    axes = principal_axes(ordered, turned, importance, batches=batches, loss=loss)
     before = _outputs(ordered, example)
     orders = [scores.argsort(descending=True, stable=True) for scores in measured]
     for group, new in zip(groups, orders, strict=True):
