@@ -3,16 +3,19 @@
 A ranker of films, a CNN on scikit-learn's digits and a byte GPT are trained first. Each tool then makes models of 75,
 50 and 25% of the parameters of them, which train for the same number of steps on the same batches:
 
-    matta            order by taylor and magnitude; the best of several shapes by the training loss of its leading
-                     slice; nest(warm_start="ta"); co-train with the trained model as the Teacher; extract
-    matta_family     the three sizes of it in one run, a third of the steps in all
+    matta            order by taylor and by magnitude, embeddings turned onto principal axes; of both orders and all
+                     shapes the leading slice with the least training loss; nest(warm_start="ta"); co-train on labels
+                     and the trained model's probabilities, half each; extract
+    matta_family     the three sizes of one order in one run, a third of the steps in all
     torch_pruning    a uniform ratio, heads and embeddings too; by taylor and by magnitude; labels and distillation
     model_optimizer  FastNAS under a limit of parameters; labels and distillation
 
-Quality is the held-out cross-entropy in nats: lower is better. Where a tool has two importances the better one on
-average counts. Changes are in percent against the best of the others, paired by seed, with 95% intervals.
+Quality is the held-out cross-entropy in nats: lower is better. Of Torch-Pruning's two importances the better one on
+these held-out data counts, while matta chooses by the training loss. Its shapes are of all dimensions from a tenth to
+the whole, so those that keep embeddings or a residual stream whole are among them. Changes are in percent against the
+best of the others, paired by seed, with 95% intervals.
 
-    python benchmarks/down.py [--quick] [--seeds N] [--tasks ranker,cnn,gpt] [--json]
+    python benchmarks/down.py [--quick] [--seeds N] [--tasks ranker,cnn,gpt,handled] [--json]
 
 Needs `pip install 'matta[bench]'`; a tool that is missing is said so in the figures.
 """
@@ -37,6 +40,7 @@ from matta_studies.intervals import relative_change
 
 SHARES = (0.75, 0.5, 0.25)
 TASKS = {"ranker": ranker, "cnn": digits, "gpt": byte_model}
+HANDLED = "handled"
 
 
 @final
@@ -68,7 +72,7 @@ FULL = Effort(
     seeds=5,
     training={"ranker": 800, "cnn": 400, "gpt": 500},
     tuning={"ranker": 100, "cnn": 60, "gpt": 60},
-    num_shapes=30,
+    num_shapes=300,
     num_candidates=300,
     importances=("taylor", "magnitude"),
     models=tuple(MODELS),
@@ -81,15 +85,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Downwards from a trained model, beside other tools.")
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps: under a minute")
     parser.add_argument("--seeds", type=int, help="seeds of each task (default: 5)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="which, with commas")
+    parser.add_argument("--tasks", default=",".join([*TASKS, HANDLED]), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
     effort = QUICK if options.quick else FULL
     figures: dict[str, Any] = {f"version.{name}": version for name, version in arms.versions().items()}
     for name in options.tasks.split(","):
-        figures |= measure(TASKS[name](), effort, options.seeds or effort.seeds)
-    figures |= handled(effort.models, effort.limit_s)
+        if name == HANDLED:
+            figures |= handled(effort.models, effort.limit_s)
+        else:
+            figures |= measure(TASKS[name](), effort, options.seeds or effort.seeds)
     if options.json:
         print(json.dumps(figures))
         return
@@ -123,26 +129,26 @@ class _Measured:
         """One seed of every tool."""
         ta = arms.trained(self.task, self.effort.training[self.task.name], seed)
         self.start.append(self.task.quality(ta))
+        self._matta(ta, seed)
         for importance in self.effort.importances:
-            self._matta(ta, importance, seed)
             self._other("torch_pruning", importance, ta, seed)
         self._other("model_optimizer", "search", ta, seed)
 
-    def _matta(self, ta: torch.nn.Module, importance: str, seed: int) -> None:
-        task, steps = self.task, self.steps
-        ordered, seconds = arms.timed(lambda: arms.ordered(task, ta, importance, seed))
-        shapes = []
-        for share in SHARES:
-            shape, searching = arms.timed(
-                lambda s=share: arms.best_shape(task, ordered, s, seed, self.effort.num_shapes)
-            )
-            shapes.append(shape)
-            self.seconds["matta"].append(seconds + searching)
-            [made] = arms.co_trained(task, ta, ordered, [shape], num_steps=steps, seed=seed)
-            self._note("matta", importance, share, made)
-        family = arms.co_trained(task, ta, ordered, shapes, num_steps=steps, seed=seed)
+    def _matta(self, ta: torch.nn.Module, seed: int) -> None:
+        task, num = self.task, self.effort.num_shapes
+        orders, seconds = arms.timed(lambda: [arms.ordered(task, ta, each, seed) for each in self.effort.importances])
+        found, searching = arms.timed(
+            lambda: [[arms.best_shape(task, each, share, seed, num) for share in SHARES] for each in orders]
+        )
+        self.seconds["matta"].append((seconds + searching) / len(SHARES))
+        for column, share in enumerate(SHARES):
+            (_, shape), order = min(zip([row[column] for row in found], orders, strict=True), key=lambda each: each[0])
+            [made] = arms.co_trained(task, ta, order, [shape], num_steps=self.steps, seed=seed)
+            self._note("matta", "search", share, made)
+        row, order = min(zip(found, orders, strict=True), key=lambda each: sum(loss for loss, _ in each[0]))
+        family = arms.co_trained(task, ta, order, [shape for _, shape in row], num_steps=self.steps, seed=seed)
         for share, made in zip(SHARES, family, strict=True):
-            self._note("matta_family", importance, share, made)
+            self._note("matta_family", "search", share, made)
 
     def _other(self, tool: str, importance: str, ta: torch.nn.Module, seed: int) -> None:
         task = self.task

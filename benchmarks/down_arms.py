@@ -48,12 +48,12 @@ def _optimizer(module: nn.Module, rate: float, num_steps: int) -> tuple[torch.op
 
 
 def ordered(task: Task, ta: nn.Module, importance: str, seed: int) -> nn.Module:
-    """The trained model with its channels in order."""
+    """The trained model with its channels in order, or turned where only linear maps touch them."""
     data = islice(task.batches(1000 + seed), NUM_MEASURED)
-    return matta.order(ta, example=task.example(), data=data, importance=importance, loss=task.objective)
+    return matta.order(ta, example=task.example(), data=data, importance=importance, loss=task.objective, rotate=True)
 
 
-def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: int) -> Sizes:
+def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: int) -> tuple[float, Sizes]:
     """Of several shapes with that share of the parameters, the one whose leading slice has the least training loss."""
     measured = list(islice(task.batches(2000 + seed), 4))
 
@@ -62,7 +62,7 @@ def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: i
         student = _nested(task, ta, [sizes]).student.eval()
         return sum(float(task.objective.cross_entropy(student(*inputs), labels)) for inputs, labels in measured)
 
-    return min(task.shapes(share, num_shapes), key=loss)
+    return min((loss(sizes), sizes) for sizes in task.shapes(share, num_shapes))
 
 
 def _nested(task: Task, ta: nn.Module, shapes: Sequence[Sizes]) -> matta.Nested:
@@ -75,9 +75,10 @@ def _nested(task: Task, ta: nn.Module, shapes: Sequence[Sizes]) -> matta.Nested:
 def co_trained(
     task: Task, teacher: nn.Module, ta: nn.Module, shapes: Sequence[Sizes], *, num_steps: int, seed: int
 ) -> list[nn.Module]:
-    """Students of an ordered model, in one run, and extracted; the trained model is the Teacher."""
+    """Students of an ordered model, in one run, and extracted; on the labels and the trained model's probabilities."""
     nested = _nested(task, copy.deepcopy(ta), shapes)
-    cotrain = matta.CoTraining(nested, task.objective, ramp=matta.Ramp(start=0, steps=0), teacher=teacher)
+    ramp = matta.Ramp(start=0, steps=0)
+    cotrain = matta.CoTraining(nested, task.objective, ramp=ramp, teacher=teacher, labels=0.5)
     optimizer, schedule = _optimizer(nested, task.rate, num_steps)
     for batch in islice(task.batches(seed + 1), num_steps):
         optimizer.zero_grad()

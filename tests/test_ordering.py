@@ -248,6 +248,79 @@ def test_leading_slice_after_order_is_the_better_student() -> None:
     assert errors[1] < 1e-3 < errors[0]
 
 
+# --- principal axes ---------------------------------------------------------------------------------
+
+
+class Embedded(nn.Module):
+    """Two embeddings that a linear layer reads, and a hidden layer."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.user, self.film = nn.Embedding(9, width), nn.Embedding(7, width)
+        self.first, self.last = nn.Linear(2 * width, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(torch.cat([self.user(x[:, 0]), self.film(x[:, 1])], -1)).relu())
+
+
+PAIRS = (torch.stack([torch.arange(20) % 9, torch.arange(20) % 7], 1), torch.zeros(20, 1))
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "taylor"])
+def test_a_leading_slice_of_turned_channels_holds_what_has_few_dimensions(importance: Any) -> None:
+    torch.manual_seed(0)
+    ta = Embedded()
+    with torch.no_grad():
+        for table in (ta.user, ta.film):  # two directions, spread over six channels
+            table.weight.copy_(torch.randn(len(table.weight), 2) @ torch.randn(2, 6))
+    arguments = {"example": PAIRS, "importance": importance, "data": [PAIRS], "loss": squared_error}
+    errors = []
+    for rotate in (False, True):
+        found = matta.find_order(ta, rotate=rotate, **arguments)
+        torch.testing.assert_close(found.module(PAIRS[0]), ta(PAIRS[0]))
+        layouts = {"first.weight": matta.Layout.concat([(2, 6)] * 2, axis=1)}
+        student = matta.nest(slim(), found.module, layouts=layouts, warm_start="ta").student
+        errors.append(float((student(PAIRS[0]) - ta(PAIRS[0])).detach().abs().max()))
+        assert all(bool((scores.diff() <= 0).all()) for scores in found.scores)
+    assert errors[1] < 0.15 * errors[0]
+    assert {group.name: turned for group, turned in zip(found.groups, found.rotated, strict=True)} == {
+        "first.weight (axis 0)": False,
+        "user.weight (axis 1)": True,
+        "film.weight (axis 1)": True,
+    }
+
+
+def slim() -> Embedded:
+    small = Embedded(2)
+    small.first = nn.Linear(4, 8)
+    return small
+
+
+def test_the_axes_of_taylor_are_those_of_gradients_and_activations() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), torch.randn(50, 3).double()
+    batch = x, torch.randn(50, 2).double()
+    found = matta.find_order(module, example=batch, data=[batch], importance="taylor", loss=squared_error, rotate=True)
+    hidden = found.module[0](x).detach().requires_grad_()
+    functional.mse_loss(found.module[1](hidden), batch[1]).backward()
+    logarithm = torch.zeros(4, 4).double()
+    for rows in (hidden.detach(), hidden.grad):
+        values, axes = torch.linalg.eigh(rows.T @ rows)
+        logarithm += axes * values.clamp(min=1e-10 * float(values[-1])).log() @ axes.T
+    torch.testing.assert_close(logarithm, logarithm.diag().diag(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.scores[0].double(), logarithm.diag(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2-d_model-heads", "dlrm-concat", "lstm-bidirectional"])
+def test_what_is_not_linear_is_ordered_and_not_turned(name: str) -> None:
+    _, ta = zoo.case(name).build()
+    example = zoo.case(name).batch()
+    found = matta.find_order(ta, example=example, importance="magnitude", rotate=True)
+    for expected, actual in zip(outputs(ta, example), outputs(found.module, example), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not all(found.rotated)
+
+
 # --- errors ----------------------------------------------------------------------------------------
 
 

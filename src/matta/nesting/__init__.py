@@ -14,8 +14,8 @@ Read in this order:
 - `matching`: one traced model over another, which gives the layout of fused axes and of heads.
 - `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.
-- `ordering`, with `channel_groups` and `importance`: a trained TA's channels in the order in which they matter;
-  `block_ranking`: which of its blocks to keep; `ta_start`: a Student that starts as its slice.
+- `ordering`, with `channel_groups`, `importance` and `principal_axes`: a trained TA's channels in the order in which
+  they matter; `block_ranking`: which of its blocks to keep; `ta_start`: a Student that starts as its slice.
 - `warm_start`: the TA starts from a trained Student. `growing`, with `widening`: the TA is built from the Student.
 - `batches`: how a batch is split and passed to a module.
 """

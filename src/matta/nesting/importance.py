@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final, Literal, Protocol, cast
 
@@ -25,6 +26,9 @@ class _Objective(Protocol):
 
 Loss = Callable[[nn.Module, Batch], Tensor] | _Objective
 """A function of a module and a batch, or an objective of `matta.objectives`."""
+
+Place = tuple[str, int, int]
+"""A module, which of the tensors that it receives, and an axis of it."""
 
 
 def channel_scores(
@@ -88,19 +92,21 @@ def _magnitudes(module: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
     """Logarithms of products of norms."""
     found = []
     for group in groups:
-        matrices = [key for key in group.members if _is_parameter(module, key[0]) and _tensor(module, key).ndim > 1]
-        keys = matrices or [key for key in group.members if _is_parameter(module, key[0])]
-        norms = [_summed(_tensor(module, key).detach().abs().float().square(), key, group) for key in keys]
+        matrices = [key for key in group.members if is_parameter(module, key[0]) and tensor_of(module, key).ndim > 1]
+        keys = matrices or [key for key in group.members if is_parameter(module, key[0])]
+        norms = [_summed(tensor_of(module, key).detach().abs().float().square(), key, group) for key in keys]
         found.append(sum((norm.clamp(min=1e-30).log() for norm in norms), torch.zeros(group.size)))
     return found
 
 
-def _is_parameter(module: nn.Module, name: str) -> bool:
+def is_parameter(module: nn.Module, name: str) -> bool:
+    """Whether a name is that of a parameter, and not of a buffer."""
     path, _, leaf = name.rpartition(".")
     return leaf in module.get_submodule(path)._parameters
 
 
-def _tensor(module: nn.Module, key: AxisKey) -> Tensor:
+def tensor_of(module: nn.Module, key: AxisKey) -> Tensor:
+    """The parameter or buffer that has an axis."""
     path, _, leaf = key[0].rpartition(".")
     return cast("Tensor", getattr(module.get_submodule(path), leaf))
 
@@ -116,12 +122,17 @@ def _summed(values: Tensor, key: AxisKey, group: Group) -> Tensor:
 
 
 def _activations(module: nn.Module, groups: Sequence[Group], batches: Iterable[Batch]) -> list[Tensor] | None:
-    totals: dict[tuple[str, int, int], Tensor] = {}
-    wanted: dict[str, set[tuple[int, int]]] = {}
-    for path, argument, axis, _ in (each for group in groups for each in group.seen):
-        wanted.setdefault(path, set()).add((argument, axis))
+    totals: dict[Place, Tensor] = {}
     num_seen = 0
-    with eval_mode(module), torch.no_grad(), _watched(module, wanted, totals):
+
+    def add(place: Place, values: Tensor) -> None:
+        values = values.detach().abs().float()
+        others = [i for i in range(values.ndim) if i != place[2]]
+        mean = values.mean(others).cpu() if others else values.cpu()
+        totals[place] = totals.get(place, torch.zeros(())) + mean
+
+    places = {each[:3] for group in groups for each in group.seen}
+    with eval_mode(module), torch.no_grad(), watched(module, places, add):
         for batch in batches:
             num_seen += 1
             call(module, split_labels(batch)[0])
@@ -131,42 +142,33 @@ def _activations(module: nn.Module, groups: Sequence[Group], batches: Iterable[B
     return [_fed(group, totals, other) for group, other in zip(groups, magnitudes, strict=True)]
 
 
-class _watched:
-    """Adds up the absolute values that modules are fed, by argument and axis, while it is active."""
+@contextmanager
+def watched(module: nn.Module, places: Iterable[Place], note: Callable[[Place, Tensor], None]) -> Iterator[None]:
+    """Note the tensors that modules are fed, at each of the places, while it is active."""
+    wanted: dict[str, list[Place]] = {}
+    for place in places:
+        wanted.setdefault(place[0], []).append(place)
 
-    def __init__(
-        self,
-        module: nn.Module,
-        wanted: Mapping[str, set[tuple[int, int]]],
-        totals: dict[tuple[str, int, int], Tensor],
-    ) -> None:
-        self.module, self.wanted, self.totals = module, wanted, totals
-        self.handles: list[Any] = []
+    def hook(own: list[Place]) -> Any:
+        def take(_: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = tensors_of((args, kwargs))
+            for place in own:
+                note(place, tensors[place[1]])
 
-    def __enter__(self) -> None:
-        for path, places in self.wanted.items():
-            hook = self._hook(path, places)
-            part = self.module.get_submodule(path)
-            self.handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+        return take
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(hook(own), with_kwargs=True)
+        for path, own in wanted.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
-    def _hook(self, path: str, places: set[tuple[int, int]]) -> Any:
-        def add(_: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = tensors_of((args, kwargs))
-            for argument, axis in places:
-                values = tensors[argument].detach().abs().float()
-                others = [i for i in range(values.ndim) if i != axis]
-                mean = values.mean(others).cpu() if others else values.cpu()
-                key = path, argument, axis
-                self.totals[key] = self.totals.get(key, torch.zeros(())) + mean
 
-        return add
-
-
-def _fed(group: Group, totals: Mapping[tuple[str, int, int], Tensor], otherwise: Tensor) -> Tensor:
+def _fed(group: Group, totals: Mapping[Place, Tensor], otherwise: Tensor) -> Tensor:
     """The mean over the modules that are fed a group's channels, each on the scale of its own mean."""
     found = []
     for path, argument, axis, positions in group.seen:
@@ -181,28 +183,28 @@ def _fed(group: Group, totals: Mapping[tuple[str, int, int], Tensor], otherwise:
 
 
 def _slopes(module: nn.Module, groups: Sequence[Group], batches: Iterable[Batch], loss: Loss) -> list[Tensor] | None:
-    named = {name: each for name, each in module.named_parameters() if each.is_floating_point()}
     found = [torch.zeros(group.size) for group in groups]
     num_seen = 0
-    with eval_mode(module), torch.enable_grad():
-        for gradients in _gradients(module, named, batches, loss):
+    with eval_mode(module):
+        for gradients in gradients_of(module, batches, loss):
             num_seen += 1
             for group, scores in zip(groups, found, strict=True):
                 for key in group.members:
                     gradient = gradients.get(key[0])
                     if gradient is not None:
-                        product = named[key[0]].detach().float() * gradient.float()
+                        product = tensor_of(module, key).detach().float() * gradient.float()
                         scores += _summed(product, key, group).abs()
     return found if num_seen else None
 
 
-def _gradients(
-    module: nn.Module, named: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss
-) -> Iterator[dict[str, Tensor | None]]:
-    """The gradients of the loss on each batch; the module's own `.grad` stays as it is."""
-    trained = {name: each for name, each in named.items() if each.requires_grad}
+def gradients_of(module: nn.Module, batches: Iterable[Batch], loss: Loss) -> Iterator[dict[str, Tensor | None]]:
+    """The gradients of the loss on each batch, by parameter; the module's own `.grad` stays as it is."""
+    trained = {
+        name: each for name, each in module.named_parameters() if each.requires_grad and each.is_floating_point()
+    }
     for batch in batches:
-        value = _loss(loss, module, batch)
+        with torch.enable_grad():
+            value = _loss(loss, module, batch)
         yield dict(zip(trained, torch.autograd.grad(value, list(trained.values()), allow_unused=True), strict=True))
 
 

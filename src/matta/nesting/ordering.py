@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, final
 
 import torch
@@ -20,6 +21,7 @@ from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import named_axes
 from matta.nesting.importance import Importance, Loss, channel_scores
+from matta.nesting.principal_axes import principal_axes, turn
 
 _SEED = 20250523
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -36,6 +38,7 @@ class Ordering:
         groups: What was ordered: channels that change places together, by the axes that have them.
         scores: The scores of each group's channels in the new order.
         left: What was left where it was, and why.
+        rotated: For each group whether it was turned onto principal axes.
 
     Example:
         >>> import matta, torch
@@ -51,9 +54,13 @@ class Ordering:
     groups: tuple[Group, ...]
     scores: tuple[Tensor, ...]
     left: tuple[Left, ...]
+    rotated: tuple[bool, ...]
 
     def __str__(self) -> str:
-        lines = [f"ordered: {each.size} channels of {named_axes([*each.members])}" for each in self.groups]
+        lines = [
+            f"{'rotated' if turned else 'ordered'}: {each.size} channels of {named_axes([*each.members])}"
+            for each, turned in zip(self.groups, self.rotated, strict=True)
+        ]
         lines += [f"left: {each.size} channels of {named_axes(each.members)}: {each.reason}" for each in self.left]
         return "\n".join(lines)
 
@@ -66,6 +73,7 @@ def order(
     importance: Importance = "activation",
     loss: Loss | None = None,
     num_batches: int = 32,
+    rotate: bool = False,
 ) -> nn.Module:
     """A module that computes the same, with the channels that matter most in front.
 
@@ -83,6 +91,9 @@ def order(
             loss), or "magnitude" (norms of weights; needs no data).
         loss: For "taylor": a function of a module and a batch, or an objective of `matta.objectives`.
         num_batches: How many batches of `data` are read at most.
+        rotate: Turn channels onto principal axes where only linear maps touch them, such as embeddings that a linear
+            layer reads: leading slices then hold far more than an order can put there. The function stays the same
+            to rounding. The batches are kept in memory, and each group costs a run on the example or two.
 
     Raises:
         OrderError: a kind of importance that is none, no data or loss where it takes some, or a function that changed.
@@ -96,8 +107,9 @@ def order(
         >>> order(mlp, example=torch.ones(2, 1), importance="magnitude")[0].weight.flatten().tolist()
         [3.0, 2.0, 1.0]
     """
-    found = find_order(ta, example=example, data=data, importance=importance, loss=loss, num_batches=num_batches)
-    return found.module
+    return find_order(
+        ta, example=example, data=data, importance=importance, loss=loss, num_batches=num_batches, rotate=rotate
+    ).module
 
 
 def find_order(
@@ -108,6 +120,7 @@ def find_order(
     importance: Importance = "activation",
     loss: Loss | None = None,
     num_batches: int = 32,
+    rotate: bool = False,
 ) -> Ordering:
     """What `matta.order` gives, with the groups of channels that were ordered and the reasons for those that were not.
 
@@ -128,16 +141,28 @@ def find_order(
     example = example if _is_batch(example) else (example, None)
     ordered = _without_gradients(deep_copy(ta))
     groups, left = find_groups(ordered, example)
-    groups, changing = _Trial(ordered, example).sorted_out(groups)
+    trial = _Trial(ordered, example)
+    groups, changing = trial.sorted_out(groups, trial.allows_orders)
     left += [Left(size=g.size, members=tuple(g.members), reason=_CHANGES) for g in changing]
+    turned, groups = trial.sorted_out(groups, trial.allows_turns) if rotate else ([], groups)
+    batches = list(islice(data or (), max(num_batches, 0))) if turned else []
+    data = batches if turned and data is not None else data
     measured = channel_scores(ordered, groups, importance, data=data, loss=loss, num_batches=num_batches)
+    axes = principal_axes(ordered, turned, importance, batches=batches, loss=loss)
     before = _outputs(ordered, example)
     orders = [scores.argsort(descending=True, stable=True) for scores in measured]
     for group, new in zip(groups, orders, strict=True):
         permute(ordered, group, new)
+    for group, (new, _) in zip(turned, axes, strict=True):
+        turn(ordered, group, new)
     _require_same(before, _outputs(ordered, example))
-    scores = tuple(found[new] for found, new in zip(measured, orders, strict=True))
-    return Ordering(module=ordered, groups=tuple(groups), scores=scores, left=tuple(left))
+    return Ordering(
+        module=ordered,
+        groups=(*groups, *turned),
+        scores=(*(found[new] for found, new in zip(measured, orders, strict=True)), *(found for _, found in axes)),
+        left=tuple(left),
+        rotated=(False,) * len(groups) + (True,) * len(turned),
+    )
 
 
 _CHANGES = "the module computes something else with them in another order"
@@ -223,17 +248,19 @@ class _Trial:
             else:
                 break
 
-    def sorted_out(self, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-        """The groups that can be permuted, and those that change what the module computes."""
-        if not groups or self._is_same(groups):
+    def sorted_out(
+        self, groups: Sequence[Group], allows: Callable[[Sequence[Group]], bool]
+    ) -> tuple[list[Group], list[Group]]:
+        """The groups that can be changed so, and those with which the module computes something else."""
+        if not groups or allows(groups):
             return list(groups), []
         if len(groups) == 1:
             return [], list(groups)
         middle = len(groups) // 2
-        halves = self.sorted_out(groups[:middle]), self.sorted_out(groups[middle:])
+        halves = self.sorted_out(groups[:middle], allows), self.sorted_out(groups[middle:], allows)
         return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
 
-    def _is_same(self, groups: Sequence[Group]) -> bool:
+    def allows_orders(self, groups: Sequence[Group]) -> bool:
         """Whether a shift of all channels and an exchange of two change nothing: these generate every other order.
 
         Shifts are of the groups with one bit in their number, so that of each pair one is shifted without the other:
@@ -241,19 +268,32 @@ class _Trial:
         """
         numbered = list(enumerate(groups, start=1))
         some = [[group for i, group in numbered if i >> bit & 1] for bit in range(len(groups).bit_length())]
-        return all(self._is_same_under(each, _shift) for each in some) and self._is_same_under(groups, _exchange)
+        return all(self._is_same_under(each, permute, _shift) for each in some) and self._is_same_under(
+            groups, permute, _exchange
+        )
 
-    def _is_same_under(self, groups: Sequence[Group], generator: Callable[[int], Tensor]) -> bool:
-        orders = [generator(group.size) for group in groups]
-        for group, new in zip(groups, orders, strict=True):
-            permute(self.module, group, new)
+    def allows_turns(self, groups: Sequence[Group]) -> bool:
+        """Whether a turn by chance of all channels changes nothing."""
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        are_real = all(state[name].is_floating_point() for group in groups for name, _ in group.members)
+        return are_real and self._is_same_under(groups, turn, _turned)
+
+    def _is_same_under(
+        self,
+        groups: Sequence[Group],
+        change: Callable[[nn.Module, Group, Tensor], None],
+        generator: Callable[[int], Tensor],
+    ) -> bool:
+        changes = [generator(group.size) for group in groups]
+        for group, new in zip(groups, changes, strict=True):
+            change(self.module, group, new)
         try:
             after = _outputs(self.module, self.example)
         except Exception:
             return False
         finally:
-            for group, new in zip(groups, orders, strict=True):
-                permute(self.module, group, new.argsort())
+            for group, new in zip(groups, changes, strict=True):
+                change(self.module, group, new.T if new.ndim == 2 else new.argsort())
         return _distance(self.before, after) <= _TOLERANCE
 
 
@@ -263,6 +303,11 @@ def _shift(size: int) -> Tensor:
 
 def _exchange(size: int) -> Tensor:
     return torch.tensor([1, 0, *range(2, size)])
+
+
+def _turned(size: int) -> Tensor:
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+    return torch.linalg.qr(matrix)[0]
 
 
 def _cast(example: Batch, dtype: torch.dtype) -> Batch:
