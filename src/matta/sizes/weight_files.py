@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -21,8 +23,10 @@ from torch import Tensor
 from matta.errors import CheckpointError
 from matta.nesting.layout import Axis
 
-PIECE: Final = 1 << 22
-"""Bytes read at a time."""
+PIECE: Final = 1 << 20
+"""Bytes read at a time: few enough that they are still in the cache of the processor when they are written."""
+_FLUSH: Final = 1 << 25
+"""Bytes after which the disk is told to begin, so that little is left to wait for in the end."""
 _TYPES: Final[Mapping[str, torch.dtype]] = {  # in the order in which a file has its tensors, the last first
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -81,9 +85,8 @@ class WeightFile:
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        shape = self.like(name).shape
-        pieces = list(self.pieces(name, tuple(Axis.plain(size, size) for size in shape)))
-        return torch.cat(pieces).view(shape) if pieces else torch.empty_like(self.like(name), device="cpu")
+        like = self.like(name)
+        return filled(like, self.pieces(name, tuple(Axis.plain(size, size) for size in like.shape)))
 
     def pieces(self, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
         """A slice of a tensor, as contiguous pieces that follow each other on the first axis."""
@@ -93,14 +96,24 @@ class WeightFile:
         shape = like.shape or (1,)
         row = like.nbytes // shape[0]
         begin = self._start + self._entries[name]["data_offsets"][0]
-        with self.path.open("rb") as file:
+        with self.path.open("rb", buffering=0) as file:
             for first, last in _runs(axes[0] if axes else Axis.plain(1, 1), max(1, PIECE // row)):
                 file.seek(begin + first * row)
-                piece = torch.from_numpy(np.fromfile(file, np.uint8, (last - first) * row))
-                piece = piece.view(like.dtype).view(last - first, *shape[1:])
+                piece = torch.empty(last - first, *shape[1:], dtype=like.dtype)
+                _read_into(file, piece)
                 for dim, axis in enumerate(axes[1:], 1):
                     piece = axis.take(piece, dim)
                 yield piece.contiguous()
+
+
+def filled(like: Tensor, pieces: Iterable[Tensor]) -> Tensor:
+    """A tensor of a type and shape, made of its pieces."""
+    made = torch.empty_like(like, device="cpu")
+    flat, start = made.view(-1), 0
+    for piece in pieces:
+        flat[start : start + piece.numel()] = piece.reshape(-1)
+        start += piece.numel()
+    return made
 
 
 def write_weights(
@@ -112,8 +125,7 @@ def write_weights(
 ) -> str:
     """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces.
 
-    Gives the file's checksum, or without it that of the header. One thread reads ahead, one computes the checksum,
-    and this one writes.
+    Gives the file's checksum, or without it that of the header; a thread of its own computes it.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -126,18 +138,37 @@ def write_weights(
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     checksum = hashlib.sha256(start)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as beside:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         file.write(start)
-        data = _data(order, tensors)
-        following, hashed = ahead.submit(next, data, None), beside.submit(checksum.update, b"")
-        while (piece := following.result()) is not None:
-            following = ahead.submit(next, data, None)
-            hashed.result()  # one at a time: no more than three pieces are in memory
+        hashed, begun = beside.submit(checksum.update, b""), 0
+        for piece in _data(order, tensors):
+            hashed.result()  # one at a time: no more than two pieces are in memory
             hashed = beside.submit(checksum.update, piece if has_checksum else b"")
             file.write(piece)
+            if file.tell() - begun >= _FLUSH:
+                begun = _begin_to_flush(file, begun)
         hashed.result()
         assert file.tell() == len(start) + end, "pieces make up their tensors"
     return checksum.hexdigest()
+
+
+def _read_into(file: FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor from where the file is."""
+    rest = _bytes_of(tensor)
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise CheckpointError(f"{file.name!s} has become shorter while it was read; take another copy of it")
+        rest = rest[count:]
+
+
+def _begin_to_flush(file: BufferedWriter, begin: int) -> int:
+    """Have the system put on disk what was written from `begin` on, without waiting; the end of it."""
+    file.flush()
+    end = file.tell()
+    if hasattr(os, "posix_fadvise"):  # not on a Mac
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+    return end
 
 
 def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]]) -> Iterator[memoryview]:
@@ -145,7 +176,11 @@ def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Ten
     for name in order:
         like, pieces = tensors[name]
         for piece in pieces:
-            yield piece.to(like.dtype).view(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(piece.to(like.dtype))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:
