@@ -6,7 +6,6 @@ What is written is byte for byte what `safetensors` writes of the same tensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from matta.errors import CheckpointError
 from matta.nesting.layout import Axis
+from matta.sizes.storage import Checksum
 
 PIECE: Final = 1 << 20
 """Bytes read at a time: few enough that they are still in the cache of the processor when they are written."""
@@ -137,7 +137,8 @@ def write_weights(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    checksum = hashlib.sha256(start)
+    checksum = Checksum()
+    checksum.update(start)
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         file.write(start)
         hashed, begun = beside.submit(checksum.update, b""), 0
