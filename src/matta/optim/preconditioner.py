@@ -57,7 +57,7 @@ class Factors:
 
     def refresh(self, blocks: Sequence[int], *, eps: float) -> None:
         """Computes the roots of some blocks anew; where that fails the old root stays."""
-        chosen = torch.as_tensor(blocks, device=self.roots.device)
+        chosen = torch.tensor(blocks).to(self.roots.device, non_blocking=True)
         self.roots[chosen] = inverse_roots(self.statistics[chosen], self.roots[chosen], exponent=self.exponent, eps=eps)
 
 
