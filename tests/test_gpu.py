@@ -125,8 +125,9 @@ def test_a_step_of_shampoo_waits_once_and_for_each_decomposition(graft: Any) -> 
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         counts.append(len(found))
-    assert counts[0] == 1 + 4 or DEVICE.type == "cuda"  # all finite? and two stacks of two sides each
-    assert min(counts) >= 1 and max(counts[4:]) < counts[0]
+    first = sum(counts[:3])  # three times whether all gradients are finite, and two stacks of two sides each
+    assert first == 3 + 4 or DEVICE.type == "cuda"
+    assert min(counts) == 1
 
 
 @pytest.mark.parametrize(("max_nonfinite", "expected"), [(None, 1), (10, 2)])
