@@ -7,7 +7,9 @@ With --json one JSON object and nothing else. `extract_peak_mb` is the most memo
 `extract_peak_over_sub_model_mb` that less the size of the sub-model, `extract_peak_over_imports_mb` less what Python
 has once Transformers is imported. `extract_gb_per_s_vs_copy` is the speed of the whole command after its imports (plan,
 slices, comparison, checksums, put on disk), in bytes of the sub-model, to that of `shutil.copyfile`, put on disk too:
-the median of pairs, in turn.
+the median of pairs, in turn. Both read files that were just written or read, which are in memory where that suffices.
+`start_cpu_seconds` is what Python, torch and Transformers take to start, which no copy does. Other processes disturb
+times; processor time (`extract_cpu_seconds`, `copy_cpu_seconds`, all threads) they disturb less.
 """
 
 from __future__ import annotations
@@ -74,8 +76,8 @@ def pieces(like: Tensor) -> Iterator[Tensor]:
 
 def measured(run: Path, model: str, *, pairs: int) -> dict[str, Any]:
     """In a process of its own: the memory of the first extraction, the speed of all."""
-    imports = peak_mb()
-    seconds: dict[str, list[float]] = {"extract": [], "copy": []}
+    imports, start = peak_mb(), time.process_time()
+    seconds: dict[str, list[tuple[float, float]]] = {"extract": [], "copy": []}
     peak, size = 0.0, 0
     with tempfile.TemporaryDirectory(dir=run.parent) as name:
         for _ in range(pairs):
@@ -88,15 +90,21 @@ def measured(run: Path, model: str, *, pairs: int) -> dict[str, Any]:
             size = written.stat().st_size
             seconds["copy"].append(timed(lambda written=written: copy(written, Path(name) / "copy")))
             shutil.rmtree(out)
-    ratios = [copied / extracted for extracted, copied in zip(*seconds.values(), strict=True)]
+    ratios = [copied / extracted for (extracted, _), (copied, _) in zip(*seconds.values(), strict=True)]
+    wall, cpu = (
+        {name: statistics.median(each[kind] for each in found) for name, found in seconds.items()} for kind in (0, 1)
+    )
     return {
         "sub_model_mb": size / MEGABYTE,
         "extract_peak_mb": peak,
         "extract_peak_over_sub_model_mb": peak - size / MEGABYTE,
         "extract_peak_over_imports_mb": peak - imports,
-        "extract_seconds": statistics.median(seconds["extract"]),
-        "copy_seconds": statistics.median(seconds["copy"]),
-        "extract_gb_per_s": size / 1e9 / statistics.median(seconds["extract"]),
+        "start_cpu_seconds": start,
+        "extract_cpu_seconds": cpu["extract"],
+        "copy_cpu_seconds": cpu["copy"],
+        "extract_seconds": wall["extract"],
+        "copy_seconds": wall["copy"],
+        "extract_gb_per_s": size / 1e9 / wall["extract"],
         "extract_gb_per_s_vs_copy": statistics.median(ratios),
     }
 
@@ -109,11 +117,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
 
 
-def timed(call: Any) -> float:
+def timed(call: Any) -> tuple[float, float]:
+    """Seconds, and seconds of processor time."""
     os.sync()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def copy(source: Path, target: Path) -> None:

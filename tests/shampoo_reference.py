@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 EARLY = (1, 2, 4, 8, 16, 24, 32, 40)
+WAVES = (1, 4, 8, 16, 24, 32, 40)
 
 
 def block_slices(length: int, block_size: int) -> list[slice]:
@@ -93,7 +94,7 @@ class ReferenceShampoo:
 
     def refreshed_now(self) -> Iterator[tuple[Block, int]]:
         """Left roots, then right ones, each in the step of its wave that its share of the work falls into."""
-        starts = [start for start in EARLY if start < self.refresh_every]
+        starts = [start for start in WAVES if start < self.refresh_every]
         starts += range(self.refresh_every, self.step_number + self.refresh_every + 1, self.refresh_every)
         start = max(each for each in starts if each <= self.step_number)
         length = min(each for each in starts if each > self.step_number) - start

@@ -157,7 +157,7 @@ def spiked() -> list[tuple[Tensor, Tensor]]:
 DAMAGES = {
     "flipped": lambda path: flip(path / SHARD.format(2)),
     "gone": lambda path: (path / SHARD.format(2)).unlink(),
-    "unlisted": lambda path: (path / "SHA256SUMS").unlink(),
+    "unlisted": lambda path: (path / "CRC32SUMS").unlink(),
 }
 
 
@@ -243,7 +243,7 @@ def test_each_process_writes_its_share_and_no_pickle(folder: Path) -> None:
         "process-00000.json",
         "process-00001.json",
         "training.json",
-        "SHA256SUMS",
+        "CRC32SUMS",
     ]
     assert sorted(each.name for each in checkpoint.iterdir()) == sorted(names)
     held = []

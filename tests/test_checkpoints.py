@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def test_what_is_loaded_can_be_trained_and_saved_again(saved: Path, tmp_path: Pa
 
 
 def test_a_folder_holds_each_weight_once_and_nothing_pickled(saved: Path) -> None:
-    assert sorted(file.name for file in saved.iterdir()) == ["SHA256SUMS", "nested.json", "nested.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == ["CRC32SUMS", "nested.json", "nested.safetensors"]
     names = load_file(saved / saving.WEIGHTS).keys()
     assert not any(name.startswith("students.0.blocks") for name in names)
     assert {"students.0.stem.weight", "students.0.norm.running_mean", "ta.norm.running_mean"} <= names
@@ -248,6 +249,29 @@ def _flip(name: str) -> Callable[[Path], None]:
     return flip
 
 
+def _with_earlier_sums(folder: Path) -> None:
+    """Checksums as they were before, as `sha256sum` writes them."""
+    (folder / storage.SUMS).unlink()
+    files = (saving.DESCRIPTION, saving.WEIGHTS)
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in files]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def test_checksums_of_an_earlier_version_are_compared(saved: Path) -> None:
+    _with_earlier_sums(saved)
+    matta.load(saved, Net(), Net(6, 3))
+    _flip("nested.safetensors")(saved)
+    with pytest.raises(CheckpointError, match=r"safetensors is damaged: its checksum is not the one in SHA256SUMS"):
+        matta.load(saved, Net(), Net(6, 3))
+    _flip("nested.safetensors")(saved)
+    storage.add_checksums(saved, saving.WEIGHTS)
+    matta.load(saved, Net(), Net(6, 3))
+    assert not (saved / "SHA256SUMS").exists()
+    _flip("nested.json")(saved)
+    with pytest.raises(CheckpointError, match=r"json is damaged: its checksum is not the one in CRC32SUMS"):
+        matta.load(saved, Net(), Net(6, 3))
+
+
 def _truncate(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9]) and None
 
@@ -271,9 +295,9 @@ DAMAGE = {
     "json-binary": (_write("nested.json", b"\xff\xfe\x00"), r"nested.json is damaged"),
     "json-flipped": (_flip("nested.json"), r"nested.json is damaged: its checksum"),
     "json-gone": (lambda folder: (folder / "nested.json").unlink(), r"nested.json cannot be read: No such file"),
-    "sums-flipped": (_flip("SHA256SUMS"), r"is damaged|cannot be read"),
-    "sums-binary": (_write("SHA256SUMS", b"\xff"), r"SHA256SUMS is damaged"),
-    "sums-gone": (lambda folder: (folder / "SHA256SUMS").unlink(), r"the digest .* is not the one saved"),
+    "sums-flipped": (_flip("CRC32SUMS"), r"is damaged|cannot be read"),
+    "sums-binary": (_write("CRC32SUMS", b"\xff"), r"CRC32SUMS is damaged"),
+    "sums-gone": (lambda folder: (folder / "CRC32SUMS").unlink(), r"the digest .* is not the one saved"),
     "json-list": (_json_list, r"not written by matta.save; expected format 'matta.nested'"),
     "all-gone": (lambda folder: shutil.rmtree(folder), r"holds no saved nesting: No such file"),
     "foreign": (_edit(format="other"), r"not written by matta.save"),

@@ -16,6 +16,7 @@ from torch.nn import functional
 import matta
 from matta.errors import LabelError, MattaError
 from matta.objectives import Binary, CausalLM, Classification, Objective, TopK, top_k
+from matta.training.known_step import KnownStep
 
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -509,3 +510,17 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(wrong: dict[str
     arguments = {"nested": matta.nest(_tower(4), _tower(7)), "objective": Classification(), **wrong}
     with pytest.raises(matta.MattaError, match=message):
         matta.CoTraining(**arguments)
+
+
+def test_the_step_is_read_anew_after_anything_but_a_forward() -> None:
+    counter, known = torch.zeros((), dtype=torch.int64), KnownStep()
+    assert known.read(counter) == 0
+    known.advance(counter)
+    assert known.read(counter) == counter.item() == 1
+    counter.mul_(7)
+    assert known.read(counter) == 7
+    twin, counter_of_twin = copy.deepcopy((known, counter))
+    counter_of_twin.fill_(3)
+    assert twin.read(counter_of_twin) == 3
+    known.advance(counter)
+    assert (known.read(counter), known.read(counter_of_twin)) == (8, 3)

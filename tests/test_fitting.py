@@ -404,7 +404,7 @@ def test_a_checkpoint_without_checksums_is_one_of_an_earlier_version(tmp_path: P
     whole, resumed = Setup(), Setup()
     whole.fit(batches(), steps=5)
     Setup().fit(batches(), steps=4, run=tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-00000004" / "SHA256SUMS").unlink()
+    (tmp_path / "run" / "checkpoint-00000004" / "CRC32SUMS").unlink()
     resumed.fit(batches(), steps=5, run=tmp_path / "run", resume=True)
     assert_equal(resumed.state(), whole.state())
 

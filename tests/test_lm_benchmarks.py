@@ -465,8 +465,8 @@ def test_damaged_files_are_told_in_a_line(workshop: Path, tmp_path: Path, capsys
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
     arguments = ["--tasks", "none", "--text", str(workshop / "text.txt")]
     message = complaint(capsys, str(tmp_path / "cut"), *arguments)
-    assert "cut/model.safetensors is damaged: its checksum is not the one in SHA256SUMS" in message
-    (tmp_path / "cut" / "SHA256SUMS").unlink()
+    assert "cut/model.safetensors is damaged: its checksum is not the one in CRC32SUMS" in message
+    (tmp_path / "cut" / "CRC32SUMS").unlink()
     assert f"{tmp_path / 'cut'} cannot be loaded (" in complaint(capsys, str(tmp_path / "cut"), *arguments)
 
 

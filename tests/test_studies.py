@@ -240,7 +240,7 @@ def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None
         "models",
         "nested",
         "preconditioner.safetensors",
-        "SHA256SUMS",
+        "CRC32SUMS",
     }
     assert files == expected
     assert len(results["family"]) == 8

@@ -94,7 +94,7 @@ def unlisted(path: str, damage: Damage) -> Damage:
     """The damage in a folder without checksums, as earlier versions wrote it."""
 
     def both(folder: Path) -> None:
-        (folder / path / "SHA256SUMS").unlink()
+        (folder / path / "CRC32SUMS").unlink()
         damage(folder)
 
     return both

@@ -102,7 +102,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     make_inputs(folder)
     for each in ("nesting", VERSION, "labels"):
-        (folder / each / "SHA256SUMS").unlink()  # else that is where all tries would end
+        (folder / each / "CRC32SUMS").unlink()  # else that is where all tries would end
     return folder
 
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from matta.errors import SubModelError
 
@@ -59,6 +62,8 @@ def fit_configuration(model: PreTrainedModel) -> Fit:
     search = _Search(model)
     config = search.best_whole()
     wrong = search.differences(config)
+    if not wrong and not search.has_own_blocks():
+        return Fit(config)
     blocks: dict[str, list[Values]] = {}
     for path, count in search.lists.items():
         values = [search.values_of_block(config, path, i) for i in range(count)]
@@ -108,11 +113,18 @@ def _is_decided(name: str, value: Any) -> bool:
     return plain or (isinstance(value, tuple | list) and all(isinstance(each, bool | int | float) for each in value))
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built here have weights on the meta device, which nothing initialises and nothing ties yet."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
 def build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
+    """A model without memory for its weights and buffers."""
+    with torch.device("meta"), no_init_weights():
         made = kind(copy.deepcopy(config))
-    made.tie_weights()  # the first versions 5 leave it to the loading
+    made.tie_weights()
     return made
 
 
@@ -165,6 +177,10 @@ class _Search:
         is_outside = any(not self._is_in_block(key) for key in self.differences(found))
         return self._search_numbers(found, "") if is_outside else found
 
+    def has_own_blocks(self) -> bool:
+        """Whether some module holds a configuration that the model's own would not give it."""
+        return any(self._held(""))
+
     def values_of_block(self, whole: PreTrainedConfig, path: str, index: int) -> Values:
         """What the block holds otherwise than the model's configuration gives it, and what it takes beyond that."""
         prefix = f"{path}.{index}."
@@ -199,7 +215,7 @@ class _Search:
         for path, held in held_configurations(self.model).items():
             if f"{path}.".startswith(prefix) and held.get("model_type") == own.get("model_type"):
                 changes = _changes(given.get(path, own), held).items()
-                values = {key: value for key, value in changes if not (_is_depth(key, value) or _is_of_whole(key))}
+                values = {key: value for key, value in changes if not (_is_depth(key, value) or is_of_whole(key))}
                 found.setdefault(json.dumps(values, sort_keys=True, default=str), values)
         return list(found.values())
 
@@ -314,7 +330,7 @@ def _changes(before: Values, after: Values) -> Values:
     return {key: value for key, value in after.items() if before.get(key, unset) != value and key != "dtype"}
 
 
-def _is_of_whole(key: str) -> bool:
+def is_of_whole(key: str) -> bool:
     """Whether a value is no block's to have: names, tokens, ties."""
     return key.startswith("_") or key.endswith("_id") or key in _OF_WHOLE
 
@@ -334,7 +350,10 @@ def _number_keys(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-_OF_WHOLE = ("architectures", "transformers_version", "tie_word_embeddings", "use_cache", "id2label", "label2id")
+_OF_WHOLE = (
+    *("architectures", "transformers_version", "model_type", "tie_word_embeddings", "use_cache", "id2label"),
+    "label2id",
+)
 _NO_SIZES = ("architectures", "dtype", "problem_type", "chunk_size_feed_forward", "pretraining_tp", "id2label")
 
 

@@ -13,21 +13,19 @@ import copy
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
-from matta.lm.configurations import Fit, build, fit_configuration, signature
+from matta.lm.configurations import Fit, build, fit_configuration, signature, without_weights
 from matta.lm.decoders import without_progress_bars
 from matta.lm.streamed_folders import require_same_operators, save_streamed
 from matta.nesting.batches import eval_mode
@@ -79,8 +77,8 @@ def export(
                 made.save_pretrained(folder)
                 _require_equal(model, _loaded(folder, type(made), model))
             else:
-                compare = partial(_require_same_operators, model, made)
-                save_streamed(made, folder, weights.tensors(module), meanwhile=compare)
+                _require_same_operators(model, made)
+                save_streamed(made, folder, weights.tensors(module))
         for file in folder.iterdir():  # safetensors makes files that only their owner reads
             file.chmod(0o644)
         require_new(target)
@@ -174,7 +172,7 @@ def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | N
 
 def _require_same_operators(model: PreTrainedModel, made: PreTrainedModel) -> None:
     """Compare a model without weights with the one that its folder will be loaded as."""
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         loaded = type(made)(copy.deepcopy(made.config))
     loaded.tie_weights()
     require_same_operators(model, loaded.to(model.dtype), _batch(model))

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from matta.errors import SubModelError
+from matta.lm.configurations import is_of_whole, signature
 from matta.nesting.batches import eval_mode
 from matta.sizes.storage import enter_checksum
 from matta.sizes.streamed_extraction import Pieces
-from matta.sizes.weight_files import WeightFile, write_weights
+from matta.sizes.weight_files import WeightFile, filled, write_weights
 
 WEIGHTS: Final = "model.safetensors"
+_NO_VALUES: Final = frozenset(  # attributes that a forward in eval mode does not read, or that are compared otherwise
+    (
+        *("_parameters", "_buffers", "_modules", "training", "generation_config", "name_or_path", "warnings_issued"),
+        "_is_hf_initialized",
+    )
+)
 
 
-def save_streamed(
-    model: PreTrainedModel, folder: Path, tensors: Mapping[str, Pieces], meanwhile: Callable[[], None]
-) -> None:
+def save_streamed(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Pieces]) -> None:
     """Do what `model.save_pretrained(folder)` does, for a model without weights; `tensors` are those of its state.
-
-    While the disk writes, `meanwhile` runs.
 
     Which tensors Transformers writes, and under which names, it is asked with a number in the place of each. Where
     it writes other tensors than the model has, this model is filled, and saved as usual.
@@ -46,30 +49,20 @@ def save_streamed(
     except Exception:  # conversions of weights fail on numbers in ways of their own
         pass
     if not written or any(each.shape != (1,) or each.dtype != torch.int64 for each in written.values()):
-        model.load_state_dict({name: _filled(*each) for name, each in tensors.items()}, assign=True)
+        model.load_state_dict({name: filled(*each) for name, each in tensors.items()}, assign=True)
         model.tie_weights()
         model.save_pretrained(folder)
-        meanwhile()
         return
     metadata = WeightFile(folder / WEIGHTS).metadata
     found = {key: tensors[names[int(number)]] for key, number in written.items()}
-    with ThreadPoolExecutor(1) as beside:
-        written_sum = beside.submit(write_weights, folder / WEIGHTS, found, metadata)
-        meanwhile()
-        enter_checksum(folder / WEIGHTS, written_sum.result())
-
-
-def _filled(like: Tensor, pieces: Any) -> Tensor:
-    made = torch.empty_like(like, device="cpu")
-    flat, start = made.view(-1), 0
-    for piece in pieces:
-        flat[start : start + piece.numel()] = piece.reshape(-1)
-        start += piece.numel()
-    return made
+    enter_checksum(folder / WEIGHTS, write_weights(folder / WEIGHTS, found, metadata))
 
 
 def require_same_operators(model: PreTrainedModel, loaded: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Compare what two models without weights compute on a batch, operator by operator, and their buffers.
+    """Compare what two models without weights compute on a batch, and their buffers.
+
+    They compute the same if they consist of the same modules with the same values. Where some value differs, or cannot
+    be compared, they are run, and compared operator by operator.
 
     Raises:
         SubModelError: an operator is another one, or has other operands, or a buffer differs.
@@ -81,6 +74,8 @@ def require_same_operators(model: PreTrainedModel, loaded: PreTrainedModel, batc
                 f"the folder of this {type(model).__name__} would not hold the model: {name} is another tensor when it "
                 f"is loaded; expected a model whose tensors follow from its configuration and its weights"
             )
+    if _consist_of_the_same(model, loaded):
+        return
     calls = (_operators(each, batch) for each in (model, loaded))
     for place, (expected, found) in enumerate(zip_longest(*calls, fillvalue=("none", None))):
         if found != expected:
@@ -89,6 +84,41 @@ def require_same_operators(model: PreTrainedModel, loaded: PreTrainedModel, batc
                 f"{expected[0]}, and another, or of other values, when it is loaded; expected a model that its "
                 f"configuration and its weights describe"
             )
+
+
+def _consist_of_the_same(model: nn.Module, loaded: nn.Module) -> bool:
+    given, wanted = ({**signature(each), ("", "class"): None} for each in (loaded, model))
+    return given == wanted and all(
+        _is_built_as(type(part), type(twin)) and _has_same_values(part, twin)
+        for part, twin in zip(model.modules(), loaded.modules(), strict=True)
+    )
+
+
+def _is_built_as(kind: type, loaded: type) -> bool:
+    """Whether a class is the other one, or the one in our folders, which builds other blocks and adds nothing else."""
+    only_builds = all(name.startswith("__") or name == "config_class" for name in vars(loaded))
+    return loaded is kind or (loaded.__bases__ == (kind,) and only_builds)
+
+
+def _has_same_values(part: nn.Module, twin: nn.Module) -> bool:
+    """Whether two modules have the same attributes, and parameters of the same type; shapes are compared already."""
+    given, wanted = ({name: each for name, each in vars(m).items() if name not in _NO_VALUES} for m in (twin, part))
+    types = [[getattr(each, "dtype", None) for each in m._parameters.values()] for m in (twin, part)]
+    same_names = given.keys() == wanted.keys() and types[0] == types[1]
+    return same_names and all(_is_same(value, given[name]) for name, value in wanted.items())
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, PreTrainedConfig):
+        return value._attn_implementation == other._attn_implementation and all(
+            is_of_whole(name) or _is_same(each, getattr(other, name, None)) for name, each in vars(value).items()
+        )
+    if isinstance(value, partial) and isinstance(other, partial):
+        value, other = ((each.func, each.args, each.keywords) for each in (value, other))
+    try:
+        return type(value) is type(other) and bool(value == other)
+    except Exception:  # of any object
+        return False
 
 
 def _operators(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[tuple[str, Any]]:

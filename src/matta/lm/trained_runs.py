@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import DAMAGE, CheckpointError, RunError
+from matta.lm.configurations import without_weights
 from matta.lm.decoders import first_sentence, from_config
 from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
@@ -100,10 +100,10 @@ def map_run(path: Path, *, check: bool = False) -> MappedRun:
         step = int(re.sub(r"\D", "", folder.name))
     if check:
         verify(folder, *([] if weights == folder else [weights.name]))
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         modules = _models(path)
     for module in modules:
-        module.tie_weights()  # parameters that are made anew on the meta device are tied no longer
+        module.tie_weights()
     nested = nest_saved(plan, *modules).eval()
     run = LanguageRun(recipe=recipe, nested=nested, tokenizer=_tokenizer(path), path=path)
     return MappedRun(run=run, weights=SavedWeights(weights, nested, prefix), step=step)

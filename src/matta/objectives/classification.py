@@ -16,6 +16,7 @@ from matta.objectives.labels import (
     TopK,
     Weighted,
     ignored_positions,
+    is_here,
     refuse_improbable_rows,
     refuse_improper,
     refuse_out_of_range,
@@ -115,7 +116,7 @@ class Classification(Objective):
         """`joint` in the fused form, of the TA's head and each Student's."""
         targets, counts = self._targets(heads[0], labels)
         rows, kept = [head.rows() for head in heads], counts != 0
-        if kept.device.type == "cpu" and not kept.all():  # elsewhere the host would wait
+        if is_here(kept) and not kept.all():  # elsewhere the host would wait
             rows, targets, counts, kept = [head[kept] for head in rows], targets[kept], counts[kept], kept[kept]
         made = fused_losses(
             rows[0], rows[1:], self._row_labels(targets, kept, rows[0]), counts, weights, chunk=self.chunk
@@ -129,7 +130,7 @@ class Classification(Objective):
         if isinstance(targets, RowLabels):
             return targets
         if targets.is_floating_point():
-            return RowLabels(probs=targets if kept.device.type == "cpu" else targets * kept.unsqueeze(1))
+            return RowLabels(probs=targets if is_here(kept) else targets * kept.unsqueeze(1))
         dtype = torch.promote_types(logits.dtype, torch.float32)
         indices = targets.where(kept, 0).unsqueeze(1)
         return RowLabels(probs=torch.ones_like(indices, dtype=dtype), indices=indices)
@@ -194,7 +195,7 @@ class Classification(Objective):
         if is_soft:
             probs = labels.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
             kept = (probs != self.ignore_index).any(-1)
-            check_labels(self, probs[kept], refuse_improbable_rows)
+            check_labels(self, probs, refuse_improbable_rows, kept)
             return probs, kept
         targets = labels.reshape(-1).long()
         kept = targets != self.ignore_index
@@ -211,7 +212,7 @@ class Classification(Objective):
             )
         rows = TopK(labels.indices.flatten(0, -2).long(), labels.log_probs.flatten(0, -2), labels.observed.reshape(-1))
         kept = rows.observed != self.ignore_index
-        check_labels(self, rows.indices[kept], lambda _: refuse_improper(rows.at(kept), logits.shape[-1]))
+        check_labels(self, rows.indices, lambda _: refuse_improper(rows.at(kept), logits.shape[-1]), kept)
         count = kept.unsqueeze(1)
         probs = rows.log_probs.to(torch.promote_types(logits.dtype, torch.float32)).exp().where(count, 0.0)
         total = probs.sum(1, keepdim=True)

@@ -103,7 +103,7 @@ def weighted_counts(kept: Bool[Tensor, "*batch"], weights: Tensor | None) -> Sha
             f"the weights have shape {tuple(weights.shape)}, and the labels {tuple(kept.shape)}; expected one weight "
             f"for each example or for each label"
         )
-    if weights.device.type == "cpu" and weights.numel() and not torch.compiler.is_compiling():
+    if is_here(weights) and weights.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(weights)
         if not (low >= 0 and high < torch.inf):
             raise LabelError(
@@ -138,6 +138,11 @@ def whole(labels: Labels, use: str) -> Tensor:
     if not isinstance(labels, Tensor):
         raise LabelError(f"received a {type(labels).__name__} as labels {use}; expected a tensor of labels")
     return labels
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether the host can look into a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def num_examples(labels: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from matta.errors import LabelError
 from matta.objectives.heads import undeferred
-from matta.objectives.labels import Labels, Weighted, num_examples, whole
+from matta.objectives.labels import Labels, Weighted, is_here, num_examples, whole
 from matta.objectives.losses import LossWeights
 
 
@@ -175,9 +175,17 @@ def require_same_shape(students: Sequence[Tensor], ta: Tensor) -> None:
             )
 
 
-def check_labels(objective: Objective, rows: Tensor, refuse: Callable[[Tensor], None]) -> None:
-    """Look for wrong labels: in every batch on a CPU, in the first elsewhere, where looking makes the host wait."""
+def check_labels(
+    objective: Objective, rows: Tensor, refuse: Callable[[Tensor], None], kept: Tensor | None = None
+) -> None:
+    """Look for wrong labels: in every batch on a CPU, in the first elsewhere, where looking makes the host wait.
+
+    `kept` says which rows count.
+    """
     seen = getattr(objective, "_has_checked", False)
-    if rows.numel() and (rows.device.type == "cpu" or not seen) and not torch.compiler.is_compiling():
+    if not (is_here(rows) or not seen) or torch.compiler.is_compiling():
+        return
+    rows = rows.detach() if kept is None else rows.detach()[kept]
+    if rows.numel():
         objective._has_checked = True  # type: ignore[attr-defined]
-        refuse(rows.detach())
+        refuse(rows)

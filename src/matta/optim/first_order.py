@@ -99,7 +99,7 @@ def _move_sgd(
     averages = [state["exp_avg"] for state in states]
     torch._foreach_lerp_(averages, gradients, weight=1.0 - beta)
     for target, average, state in zip(targets, averages, states, strict=True):
-        target.add_(average, alpha=-lr / (1.0 - beta ** float(state["step"])))
+        target.sub_(average * (lr / (1.0 - beta ** state["step"].double())))
 
 
 # With averaged statistics the power -1/2 is the better approximation (Morwani et al. 2024, arXiv 2406.17748);

@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 EARLY_STEPS = (1, 2, 4, 8, 16, 24, 32, 40)
-"""Steps at which roots are computed below the regular interval, while the factors still change fast."""
+"""Steps at which factors are updated below the regular interval, while they still change fast."""
+
+EARLY_WAVES = (1, 4, 8, 16, 24, 32, 40)
+"""Steps at which all roots begin to be computed anew below the regular interval; the first time over three steps."""
 
 
 def num_statistics(step: int, every: int) -> int:
@@ -57,7 +60,7 @@ class Factors:
 
     def refresh(self, blocks: Sequence[int], *, eps: float) -> None:
         """Computes the roots of some blocks anew; where that fails the old root stays."""
-        chosen = torch.as_tensor(blocks, device=self.roots.device)
+        chosen = torch.tensor(blocks).to(self.roots.device, non_blocking=True)
         self.roots[chosen] = inverse_roots(self.statistics[chosen], self.roots[chosen], exponent=self.exponent, eps=eps)
 
 
@@ -97,11 +100,11 @@ def refresh_wave(step: int, every: int) -> tuple[int, int]:
 
     Example:
         >>> [refresh_wave(step, 10) for step in (1, 2, 3, 4, 9, 10, 25)]
-        [(1, 1), (2, 2), (2, 2), (4, 4), (8, 2), (10, 10), (20, 10)]
+        [(1, 3), (1, 3), (1, 3), (4, 4), (8, 2), (10, 10), (20, 10)]
     """
     if step >= every:
         return step - step % every, every
-    starts = [*(early for early in EARLY_STEPS if early < every), every]
+    starts = [*(early for early in EARLY_WAVES if early < every), every]
     position = max(i for i, start in enumerate(starts) if start <= step)
     return starts[position], starts[position + 1] - starts[position]
 

@@ -47,7 +47,8 @@ class Shampoo(torch.optim.Optimizer):
         block_size: largest side of a block. Larger blocks see more correlations and cost more.
         max_dim: matrices with a longer side are not preconditioned.
         statistics_every: steps between updates of the factors.
-        refresh_every: steps between two refreshes of a root; earlier ones are at 1, 2, 4, 8, 16, 24, 32, 40.
+        refresh_every: steps between two refreshes of a root; earlier ones begin at 1, 4, 8, 16, 24, 32, 40, and are
+            spread over the steps to the next; before its first one a block is moved along the gradient.
         root_eps: added to a factor's eigenvalues, relative to the largest of them.
         young_eps: the same while a factor is young: `young_eps` over the number of gradients that it has seen, if that
             is more than `root_eps`. Eigenvalues that few gradients support are rounding errors, which the root would

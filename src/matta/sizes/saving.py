@@ -49,7 +49,7 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(matta.nest(nn.Linear(3, 1), nn.Linear(3, 1)), f"{folder}/ranker")
         ...     sorted(file.name for file in path.iterdir())
-        ['SHA256SUMS', 'nested.json', 'nested.safetensors']
+        ['CRC32SUMS', 'nested.json', 'nested.safetensors']
     """
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):

@@ -1,7 +1,8 @@
 """Files and folders that are whole or not there, and checksums that tell what a disk has changed since.
 
-`SHA256SUMS` lists the files of a folder as `sha256sum -c SHA256SUMS` reads it; it is written last. Folders of earlier
-versions have none, and their files are not checked.
+`CRC32SUMS` lists the files of a folder; it is written last. A CRC finds what a disk damages, at more than twice the
+speed of SHA-256. Folders of earlier versions have `SHA256SUMS`, which counts as long as there is no other, or none, and
+then their files are not checked.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 from matta.errors import CheckpointError
 
-SUMS: Final = "SHA256SUMS"
+SUMS: Final = "CRC32SUMS"
+_EARLIER: Final = "SHA256SUMS"
+_LENGTH: Final = 8  # of a CRC in hexadecimal
+_READ_AT_ONCE: Final = 1 << 20
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def add_checksums(folder: Path, *names: str) -> None:
     """Enter files into the checksums of their folder; without names, all that are there."""
-    found = set(names or (each.name for each in folder.iterdir() if each.is_file())) - {SUMS}
+    found = set(names or (each.name for each in folder.iterdir() if each.is_file())) - {SUMS, _EARLIER}
     write_checksums(folder, {**read_checksums(folder), **{name: checksum_of(folder / name) for name in found}})
 
 
@@ -88,7 +93,7 @@ def enter_checksum(file: Path, checksum: str) -> None:
 
 def has_checksums(folder: Path) -> bool:
     """Whether there is something to compare files with."""
-    return (folder / SUMS).is_file()
+    return _sums(folder).is_file()
 
 
 def verify(folder: Path, *names: str) -> None:
@@ -97,19 +102,20 @@ def verify(folder: Path, *names: str) -> None:
     Raises:
         CheckpointError: a file is missing, or is not the one written.
     """
-    listed = read_checksums(folder)
+    listed, sums = read_checksums(folder), _sums(folder)
     for name in names or listed:
         if name not in listed and not (listed and (folder / name).exists()):
             continue
         if name not in listed:
-            raise CheckpointError(f"{folder / SUMS} is damaged: it lacks {name}; take another copy of the folder")
+            raise CheckpointError(f"{sums} is damaged: it lacks {name}; take another copy of the folder")
         try:
-            found = checksum_of(folder / name)
+            found = checksum_of(folder / name, Checksum if len(listed[name]) == _LENGTH else hashlib.sha256)
         except OSError as error:
             raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}; take another copy") from None
         if found != listed[name]:
             raise CheckpointError(
-                f"{folder / name} is damaged: its checksum is not the one in {SUMS}; take another copy of the folder"
+                f"{folder / name} is damaged: its checksum is not the one in {sums.name}; take another copy of the "
+                f"folder"
             )
 
 
@@ -124,10 +130,41 @@ def verify_weights(folder: Path) -> None:
         verify(folder, *listed)
 
 
-def checksum_of(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+@final
+class Checksum:
+    """A checksum of bytes that come one after another.
+
+    Example:
+        >>> checksum = Checksum()
+        >>> checksum.update(b"1234"); checksum.update(b"56789"); checksum.hexdigest()
+        'cbf43926'
+    """
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Count more bytes in."""
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        """Of the bytes so far."""
+        return f"{self._value:08x}"
+
+
+def checksum_of(file: Path, kind: Callable[[], Any] = Checksum) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    checksum = kind()
+    with file.open("rb", buffering=0) as opened:
+        while data := opened.read(_READ_AT_ONCE):
+            checksum.update(data)
+    found: str = checksum.hexdigest()
+    return found
+
+
+def _sums(folder: Path) -> Path:
+    """Where the checksums of a folder are, or would be written."""
+    return folder / (_EARLIER if (folder / _EARLIER).is_file() and not (folder / SUMS).exists() else SUMS)
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -137,7 +174,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
         CheckpointError: they are damaged.
     """
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = _sums(folder).read_text(encoding="utf-8").splitlines()
         found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
         if any(name != Path(name).name for name in found):
             raise ValueError("a name that leads out of the folder")
@@ -145,13 +182,14 @@ def read_checksums(folder: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
-        raise CheckpointError(f"{folder / SUMS} is damaged; take another copy of the folder") from None
+        raise CheckpointError(f"{_sums(folder)} is damaged; take another copy of the folder") from None
 
 
 def write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a folder by name, in place of those that are there."""
     with whole_file(folder / SUMS) as made:
         made.write_text("".join(f"{each}  {name}\n" for name, each in sorted(checksums.items())), encoding="utf-8")
+    (folder / _EARLIER).unlink(missing_ok=True)  # its entries are in the new file
 
 
 def _move(made: Path, target: Path) -> None:

@@ -6,11 +6,12 @@ What is written is byte for byte what `safetensors` writes of the same tensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from matta.errors import DAMAGE, CheckpointError
 from matta.nesting.layout import Axis
+from matta.sizes.storage import Checksum
 
 SHARD: Final = "shard-*.safetensors"
 """What the files of one set of tensors are called that several processes have written."""
-PIECE: Final = 1 << 22
-"""Bytes read at a time."""
+PIECE: Final = 1 << 20
+"""Bytes read at a time: few enough that they are still in the cache of the processor when they are written."""
+_FLUSH: Final = 1 << 25
+"""Bytes after which the disk is told to begin, so that little is left to wait for in the end."""
 _TYPES: Final[Mapping[str, torch.dtype]] = {  # in the order in which a file has its tensors, the last first
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -66,8 +70,7 @@ class WeightSource(ABC):
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        like, pieces = self.like(name), list(self.pieces(name))
-        return torch.cat(pieces).view(like.shape) if pieces else torch.empty_like(like, device="cpu")
+        return filled(self.like(name), self.pieces(name))
 
     def pieces(self, name: str, axes: tuple[Axis, ...] | None = None) -> Iterator[Tensor]:
         """A slice of a tensor, or all of it, as contiguous pieces that follow each other on the first axis."""
@@ -122,10 +125,11 @@ class WeightFile(WeightSource):
         like = self.like(name)
         shape = like.shape or (1,)
         row = like.nbytes // shape[0]
-        with self.path.open("rb") as file:
+        found = torch.empty(last - first, *shape[1:], dtype=like.dtype)
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self._entries[name]["data_offsets"][0] + first * row)
-            read = torch.from_numpy(np.fromfile(file, np.uint8, (last - first) * row))
-        return read.view(like.dtype).view(last - first, *shape[1:])
+            _read_into(file, found)
+        return found
 
 
 @final
@@ -189,6 +193,16 @@ def _offsets(file: WeightFile) -> dict[str, int]:
         raise CheckpointError(f"{file.path} cannot be read: {error}; expected rows of tensors") from None
 
 
+def filled(like: Tensor, pieces: Iterable[Tensor]) -> Tensor:
+    """A tensor of a type and shape, made of its pieces."""
+    made = torch.empty_like(like, device="cpu")
+    flat, start = made.view(-1), 0
+    for piece in pieces:
+        flat[start : start + piece.numel()] = piece.reshape(-1)
+        start += piece.numel()
+    return made
+
+
 def write_weights(
     path: Path,
     tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]],
@@ -198,8 +212,7 @@ def write_weights(
 ) -> str:
     """Write a safetensors file: for each name a tensor of its type and shape (without memory), and its pieces.
 
-    Gives the file's checksum, or without it that of the header. One thread reads ahead, one computes the checksum,
-    and this one writes.
+    Gives the file's checksum, or without it that of the header; a thread of its own computes it.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -211,19 +224,39 @@ def write_weights(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    checksum = hashlib.sha256(start)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as beside:
+    checksum = Checksum()
+    checksum.update(start)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         file.write(start)
-        data = _data(order, tensors)
-        following, hashed = ahead.submit(next, data, None), beside.submit(checksum.update, b"")
-        while (piece := following.result()) is not None:
-            following = ahead.submit(next, data, None)
-            hashed.result()  # one at a time: no more than three pieces are in memory
+        hashed, begun = beside.submit(checksum.update, b""), 0
+        for piece in _data(order, tensors):
+            hashed.result()  # one at a time: no more than two pieces are in memory
             hashed = beside.submit(checksum.update, piece if has_checksum else b"")
             file.write(piece)
+            if file.tell() - begun >= _FLUSH:
+                begun = _begin_to_flush(file, begun)
         hashed.result()
         assert file.tell() == len(start) + end, "pieces make up their tensors"
     return checksum.hexdigest()
+
+
+def _read_into(file: FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor from where the file is."""
+    rest = _bytes_of(tensor)
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise CheckpointError(f"{file.name!s} has become shorter while it was read; take another copy of it")
+        rest = rest[count:]
+
+
+def _begin_to_flush(file: BufferedWriter, begin: int) -> int:
+    """Have the system put on disk what was written from `begin` on, without waiting; the end of it."""
+    file.flush()
+    end = file.tell()
+    if hasattr(os, "posix_fadvise"):  # not on a Mac
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+    return end
 
 
 def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Tensor]]]) -> Iterator[memoryview]:
@@ -231,7 +264,11 @@ def _data(order: Iterable[str], tensors: Mapping[str, tuple[Tensor, Iterable[Ten
     for name in order:
         like, pieces = tensors[name]
         for piece in pieces:
-            yield piece.to(like.dtype).view(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(piece.to(like.dtype))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _runs(axis: Axis, most: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@
                       Shampoo's the strips of blocks that it owns), and its random states
     process-00000.json  its place in the data
     training.json     everything else, of the first process
-    SHA256SUMS        the checksums of all files: written last, by the first process, when all have written theirs
+    CRC32SUMS         the checksums of all files: written last, by the first process, when all have written theirs
 
 The tensors are written and read by `torch.distributed.checkpoint` as safetensors, whose headers say which part of a
 tensor is where; any number of processes can read them. A process makes the checksums of its own files. On a fault of

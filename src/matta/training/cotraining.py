@@ -22,6 +22,7 @@ from matta.objectives.labels import Labels
 from matta.objectives.losses import LossWeights, divisor
 from matta.objectives.objective import Joint, Losses, Objective
 from matta.sizes.submodels import SubModel, live, random_sub_model, sizes_between, without_ends
+from matta.training.known_step import KnownStep
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import num_processes, summed
 from matta.training.step_labels import Teachers, as_teachers, has_labels, weighted_batch
@@ -44,12 +45,17 @@ def _detached(losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(each.detach() for each in losses)
 
 
+def _on_device(count: float | Tensor, device: torch.device) -> Tensor:
+    """A count as a tensor; a number is filled in on the device, since copying it there would make the host wait."""
+    return count.to(device) if isinstance(count, Tensor) else torch.full((), count, device=device)
+
+
 def _share(joint: Joint, count: Tensor, total: float | Tensor | None) -> Tensor:
     """The mean over `count` labels as its part of the mean over `total`; the same bits if they are as many."""
     if total is None:
         return joint.loss
     mean = joint.loss if joint.parts is None else joint.parts
-    return (mean / (torch.as_tensor(total, dtype=mean.dtype, device=mean.device) / divisor(count))).sum()
+    return (mean / (_on_device(total, mean.device).to(mean.dtype) / divisor(count))).sum()
 
 
 @final
@@ -137,6 +143,7 @@ class CoTraining(nn.Module):
         self.accumulate = accumulate
         self.teachers = Teachers(modules=as_teachers(teacher), temperature=temperature, labels=labels)
         self._live: dict[SubModel, nn.Module] = {}
+        self._known_step = KnownStep()
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -234,10 +241,10 @@ class CoTraining(nn.Module):
         follow_shards(models, self.nested.ta)
         logits = self._logits(models, inputs, labels)
         weight = self._distill_weight(logits[0])
-        num_counted = torch.as_tensor(self._num_counted(given, labels), device=weight.device)
+        num_counted = _on_device(self._num_counted(given, labels), weight.device)
         joint = self._joint(cast, logits, labels, weight, lambda each: _share(each, num_counted, num_labels))
         if self.training:
-            self.step += 1
+            self._known_step.advance(self.step)
         losses, absent = joint.losses, (torch.full_like(joint.loss.detach(), float("nan")),) * len(own)
         of_students = logits[int(cast.ta) :][: len(own)] if cast.students else [None] * len(own)
         return CoTrainingOutput(
@@ -324,7 +331,7 @@ class CoTraining(nn.Module):
 
     @torch.compiler.disable  # it reads the step and makes modules; what it gives is compiled, one graph for each
     def _draw(self) -> _Cast:
-        step = int(self.step) // self.accumulate
+        step = self._known_step.read(self.step) // self.accumulate
         if self.turns is not None and step < self.turns.alone_steps:
             return _Cast(ta=False)
         if self.sample is None:
