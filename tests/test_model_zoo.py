@@ -48,5 +48,5 @@ def test_remedies_are_read_off_a_message() -> None:
     )
     assert [list(each["layouts"]) for each in remedies(message)] == [["a.*"], ["b"]]
     assert remedies(
-        "declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or leave out example="
-    ) == [{"example": None}]
+        "declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or nest with probe=False"
+    ) == [{"probe": False}]

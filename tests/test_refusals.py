@@ -247,8 +247,9 @@ MORE: dict[str, Refusal] = {
     ),
     "mixed-channels": Refusal(
         lambda: matta.nest(Turned(4), Turned(6), example=BATCH),
-        r"from down on .*'down.weight' \(axis 1: 4 of 6\); an axis that feeds it is fused .*leave out example=",
-        lambda: matta.nest(Turned(4), Turned(6)),
+        r"from down on .*'down.weight' \(axis 1: 4 of 6\); the run does not show how up.weight is cut on axis 0 "
+        r"\(.*'_fft_r2c'\): declare .*nest with probe=False",
+        lambda: matta.nest(Turned(4), Turned(6), example=BATCH, probe=False),
     ),
     "classes": Refusal(
         lambda: matta.nest(Fixed(4), Fixed(6, 3), example=BATCH),
@@ -267,7 +268,7 @@ MORE: dict[str, Refusal] = {
     ),
     "not-to-be-probed": Refusal(
         lambda: matta.nest(Failing(4), Failing(6), example=BATCH),
-        r"the TA cannot be probed: .*it fails with a channel is silent; declare the layouts .*leave out example=",
+        r"the TA cannot be probed: .*it fails with a channel is silent; declare the layouts .*probe=False",
         lambda: matta.nest(Failing(4), Failing(6), layouts={"*": 1}, example=BATCH),
     ),
     "meta": Refusal(

@@ -7,6 +7,7 @@ its arguments by name, and how rows of channels go through an operator that only
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
 from typing import Any, final
 
@@ -259,6 +260,26 @@ def move(known: Known, call: Call) -> None:
             _land(known, call, slot, axis, row, moved)
     for out, slot in zip(results, landed, strict=True):
         known.put(out, {axis: _merged(known, call, axis, out.shape, rows) for axis, rows in slot.items()})
+
+
+def view(known: Known, call: Call) -> None:
+    """A view that splits axes and merges them at once is two: into the factors of both shapes, and out of them."""
+    factors = _common_factors(call.shape, call.result.shape)
+    if factors is None or factors in (call.shape, call.result.shape):
+        move(known, call)
+        return
+    plain = torch.ops.aten.view.default
+    middle = call.first.new_empty(factors)
+    move(known, Call(plain, (call.first, list(factors)), {}, middle, call.shape))
+    move(known, Call(plain, (middle, list(call.result.shape)), {}, call.result, factors))
+
+
+def _common_factors(before: torch.Size, after: torch.Size) -> torch.Size | None:
+    """The coarsest shape of which both are products of neighbours; None if there is none."""
+    ends = sorted({prod(shape[:i]) for shape in (before, after) for i in range(len(shape) + 1)})
+    if not ends[0] or any(high % low for low, high in pairwise(ends)):
+        return None
+    return torch.Size(high // low for low, high in pairwise(ends))
 
 
 def _again(call: Call, shadow: Tensor) -> Any:

@@ -45,7 +45,10 @@ def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs."""
+    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs.
+
+    Legend: `lost` are the axes whose channels were lost from sight, with where.
+    """
 
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Shown:
     unread: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
     spanning: frozenset[str] = frozenset()
+    lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -75,6 +79,7 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
         unread=one.unread | other.unread,
         products=_Overlay(one, other).products(),
         spanning=_Overlay(one, other).spanning(),
+        lost={**one.lost(), **other.lost()},
     )
 
 
@@ -199,16 +204,16 @@ class _Overlay:
 
     def _is_lost(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> bool:
         """Whether a part that grows, or a factor of it that does, cannot be placed."""
-        if any(self.student.dimensions[part.dimension].is_lost for part in parts):
-            return True
-        return len(parts) == len(others) and any(map(self._is_hidden, parts, others))
+        if len(parts) == len(others):
+            return any(map(self._is_hidden, parts, others))
+        return any(self.student.dimensions[part.dimension].is_lost for part in parts)
 
     def _is_hidden(self, part: Part, other: Part) -> bool:
         one, two = self.student.dimensions[part.dimension], self.ta.dimensions[other.dimension]
-        if one.is_lost or two.is_lost:
-            return True
         if one.size == two.size:
             return False
+        if one.is_lost or two.is_lost:
+            return True
         if len(one.factors) == len(two.factors) > 0:
             return any(map(self._is_lost, one.factors, two.factors))
         return one.is_picked or two.is_picked

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Rows, move, name_of
+from matta.nesting.channels import Call, Known, Row, Rows, move, name_of, view
 
 
 @final
@@ -77,7 +77,7 @@ def _rule(func: Any) -> _Rule:
     if name in _RULES:
         return _RULES[name]
     arguments = {argument.name for argument in func._schema.arguments}
-    if torch.Tag.pointwise in func.tags:
+    if torch.Tag.pointwise in {*func.tags, *_tags_out_of_place(name)}:
         return _pointwise
     if {"dim", "keepdim"} <= arguments or (name in _SUMS and "dim" not in arguments):
         return _reduce
@@ -86,6 +86,13 @@ def _rule(func: Any) -> _Rule:
     if name.endswith("_like") or name.startswith("new_"):
         return _forget
     return _unknown
+
+
+def _tags_out_of_place(name: str) -> Iterator[torch.Tag]:
+    """What torch says of the kind of an operator that it has not marked where it works in place."""
+    packet = getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
+        yield from getattr(packet, overload).tags
 
 
 def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
@@ -224,27 +231,49 @@ def _as_complex(known: Known, call: Call) -> None:
 
 
 def _convolution(known: Known, call: Call) -> None:
-    """Channels in and out; a depthwise one ties them, another grouped one is refused."""
+    """Channels in and out; of several groups each axis of channels is a product, groups times their width."""
     data, weight = known.rows(call["input"]), known.rows(call["weight"])
     groups, transposed = call["groups"], call["transposed"]
     source, target = (0, 1) if transposed else (1, 0)
-    in_channels = call["input"].shape[1]
-    if groups == 1:
-        _sum_over(known, (call["weight"], source))
-    bias = known.rows(call["bias"]).items()
     rows: Rows = {0: data[0]} if 0 in data else {}
-    if groups == 1:
+    if groups > 1:
+        _in_groups(known, call, data, weight, rows)
+    else:
+        _sum_over(known, (call["weight"], source))
         known.tie_all([(0, side[axis]) for side, axis in ((data, 1), (weight, source)) if axis in side])
         rows |= known.tie_all([(1, row) for axis, row in weight.items() if axis == target])
-    elif groups == in_channels == call.result.shape[1]:
-        sides = [side[axis] for side, axis in ((data, 1), (weight, 0)) if axis in side]
-        rows |= known.tie_all([(1, row) for row in sides])
-    else:
-        involved = [row for side in (data, weight) for axis, row in side.items() if axis < 2]
-        problem = f"a convolution of {groups} groups mixes them group by group"
-        known.blame(involved, problem)
-        rows[1] = known.lose(call.result.shape[1], problem)
+    bias = known.rows(call["bias"]).items()
     known.put(call.result, known.tie_all([*rows.items(), *((1, row) for _, row in bias)]))
+
+
+def _in_groups(known: Known, call: Call, data: Rows, weight: Rows, rows: Rows) -> None:
+    """Tie the groups of channels in, of channels out and of the weight, and what is inside of them."""
+    groups = call["groups"]
+    problem = f"a convolution of {groups} groups mixes them group by group"
+    if not call["transposed"]:
+        _sum_over(known, (call["weight"], 1))
+    outer, inner = _grouped(known, weight.get(0), groups, problem)
+    given, within = _grouped(known, data.get(1), groups, problem)
+    if call["transposed"]:
+        known.tie_all([(0, row) for row in (inner, within) if row is not None])
+        whole = None if given is None or 1 not in weight else known.channels.merge((given, weight[1]))
+        rows |= {1: whole} if whole is not None else {1: given} if given is not None and 1 not in weight else {}
+    else:
+        known.tie_all([(0, row) for row in (weight.get(1), within) if row is not None])
+        rows |= {1: weight[0]} if 0 in weight else {}
+    known.tie_all([(0, row) for row in (outer, given) if row is not None])
+
+
+def _grouped(known: Known, row: Row | None, groups: int, problem: str) -> tuple[Row | None, Row | None]:
+    """The row of the groups, and the row inside of a group, where there is more than one channel in each."""
+    if row is None or len(row) == groups:
+        return row, None
+    if not bool((row != 0).all()):
+        known.blame([row], problem)
+        return None, None
+    outer, inner = known.channels.split(row, (groups, len(row) // groups))
+    known.blame([row, outer], problem, "split")
+    return outer, inner
 
 
 def _row_norm(known: Known, call: Call) -> None:
@@ -268,6 +297,30 @@ def _channel_norm(known: Known, call: Call) -> None:
 def _embedding(known: Known, call: Call) -> None:
     rows = known.rows(call["weight"])
     known.put(call.result, {call.result.ndim - 1: rows[1]} if 1 in rows else {})
+
+
+def _spread(known: Known, call: Call) -> None:
+    """Channels, each of several places, put into their places: the channels are the slower factor."""
+    axis, before, after = call.first.ndim - call.result.ndim + 1, known.rows(call.first), call.result.shape[1]
+    rows = {0: before[0]} if 0 in before else {}
+    row = before.get(max(axis, 1) if call.name == "col2im" else 1)
+    if row is not None and len(row) % after == 0:
+        rows |= {1: outer} if (outer := _grouped(known, row, after, _PLACES)[0]) is not None else {}
+    known.put(call.result, rows)
+
+
+def _gathered(known: Known, call: Call) -> None:
+    """Places gathered into channels: the channels become the slower factor."""
+    before, times = known.rows(call.first), call.result.shape[1] // call.first.shape[1]
+    rows = {0: before[0]} if 0 in before else {}
+    if 1 in before:
+        inner = known.channels.new(times)
+        rows[1] = known.channels.merge((before[1], inner)) if times > 1 else before[1]
+        known.blame([before[1]] if times > 1 else [], _PLACES, "split")
+    known.put(call.result, rows)
+
+
+_PLACES: Final = "each of them has several places"
 
 
 def _glu(known: Known, call: Call) -> None:
@@ -330,13 +383,16 @@ _SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "va
 
 _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(
-        "view _unsafe_view reshape _reshape_alias permute t transpose movedim expand slice select split "
+        "permute t transpose movedim expand slice select split "
         "split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind squeeze unsqueeze "
         "alias detach index index_select flip roll repeat constant_pad_nd unfold diagonal narrow "
-        "pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d "
+        "channel_shuffle reflection_pad1d reflection_pad2d "
         "replication_pad1d replication_pad2d".split(),
         move,
     ),
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), view),
+    **dict.fromkeys(["pixel_shuffle", "col2im"], _spread),
+    **dict.fromkeys(["pixel_unshuffle", "im2col"], _gathered),
     **dict.fromkeys(
         "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
         "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "

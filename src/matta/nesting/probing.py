@@ -38,13 +38,14 @@ def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) ->
             (meta device).
     """
     own = materialize(student) if is_live(student) else student
-    pair = _pair(own, ta, plan, example, shown_layouts(own, ta, example) if _has_weights(ta) else Shown())
+    shown = shown_layouts(own, ta, example) if _has_weights(ta) else Shown()
+    pair = _pair(own, ta, plan, example, shown)
     try:
         found = pair.compare(plan.placements)
     except CannotRunError as error:
         raise ProbeError(_cannot_run(ta, example, str(error))) from error
     if found is not None:
-        raise ProbeError(_message(plan, found, _mend(pair, plan, found, ())))
+        raise ProbeError(_message(plan, found, _mend(pair, plan, found, ()), _hidden(plan, shown)))
 
 
 def settle_pair(
@@ -74,7 +75,7 @@ def settle_pair(
         mend = _mend(pair, plan, found, [name for name in shown.parameters if not declares(name)])
         taken = {name: each for name, each in mend.placements.items() if each != plan.placements[name]}
         if not mend.is_only or any(map(declares, taken)):
-            raise ProbeError(_message(plan, found, mend))
+            raise ProbeError(_message(plan, found, mend, _hidden(plan, shown)))
         plan = _noted(plan, taken, FOUND)
     return _with_unread(student, ta, plan, pair.unread(), declares)
 
@@ -94,6 +95,17 @@ def _is_told(placement: Placement, shown: Shown, declares: Callable[[str], bool]
     grown = {axis for axis, each in enumerate(placement.axes) if each.grows}
     layout = shown.parameters.get(placement.ta)
     return declares(placement.student) or (layout is not None and grown <= set(layout.axes))
+
+
+def _hidden(plan: Plan, shown: Shown) -> list[tuple[str, int, str]]:
+    """The growing axes that the run lost from sight, and where; those of outputs, whose cut decides, first."""
+    found = [
+        (name, axis, shown.lost[each.ta, axis])
+        for name, each in plan.placements.items()
+        for axis in range(len(each.axes))
+        if each.axes[axis].grows and (each.ta, axis) in shown.lost
+    ]
+    return sorted(found, key=lambda each: (each[0], each[1]) in shown.inputs)
 
 
 def _noted(plan: Plan, placements: Mapping[str, Placement], note: str) -> Plan:
@@ -137,7 +149,7 @@ def _cannot_run(ta: nn.Module, example: Batch, error: str) -> str:
         return f"the TA does not run on the example: {own}; pass as `example` a batch such as it trains on"
     return (
         f"the TA cannot be probed: with all but the Student's slices silenced it fails with {error}; declare the "
-        f"layouts of what grows, layouts={{...}}, or leave out example="
+        f"layouts of what grows, layouts={{...}}, or lay it out as the run of the TA itself shows: probe=False"
     )
 
 
@@ -237,7 +249,7 @@ def _recut(
     return None if tried == placements else tried
 
 
-def _message(plan: Plan, found: Difference, mend: Mend) -> str:
+def _message(plan: Plan, found: Difference, mend: Mend, hidden: Sequence[tuple[str, int, str]]) -> str:
     what = (
         f"with all but the Student's slices zeroed, the TA differs from the Student from {found.module} on "
         f"(relative error {found.error:.2g})"
@@ -259,11 +271,16 @@ def _message(plan: Plan, found: Difference, mend: Mend) -> str:
         for axis, each in enumerate(placement.axes)
         if name.rpartition(".")[0] == found.module and each.grows
     ]
-    name = at[0].split(" ")[0] if at else "'...'"
     what += f", which has {', '.join(at)}" if at else ""
+    if hidden:
+        name, axis, problem = hidden[0]
+        what += (
+            f"; the run does not show how {name} is cut on axis {axis} ({problem}): declare its parts in order, layouts="
+            f"{{{name!r}: matta.Layout.concat([(student, ta), ...], axis={axis})}} (equal, factors)"
+        )
+    else:
+        what += "; the run shows how each axis is cut, so that one declared in layouts= may be wrong"
     return (
-        f"{what}; an axis that feeds it is fused or in another order: declare "
-        f"its parts in order, layouts={{{name}: matta.Layout.concat([(student, ta), ...], axis=1)}} (equal, factors), "
-        f"or, if the two models differ there by design (a scale or norm of their own width, a router over more "
-        f"experts), leave out example="
+        f"{what}, or, if the two models differ there by design (a scale or norm of their own width, a router over more "
+        f"experts), nest with probe=False"
     )
