@@ -7,6 +7,7 @@ where both join several parts (embeddings, the halves of a gate), it is the lead
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -47,11 +48,13 @@ def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str
 class Shown:
     """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs.
 
-    Legend: `lost` are the axes whose channels were lost from sight, with where.
+    Legend: `norms` are those of what norms without weights return, by module; `lost` are the axes whose channels were
+    lost from sight, with where.
     """
 
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
+    norms: Mapping[str, Layout] = field(default_factory=dict)
     inputs: frozenset[tuple[str, int]] = frozenset()
     unread: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
@@ -75,6 +78,7 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
     return Shown(
         parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta, one.unread | other.unread),
         buffers=match_layouts(one, other, strict=False, buffers=True),
+        norms=_Overlay(one, other).outputs(),
         inputs=one.summed | other.summed,
         unread=one.unread | other.unread,
         products=_Overlay(one, other).products(),
@@ -158,10 +162,8 @@ class _Overlay:
     def axis(self, name: str, axis: int, strict: bool) -> tuple[Segment, ...] | None:
         """The segments of an axis; None where its channels were lost."""
         parts, others = self.student.axes.get((name, axis), ()), self.ta.axes[name, axis]
-        if not parts or self._is_lost(parts, others):
-            return None
         try:
-            return self._parts(parts, others)
+            return self._placed(parts, others)
         except _Misfit as error:
             if not strict:
                 return None
@@ -170,6 +172,18 @@ class _Overlay:
                 f"TA; expected as many parts in both, each at least as large in the TA; declare its layout by hand in "
                 f"`layouts`"
             ) from error
+
+    def outputs(self) -> dict[str, Layout]:
+        """The layouts of what modules return, where they can be followed."""
+        found = {}
+        for name, parts in self.student.outputs.items():
+            with suppress(_Misfit):
+                segments = self._placed(parts, self.ta.outputs.get(name, ()))
+                found |= {} if segments is None else {name: Layout({0: segments})}
+        return found
+
+    def _placed(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...] | None:
+        return None if not parts or self._is_lost(parts, others) else self._parts(parts, others)
 
     def products(self) -> frozenset[str]:
         """The parameters with a growing axis that the code splits into factors, by numbers of its own."""

@@ -77,13 +77,13 @@ def settle_pair(
         if not mend.is_only or any(map(declares, taken)):
             raise ProbeError(_message(plan, found, mend, _hidden(plan, shown)))
         plan = _noted(plan, taken, FOUND)
-    return _with_unread(student, ta, plan, pair.unread(), declares)
+    return _with_unread(student, ta, plan, pair.unread(), lambda name: _is_told(plan.placements[name], shown, declares))
 
 
 def _pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, shown: Shown) -> SilencedPair:
     if not _has_weights(ta):
         raise ProbeError("the TA is on the meta device and cannot be run; probe it once its weights are there")
-    return silenced_pair(student, ta, plan, split_labels(example)[0], shown.buffers)
+    return silenced_pair(student, ta, plan, split_labels(example)[0], {**shown.buffers, **shown.norms})
 
 
 def _has_weights(ta: nn.Module) -> bool:
@@ -114,26 +114,35 @@ def _noted(plan: Plan, placements: Mapping[str, Placement], note: str) -> Plan:
 
 
 def _with_unread(
-    student: nn.Module, ta: nn.Module, plan: Plan, unread: Sequence[str], declares: Callable[[str], bool]
+    student: nn.Module, ta: nn.Module, plan: Plan, unread: Sequence[str], is_told: Callable[[str], bool]
 ) -> Plan:
-    """The plan with parameters that the example does not reach cut as those of their kind that it does reach."""
+    """The plan with parameters that the example does not reach cut as those of their kind that it does reach.
+
+    Of their kind are those of other blocks, else those of the same name in other modules, such as other attention.
+    """
     hidden = {name for name in unread if name in plan.placements and plan.placements[name].grows}
     reached: dict[tuple[str, tuple[tuple[int, int], ...]], Placement] = {}
-    for name, each in plan.placements.items():
-        if name not in hidden:
-            reached.setdefault((family(name), _sizes(each)), each)
+    for kind in (family, _last_names):
+        for name, each in plan.placements.items():
+            if name not in hidden:
+                reached.setdefault((kind(name), _sizes(each)), each)
     cut, alone = {}, set()
     for name in hidden:
         each = plan.placements[name]
-        like = reached.get((family(name), _sizes(each)))
+        like = reached.get((family(name), _sizes(each))) or reached.get((_last_names(name), _sizes(each)))
         if like is None:
             alone.add(name)
-        elif not declares(name) and each.axes != like.axes:
+        elif not is_told(name) and each.axes != like.axes:
             cut[name] = replace(each, axes=like.axes)
-    known = {name for name in plan.placements if name not in alone or declares(name)}
+    known = {name for name in plan.placements if name not in alone or is_told(name)}
     if alone - known:
         refuse_ambiguous_axes(student, ta, plan.placements.values(), known)
     return _noted(plan, cut, "as in other blocks")
+
+
+def _last_names(name: str) -> str:
+    """The names of a parameter and of its module, without where the module is."""
+    return f"*.{'.'.join(name.split('.')[-2:])}"
 
 
 def _sizes(placement: Placement) -> tuple[tuple[int, int], ...]:
