@@ -9,12 +9,18 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import zoo_found
 import zoo_handwritten
 import zoo_packages
+import zoo_rankers
 import zoo_transformers
 from zoo_cases import Model, examine, remedies
 
-MODELS = (*zoo_transformers.MODELS, *zoo_packages.MODELS, *zoo_handwritten.MODELS)
+MODELS = tuple(
+    model
+    for module in (zoo_transformers, zoo_found, zoo_packages, zoo_handwritten, zoo_rankers)
+    for model in module.MODELS
+)
 QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")
 
 

@@ -348,7 +348,23 @@ def _stack(known: Known, call: Call) -> None:
 
 
 def _copy(known: Known, call: Call) -> None:
-    known.put(call.result, _broadcast(known, [call["self"], call["src"]], call.result))
+    """What is written into a tensor meets what is there, also where a view of it is written to: `x[:, 3] = y`."""
+    view, whole = call.result, call.result._base
+    rows = _broadcast(known, [view, call["src"]], view)
+    known.put(view, rows)
+    found = dict(known.rows(whole))
+    for axis, row in rows.items() if whole is not None else ():
+        like = [
+            i for i in range(whole.ndim) if (whole.stride(i), whole.shape[i] >= len(row)) == (view.stride(axis), True)
+        ]
+        if len(like) == 1:
+            start = (view.storage_offset() - whole.storage_offset()) // whole.stride(like[0]) % whole.shape[like[0]]
+            before = found.get(like[0], torch.zeros(whole.shape[like[0]], dtype=torch.long))
+            found[like[0]] = before.clone()
+            found[like[0]][start : start + len(row)] = known.channels.tie(before[start : start + len(row)], row)
+            known.channels.cuts.append(row)
+    if whole is not None:
+        known.put(whole, found)
 
 
 def _index_put(known: Known, call: Call) -> None:

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import nn
 
-from matta.errors import LayoutError, ProbeError
+from matta.errors import LayoutError, NestingError, ProbeError
 from matta.nesting.ambiguity import refuse_ambiguous_axes
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.nesting.known_modules import output_axis
@@ -135,8 +135,14 @@ def _with_unread(
         elif not is_told(name) and each.axes != like.axes:
             cut[name] = replace(each, axes=like.axes)
     known = {name for name in plan.placements if name not in alone or is_told(name)}
-    if alone - known:
-        refuse_ambiguous_axes(student, ta, plan.placements.values(), known)
+    try:
+        refuse_ambiguous_axes(student, ta, plan.placements.values() if alone - known else (), known)
+    except NestingError as error:
+        names = [name for name in plan.placements if name in alone - known]
+        raise NestingError(
+            f"the run on the example does not reach {', '.join(names)}, nor anything of their kind: {error}; or keep "
+            f"them apart with private={names}"
+        ) from error
     return _noted(plan, cut, "as in other blocks")
 
 
@@ -284,8 +290,8 @@ def _message(plan: Plan, found: Difference, mend: Mend, hidden: Sequence[tuple[s
     if hidden:
         name, axis, problem = hidden[0]
         what += (
-            f"; the run does not show how {name} is cut on axis {axis} ({problem}): declare its parts in order, layouts="
-            f"{{{name!r}: matta.Layout.concat([(student, ta), ...], axis={axis})}} (equal, factors)"
+            f"; the run does not show how {name} is cut on axis {axis} ({problem}): declare its parts in order, "
+            f"layouts={{{name!r}: matta.Layout.concat([(student, ta), ...], axis={axis})}} (equal, factors)"
         )
     else:
         what += "; the run shows how each axis is cut, so that one declared in layouts= may be wrong"

@@ -106,7 +106,9 @@ def _is_cut(student: nn.Module, placement: Placement, axis: int) -> bool:
     path, _, leaf = placement.student.rpartition(".")
     owner = student.get_submodule(path)
     is_output = axis_role(owner, leaf, axis) in ("out", "embedding")
-    return len(placement.axes[axis].segments) > 1 and (is_output or next(owner.buffers(recurse=False), None) is not None)
+    return len(placement.axes[axis].segments) > 1 and (
+        is_output or next(owner.buffers(recurse=False), None) is not None
+    )
 
 
 def _prefix(path: str) -> str:
