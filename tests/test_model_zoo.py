@@ -25,7 +25,7 @@ QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")
 
 
 def _parameters() -> list[object]:
-    quick = [each for each in MODELS if each.source == "hand-written" and "PEFT" not in each.name]
+    quick = [each for each in MODELS if each.source in ("hand-written", "rankers") and "PEFT" not in each.name]
     quick += [each for each in MODELS if each.name in QUICK]
     return [
         pytest.param(each, id=f"{each.name}, {each.grows}", marks=() if each in quick else pytest.mark.stress)

@@ -241,6 +241,12 @@ class Known:
         """Whether a tensor is made of weights alone, so that a product with it sums over inputs of a layer."""
         return tensor in self._weights
 
+    def sum_over(self, *operands: tuple[Tensor, int]) -> None:
+        """Note the axis that a product of data with a weight sums over; of two weights, that of the first."""
+        tensor, axis = next((each for each in operands if self.is_weight(each[0])), (None, 0))
+        if axis in self.rows(tensor):
+            self.summed.append(self.rows(tensor)[axis])
+
     def tie_all(self, found: Iterable[tuple[int, Row]]) -> Rows:
         """The rows of one tensor from those of several; what falls on the same axis is tied."""
         rows: Rows = {}

@@ -175,7 +175,7 @@ class _Overlay:
 
     def outputs(self) -> dict[str, Layout]:
         """The layouts of what modules return, where they can be followed."""
-        found = {}
+        found: dict[str, Layout] = {}
         for name, parts in self.student.outputs.items():
             with suppress(_Misfit):
                 segments = self._placed(parts, self.ta.outputs.get(name, ()))

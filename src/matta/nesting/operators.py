@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Row, Rows, move, name_of, view
+from matta.nesting.channels import Call, Known, Rows, move, name_of, view
+from matta.nesting.convolutions import convolution, gathered, spatial, spread
 
 
 @final
@@ -82,7 +83,7 @@ def _rule(func: Any) -> _Rule:
     if {"dim", "keepdim"} <= arguments or (name in _SUMS and "dim" not in arguments):
         return _reduce
     if "pool" in name or name.startswith("upsample"):
-        return _spatial
+        return spatial
     if name.endswith("_like") or name.startswith("new_"):
         return _forget
     return _unknown
@@ -142,13 +143,6 @@ def _reduce(known: Known, call: Call) -> None:
         known.put(out, {place[axis]: row for axis, row in rows.items() if axis in place})
 
 
-def _spatial(known: Known, call: Call) -> None:
-    """Pooling and resampling work on the last one, two or three axes."""
-    spatial = next((n for n in (1, 2, 3) if f"{n}d" in call.name), call.first.ndim - 2)
-    rows = known.rows(call.first)
-    known.put(call.result, {axis: row for axis, row in rows.items() if axis < call.first.ndim - spatial})
-
-
 def _order(known: Known, call: Call) -> None:
     """Sorting keeps the other axes; which channel ends where depends on the data."""
     dim = call["dim"] % call.first.ndim
@@ -166,17 +160,10 @@ def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
     last, inner = first.ndim - 1, max(second.ndim - 2, 0)
     if last in left and inner in right:
         known.channels.tie(left[last], right[inner])
-    _sum_over(known, (first, last), (second, inner))
+    known.sum_over((first, last), (second, inner))
     found = [(axis, row) for axis, row in left.items() if axis != last]
     found += [(axis, row) for axis, row in right.items() if axis != inner]
     return known.tie_all(found)
-
-
-def _sum_over(known: Known, *operands: tuple[Tensor, int]) -> None:
-    """Note the axis that a product of data with a weight sums over; of two weights, that of the first."""
-    tensor, axis = next((each for each in operands if known.is_weight(each[0])), (None, 0))
-    if axis in known.rows(tensor):
-        known.summed.append(known.rows(tensor)[axis])
 
 
 def _product(known: Known, call: Call) -> None:
@@ -202,7 +189,7 @@ def _trilinear(known: Known, call: Call) -> None:
     )
     for axis in range(weight.ndim):
         if axes[axis] in summed:
-            _sum_over(known, (weight, axis))
+            known.sum_over((weight, axis))
     rows = {axis: row for axis, row in known.tie_all(found).items() if axis not in summed}
     known.put(call.result, {axis - sum(gone < axis for gone in summed): row for axis, row in rows.items()})
 
@@ -215,7 +202,7 @@ def _grouped_product(known: Known, call: Call) -> None:
         _unknown(known, call)
         return
     known.tie_all([(0, rows[1]) for rows in (left, right) if 1 in rows])
-    _sum_over(known, (weight, 1))
+    known.sum_over((weight, 1))
     known.put(call.result, {1: right[2]} if 2 in right else {})
 
 
@@ -228,52 +215,6 @@ def _as_complex(known: Known, call: Call) -> None:
     """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
     axes = min(call.first.ndim, call.result.ndim)
     known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
-
-
-def _convolution(known: Known, call: Call) -> None:
-    """Channels in and out; of several groups each axis of channels is a product, groups times their width."""
-    data, weight = known.rows(call["input"]), known.rows(call["weight"])
-    groups, transposed = call["groups"], call["transposed"]
-    source, target = (0, 1) if transposed else (1, 0)
-    rows: Rows = {0: data[0]} if 0 in data else {}
-    if groups > 1:
-        _in_groups(known, call, data, weight, rows)
-    else:
-        _sum_over(known, (call["weight"], source))
-        known.tie_all([(0, side[axis]) for side, axis in ((data, 1), (weight, source)) if axis in side])
-        rows |= known.tie_all([(1, row) for axis, row in weight.items() if axis == target])
-    bias = known.rows(call["bias"]).items()
-    known.put(call.result, known.tie_all([*rows.items(), *((1, row) for _, row in bias)]))
-
-
-def _in_groups(known: Known, call: Call, data: Rows, weight: Rows, rows: Rows) -> None:
-    """Tie the groups of channels in, of channels out and of the weight, and what is inside of them."""
-    groups = call["groups"]
-    problem = f"a convolution of {groups} groups mixes them group by group"
-    if not call["transposed"]:
-        _sum_over(known, (call["weight"], 1))
-    outer, inner = _grouped(known, weight.get(0), groups, problem)
-    given, within = _grouped(known, data.get(1), groups, problem)
-    if call["transposed"]:
-        known.tie_all([(0, row) for row in (inner, within) if row is not None])
-        whole = None if given is None or 1 not in weight else known.channels.merge((given, weight[1]))
-        rows |= {1: whole} if whole is not None else {1: given} if given is not None and 1 not in weight else {}
-    else:
-        known.tie_all([(0, row) for row in (weight.get(1), within) if row is not None])
-        rows |= {1: weight[0]} if 0 in weight else {}
-    known.tie_all([(0, row) for row in (outer, given) if row is not None])
-
-
-def _grouped(known: Known, row: Row | None, groups: int, problem: str) -> tuple[Row | None, Row | None]:
-    """The row of the groups, and the row inside of a group, where there is more than one channel in each."""
-    if row is None or len(row) == groups:
-        return row, None
-    if not bool((row != 0).all()):
-        known.blame([row], problem)
-        return None, None
-    outer, inner = known.channels.split(row, (groups, len(row) // groups))
-    known.blame([row, outer], problem, "split")
-    return outer, inner
 
 
 def _row_norm(known: Known, call: Call) -> None:
@@ -297,30 +238,6 @@ def _channel_norm(known: Known, call: Call) -> None:
 def _embedding(known: Known, call: Call) -> None:
     rows = known.rows(call["weight"])
     known.put(call.result, {call.result.ndim - 1: rows[1]} if 1 in rows else {})
-
-
-def _spread(known: Known, call: Call) -> None:
-    """Channels, each of several places, put into their places: the channels are the slower factor."""
-    axis, before, after = call.first.ndim - call.result.ndim + 1, known.rows(call.first), call.result.shape[1]
-    rows = {0: before[0]} if 0 in before else {}
-    row = before.get(max(axis, 1) if call.name == "col2im" else 1)
-    if row is not None and len(row) % after == 0:
-        rows |= {1: outer} if (outer := _grouped(known, row, after, _PLACES)[0]) is not None else {}
-    known.put(call.result, rows)
-
-
-def _gathered(known: Known, call: Call) -> None:
-    """Places gathered into channels: the channels become the slower factor."""
-    before, times = known.rows(call.first), call.result.shape[1] // call.first.shape[1]
-    rows = {0: before[0]} if 0 in before else {}
-    if 1 in before:
-        inner = known.channels.new(times)
-        rows[1] = known.channels.merge((before[1], inner)) if times > 1 else before[1]
-        known.blame([before[1]] if times > 1 else [], _PLACES, "split")
-    known.put(call.result, rows)
-
-
-_PLACES: Final = "each of them has several places"
 
 
 def _glu(known: Known, call: Call) -> None:
@@ -349,22 +266,28 @@ def _stack(known: Known, call: Call) -> None:
 
 def _copy(known: Known, call: Call) -> None:
     """What is written into a tensor meets what is there, also where a view of it is written to: `x[:, 3] = y`."""
-    view, whole = call.result, call.result._base
+    view = call.result
     rows = _broadcast(known, [view, call["src"]], view)
     known.put(view, rows)
-    found = dict(known.rows(whole))
-    for axis, row in rows.items() if whole is not None else ():
-        like = [
-            i for i in range(whole.ndim) if (whole.stride(i), whole.shape[i] >= len(row)) == (view.stride(axis), True)
-        ]
-        if len(like) == 1:
-            start = (view.storage_offset() - whole.storage_offset()) // whole.stride(like[0]) % whole.shape[like[0]]
-            before = found.get(like[0], torch.zeros(whole.shape[like[0]], dtype=torch.long))
-            found[like[0]] = before.clone()
-            found[like[0]][start : start + len(row)] = known.channels.tie(before[start : start + len(row)], row)
-            known.channels.cuts.append(row)
+    whole = view._base
     if whole is not None:
-        known.put(whole, found)
+        known.put(whole, _written_through(known, view, whole, rows))
+
+
+def _written_through(known: Known, view: Tensor, whole: Tensor, rows: Rows) -> Rows:
+    """The rows of a tensor whose view has been written to: a stretch of each axis that the view has as well."""
+    found = dict(known.rows(whole))
+    for axis, row in rows.items():
+        alike = [i for i, stride in enumerate(whole.stride()) if stride == view.stride(axis)]
+        alike = [i for i in alike if whole.shape[i] >= len(row)]
+        if len(alike) == 1:
+            length, stride = whole.shape[alike[0]], whole.stride(alike[0])
+            start = (view.storage_offset() - whole.storage_offset()) // stride % length
+            made = found.get(alike[0], torch.zeros(length, dtype=torch.long)).clone()
+            made[start : start + len(row)] = known.channels.tie(made[start : start + len(row)], row)
+            known.channels.cuts.append(row)
+            found[alike[0]] = made
+    return found
 
 
 def _index_put(known: Known, call: Call) -> None:
@@ -407,8 +330,8 @@ _RULES: Final[dict[str, _Rule]] = {
         move,
     ),
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), view),
-    **dict.fromkeys(["pixel_shuffle", "col2im"], _spread),
-    **dict.fromkeys(["pixel_unshuffle", "im2col"], _gathered),
+    **dict.fromkeys(["pixel_shuffle", "col2im"], spread),
+    **dict.fromkeys(["pixel_unshuffle", "im2col"], gathered),
     **dict.fromkeys(
         "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
         "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "
@@ -418,7 +341,7 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys("_local_scalar_dense nonzero multinomial bincount equal zero fill".split(), _forget),
     **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
     **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation"], _add_product),
-    **dict.fromkeys(["convolution", "_convolution"], _convolution),
+    **dict.fromkeys(["convolution", "_convolution"], convolution),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], _row_norm),
     **dict.fromkeys(
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
