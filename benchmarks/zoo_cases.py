@@ -145,7 +145,7 @@ def remedies(message: str) -> list[dict[str, Any]]:
         except (SyntaxError, NameError, TypeError):
             continue
     return [each for each in found if ... not in next(iter(each.values()))] + (
-        [{"example": None}] if "leave out example=" in message else []
+        [{"probe": False}] if "probe=False" in message else []
     )
 
 

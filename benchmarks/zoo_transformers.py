@@ -65,7 +65,7 @@ def _build(name: str, config: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _model(
+def transformer(
     config: str,
     grows: str,
     student: Mapping[str, Any],
@@ -76,6 +76,7 @@ def _model(
     name: str | None = None,
     **more: Any,
 ) -> Model:
+    """A model of Transformers, by the name of its configuration and by its kind."""
     build = _build(name or f"{config}{kind}", config)
     return Model(
         name=name or f"{config}{kind}",
@@ -111,61 +112,61 @@ def _experts() -> list[Model]:
     jamba |= {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
     jamba |= {"expert_layer_period": 2, "expert_layer_offset": 1}
     return [
-        _model("Mixtral", "expert width", {**_LM, **local}, _WIDER),
-        _model("Qwen3Moe", "expert width", {**_LM, **width, "head_dim": 4}, {"moe_intermediate_size": 20}),
-        _model(
+        transformer("Mixtral", "expert width", {**_LM, **local}, _WIDER),
+        transformer("Qwen3Moe", "expert width", {**_LM, **width, "head_dim": 4}, {"moe_intermediate_size": 20}),
+        transformer(
             "Qwen2Moe",
             "expert width",
             {**_LM, **width, "shared_expert_intermediate_size": 12},
             {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 20},
         ),
-        _model("DeepseekV3", "expert width", deep, {"moe_intermediate_size": 20}),
-        _model("GraniteMoe", "expert width", {**_LM, **local}, _WIDER),
-        _model("Jamba", "expert width", jamba, _WIDER),
-        _model("Olmoe", "expert width", {**_LM, "num_experts": 4, "num_experts_per_tok": 2}, _WIDER),
-        _model("GptOss", "expert width", {**_LM, **local, "head_dim": 4}, _WIDER),
-        _model("Phimoe", "expert width", {**_LM, **local}, _WIDER),
+        transformer("DeepseekV3", "expert width", deep, {"moe_intermediate_size": 20}),
+        transformer("GraniteMoe", "expert width", {**_LM, **local}, _WIDER),
+        transformer("Jamba", "expert width", jamba, _WIDER),
+        transformer("Olmoe", "expert width", {**_LM, "num_experts": 4, "num_experts_per_tok": 2}, _WIDER),
+        transformer("GptOss", "expert width", {**_LM, **local, "head_dim": 4}, _WIDER),
+        transformer("Phimoe", "expert width", {**_LM, **local}, _WIDER),
     ]
 
 
 def _decoders() -> list[Model]:
     return [
-        _model("Llama", "hidden size, heads, width", _LM, {**_HEADS, **_WIDER}),
-        _model("Llama", "hidden size, heads kept", _LM, _HIDDEN),
-        _model("Starcoder2", "hidden size, heads kept", _LM, _HIDDEN),
-        _model("Qwen3", "hidden size, head_dim", {**_LM, "head_dim": 4}, {"hidden_size": 24, "head_dim": 8}),
-        _model("Gemma2", "width, heads", {**_LM, "head_dim": 4}, {**_WIDER, "num_attention_heads": 8}),
-        _model("Phi3", "heads, width", _LM, {**_HEADS, **_WIDER}),
-        _model("Cohere", "hidden size, heads kept", _LM, _HIDDEN),
-        _model("StableLm", "hidden size, heads", _LM, _HEADS),
-        _model("Olmo2", "hidden size, heads", _LM, _HEADS),
-        _model("Falcon", "hidden size, heads kept", {**_ENCODER, "num_kv_heads": 2}, _HIDDEN),
-        _model(
+        transformer("Llama", "hidden size, heads, width", _LM, {**_HEADS, **_WIDER}),
+        transformer("Llama", "hidden size, heads kept", _LM, _HIDDEN),
+        transformer("Starcoder2", "hidden size, heads kept", _LM, _HIDDEN),
+        transformer("Qwen3", "hidden size, head_dim", {**_LM, "head_dim": 4}, {"hidden_size": 24, "head_dim": 8}),
+        transformer("Gemma2", "width, heads", {**_LM, "head_dim": 4}, {**_WIDER, "num_attention_heads": 8}),
+        transformer("Phi3", "heads, width", _LM, {**_HEADS, **_WIDER}),
+        transformer("Cohere", "hidden size, heads kept", _LM, _HIDDEN),
+        transformer("StableLm", "hidden size, heads", _LM, _HEADS),
+        transformer("Olmo2", "hidden size, heads", _LM, _HEADS),
+        transformer("Falcon", "hidden size, heads kept", {**_ENCODER, "num_kv_heads": 2}, _HIDDEN),
+        transformer(
             "Mpt",
             "hidden size, heads",
             {**_IDS, "d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
             {"d_model": 32, "n_heads": 8},
         ),
-        _model(
+        transformer(
             "CodeGen",
             "hidden size, heads kept",
             {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
             {"n_embd": 64},
         ),
-        _model(
+        transformer(
             "GPTBigCode",
             "hidden size, heads",
             {**_IDS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "multi_query": True},
             {"n_embd": 32, "n_head": 8},
         ),
-        _model(
+        transformer(
             "XLNet",
             "hidden size, heads kept",
             {**_IDS, "d_model": 16, "n_head": 4, "n_layer": 2, "d_inner": 24},
             {"d_model": 32},
             name="XLNetLMHeadModel",
         ),
-        _model("GPTNeoX", "hidden size, heads kept", _ENCODER, _HIDDEN),
+        transformer("GPTNeoX", "hidden size, heads kept", _ENCODER, _HIDDEN),
     ]
 
 
@@ -189,27 +190,27 @@ def _state_spaces() -> list[Model]:
         "block_types": ["recurrent", "attention"],
     }
     return [
-        _model(
+        transformer(
             "Mamba",
             "hidden size",
             {**_IDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
             {"hidden_size": 32},
         ),
-        _model("Mamba2", "hidden size, more heads", mamba2, {"hidden_size": 32, "num_heads": 8}),
-        _model("RecurrentGemma", "width", recurrent, _WIDER),
-        _model(
+        transformer("Mamba2", "hidden size, more heads", mamba2, {"hidden_size": 32, "num_heads": 8}),
+        transformer("RecurrentGemma", "width", recurrent, _WIDER),
+        transformer(
             "FalconMamba",
             "hidden size",
             {**_IDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
             {"hidden_size": 32},
         ),
-        _model(
+        transformer(
             "Rwkv",
             "width",
             {**_IDS, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "attention_hidden_size": 16},
             _WIDER,
         ),
-        _model(
+        transformer(
             "Bamba",
             "width",
             {
@@ -229,16 +230,16 @@ def _encoders() -> list[Model]:
     labels = {"kind": "ForSequenceClassification"}
     deberta = {**_ENCODER, "pos_att_type": ["p2c", "c2p"], "relative_attention": True, "position_buckets": 4}
     return [
-        _model("Deberta", "hidden size, heads kept", {**deberta, "type_vocab_size": 0}, _HIDDEN, **labels),
-        _model("DebertaV2", "hidden size, heads kept", deberta, _HIDDEN, **labels),
-        _model(
+        transformer("Deberta", "hidden size, heads kept", {**deberta, "type_vocab_size": 0}, _HIDDEN, **labels),
+        transformer("DebertaV2", "hidden size, heads kept", deberta, _HIDDEN, **labels),
+        transformer(
             "Albert",
             "hidden size, heads",
             {**_ENCODER, "embedding_size": 8},
             {"hidden_size": 32, "num_attention_heads": 8},
             **labels,
         ),
-        _model(
+        transformer(
             "Roberta",
             "width, blocks",
             _ENCODER,
@@ -246,28 +247,30 @@ def _encoders() -> list[Model]:
             **labels,
             options={"layers": {"roberta.encoder.layer": "first"}},
         ),
-        _model(
+        transformer(
             "DistilBert",
             "hidden size, heads kept",
             {**_IDS, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "num_labels": CLASSES},
             {"dim": 32},
             **labels,
         ),
-        _model("ModernBert", "width", {**_ENCODER, "local_attention": 4, "reference_compile": False}, _WIDER, **labels),
-        _model("MPNet", "hidden size, heads kept", _ENCODER, _HIDDEN, **labels),
-        _model(
+        transformer(
+            "ModernBert", "width", {**_ENCODER, "local_attention": 4, "reference_compile": False}, _WIDER, **labels
+        ),
+        transformer("MPNet", "hidden size, heads kept", _ENCODER, _HIDDEN, **labels),
+        transformer(
             "Electra",
             "hidden size, heads",
             {**_ENCODER, "embedding_size": 8},
             {"hidden_size": 32, "num_attention_heads": 8},
             **labels,
         ),
-        _model("FNet", "hidden size", _ENCODER, _HIDDEN, **labels),
-        _model(
+        transformer("FNet", "hidden size", _ENCODER, _HIDDEN, **labels),
+        transformer(
             "BigBird", "hidden size, heads kept", {**_ENCODER, "attention_type": "original_full"}, _HIDDEN, **labels
         ),
-        _model("ConvBert", "width", _ENCODER, _WIDER, **labels),
-        _model("SqueezeBert", "width", {**_ENCODER, "embedding_size": 16}, _WIDER, **labels),
+        transformer("ConvBert", "width", _ENCODER, _WIDER, **labels),
+        transformer("SqueezeBert", "width", {**_ENCODER, "embedding_size": 16}, _WIDER, **labels),
     ]
 
 
@@ -287,11 +290,11 @@ def _encoder_decoders() -> list[Model]:
     }
     wider = {"encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
     return [
-        _model(
+        transformer(
             "Bart", "hidden size, heads kept", bart, {"d_model": 32}, kind="ForConditionalGeneration", batch=both_tokens
         ),
-        _model("Marian", "width", bart, wider, name="MarianMTModel", batch=both_tokens),
-        _model("Pegasus", "width", bart, wider, kind="ForConditionalGeneration", batch=both_tokens),
+        transformer("Marian", "width", bart, wider, name="MarianMTModel", batch=both_tokens),
+        transformer("Pegasus", "width", bart, wider, kind="ForConditionalGeneration", batch=both_tokens),
     ]
 
 
@@ -303,15 +306,15 @@ def _vision_and_sound() -> list[Model]:
     }
     swin = {**small, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 2}
     return [
-        _model("Swin", "hidden size, heads kept", swin, {"embed_dim": 16}, **images),
-        _model("Swinv2", "hidden size, heads", swin, {"embed_dim": 16, "num_heads": [4, 8]}, **images),
-        _model(
+        transformer("Swin", "hidden size, heads kept", swin, {"embed_dim": 16}, **images),
+        transformer("Swinv2", "hidden size, heads", swin, {"embed_dim": 16, "num_heads": [4, 8]}, **images),
+        transformer(
             "Beit", "hidden size, heads kept", {**plain, **small, "use_relative_position_bias": True}, _HIDDEN, **images
         ),
-        _model(
+        transformer(
             "DeiT", "hidden size, heads", {**plain, **small}, {"hidden_size": 32, "num_attention_heads": 8}, **images
         ),
-        _model(
+        transformer(
             "ConvNext",
             "hidden sizes",
             {
@@ -325,7 +328,7 @@ def _vision_and_sound() -> list[Model]:
             {"hidden_sizes": [12, 24]},
             **images,
         ),
-        _model(
+        transformer(
             "ResNet",
             "hidden sizes",
             {
@@ -338,7 +341,7 @@ def _vision_and_sound() -> list[Model]:
             {"embedding_size": 12, "hidden_sizes": [12, 24]},
             **images,
         ),
-        _model(
+        transformer(
             "PoolFormer",
             "hidden sizes",
             {
@@ -353,14 +356,14 @@ def _vision_and_sound() -> list[Model]:
             {"hidden_sizes": [12, 24]},
             **images,
         ),
-        _model(
+        transformer(
             "MobileNetV2",
             "depth multiplier",
             {"num_labels": CLASSES, "image_size": 16, "depth_multiplier": 0.35},
             {"depth_multiplier": 0.5},
             **{**images, "batch": pixels(32)},
         ),
-        _model(
+        transformer(
             "Wav2Vec2",
             "width",
             {
@@ -378,7 +381,7 @@ def _vision_and_sound() -> list[Model]:
             kind="ForCTC",
             batch=sound(),
         ),
-        _model(
+        transformer(
             "PatchTST",
             "hidden size, heads kept",
             {

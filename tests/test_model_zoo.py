@@ -9,17 +9,23 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import zoo_found
 import zoo_handwritten
 import zoo_packages
+import zoo_rankers
 import zoo_transformers
 from zoo_cases import Model, examine, remedies
 
-MODELS = (*zoo_transformers.MODELS, *zoo_packages.MODELS, *zoo_handwritten.MODELS)
+MODELS = tuple(
+    model
+    for module in (zoo_transformers, zoo_found, zoo_packages, zoo_handwritten, zoo_rankers)
+    for model in module.MODELS
+)
 QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")
 
 
 def _parameters() -> list[object]:
-    quick = [each for each in MODELS if each.source == "hand-written" and "PEFT" not in each.name]
+    quick = [each for each in MODELS if each.source in ("hand-written", "rankers") and "PEFT" not in each.name]
     quick += [each for each in MODELS if each.name in QUICK]
     return [
         pytest.param(each, id=f"{each.name}, {each.grows}", marks=() if each in quick else pytest.mark.stress)
@@ -48,5 +54,5 @@ def test_remedies_are_read_off_a_message() -> None:
     )
     assert [list(each["layouts"]) for each in remedies(message)] == [["a.*"], ["b"]]
     assert remedies(
-        "declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or leave out example="
-    ) == [{"example": None}]
+        "declare layouts={'a': matta.Layout.concat([(student, ta), ...], axis=1)}, or nest with probe=False"
+    ) == [{"probe": False}]

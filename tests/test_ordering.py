@@ -119,16 +119,14 @@ class Running(nn.Module):
 
 
 class Written(nn.Module):
-    """Two layers that meet where the trace does not see it: one is written into rows of a blank tensor."""
+    """Two layers that meet where the trace does not see it: one is written down as numbers and read again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.gate, self.last = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.zeros(len(x), 8, dtype=x.dtype)
-        for i, row in enumerate(self.first(x)):
-            hidden[i] = row
+        hidden = torch.tensor(self.first(x).tolist(), dtype=x.dtype)
         return self.last(self.gate(x) * hidden)
 
 

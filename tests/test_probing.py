@@ -203,7 +203,9 @@ def test_what_no_declaration_mends_is_said() -> None:
             return super().forward(torch.fft.fft(input).real)
 
     pair = [nn.Sequential(nn.Linear(5, width), Turned(width, 2)) for width in (4, 6)]
-    with pytest.raises(ProbeError, match=r"from 1 on .*if the two models differ there by design .* leave out example="):
+    with pytest.raises(
+        ProbeError, match=r"from 1 on .*if the two models differ there by design .* nest with probe=False"
+    ):
         matta.probe(matta.nest(*pair), (X, Y))
 
 

@@ -62,6 +62,28 @@ class Sorted(nn.Module):
         return self.down(gate.sigmoid() * value)
 
 
+class Idle(nn.Module):
+    """A layer over two vectors that no run reaches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.idle, self.down = nn.Linear(5, width), nn.Linear(2 * width, 2), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Summed(nn.Module):
+    """A sum over the width of what a bias was added to: the TA adds it more often, by design."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, width), nn.Conv1d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x)[:, None]).sum(2)
+
+
 class Fixed(nn.Module):
     """A number of classes of its own."""
 
@@ -247,8 +269,19 @@ MORE: dict[str, Refusal] = {
     ),
     "mixed-channels": Refusal(
         lambda: matta.nest(Turned(4), Turned(6), example=BATCH),
-        r"from down on .*'down.weight' \(axis 1: 4 of 6\); an axis that feeds it is fused .*leave out example=",
-        lambda: matta.nest(Turned(4), Turned(6)),
+        r"from down on .*'down.weight' \(axis 1: 4 of 6\); the run does not show how up.weight is cut on axis 0 "
+        r"\(.*'_fft_r2c'\): declare .*nest with probe=False",
+        lambda: matta.nest(Turned(4), Turned(6), example=BATCH, probe=False),
+    ),
+    "by-design": Refusal(
+        lambda: matta.nest(Summed(4), Summed(6), example=BATCH),
+        r"from the logits on .*; the run shows how each axis is cut, .* there by design .*, nest with probe=False",
+        lambda: matta.nest(Summed(4), Summed(6), example=BATCH, probe=False),
+    ),
+    "not-reached": Refusal(
+        lambda: matta.nest(Idle(4), Idle(6), example=BATCH),
+        r"does not reach idle.weight, nor anything of their kind: .*; or keep them apart with private=\['idle.w",
+        lambda: matta.nest(Idle(4), Idle(6), example=BATCH, private=["idle.weight"]),
     ),
     "classes": Refusal(
         lambda: matta.nest(Fixed(4), Fixed(6, 3), example=BATCH),
@@ -267,7 +300,7 @@ MORE: dict[str, Refusal] = {
     ),
     "not-to-be-probed": Refusal(
         lambda: matta.nest(Failing(4), Failing(6), example=BATCH),
-        r"the TA cannot be probed: .*it fails with a channel is silent; declare the layouts .*leave out example=",
+        r"the TA cannot be probed: .*it fails with a channel is silent; declare the layouts .*probe=False",
         lambda: matta.nest(Failing(4), Failing(6), layouts={"*": 1}, example=BATCH),
     ),
     "meta": Refusal(

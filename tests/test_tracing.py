@@ -66,6 +66,8 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "padding": lambda x: F.pad(x, (0, 0, 1, 1))[1:-1] + F.pad(x, (0, 3), value=1.0)[:, :8],
     "where": lambda x: torch.where(x > 0, x, 0.1 * x).masked_fill(x > 3, 0.0),
     "stack": lambda x: torch.stack([x, -x], dim=1).amax(1) + torch.stack([x, -x]).max(0).values,
+    "masked in place": lambda x: x.clone().masked_fill_(x > 3, 0.0),
+    "views of rows": lambda x: filled((2, 8), lambda y: (y[0].copy_(x[0]), y[1:].copy_(x[1:]))),
     "rows put": lambda x: filled((2, 8), lambda y: y.__setitem__(ROWS, x)),
     "rows copied": lambda x: filled((2, 8), lambda y: y.copy_(x)),
     "rows added": lambda x: filled((2, 8), lambda y: y.index_add_(0, ROWS, x)),
@@ -129,6 +131,34 @@ def test_an_axis_is_cut_where_its_channels_part(
     assert [(part.size, part.repeat) for part in parts_of(found, "entry.weight", 0)] == sizes
     read = {part.dimension for part in parts_of(found, "head.weight", 1)}
     assert read <= {part.dimension for part in parts_of(found, "entry.weight", 0)}
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "factors"),
+    [
+        (lambda x: F.conv1d(x[:, :, None], torch.ones(8, 4, 1), groups=2)[..., 0], 8, [2, 4]),
+        (lambda x: F.conv_transpose1d(x[:, :, None], torch.ones(8, 4, 1), groups=2)[..., 0], 8, [2, 4]),
+        (lambda x: F.pixel_shuffle(x[:, :, None, None], 2).mean((2, 3)), 2, [2, 4]),
+        (lambda x: F.unfold(x.view(2, 2, 4, 1), (4, 1)).flatten(1), 8, [2, 4]),
+        (lambda x: x.view(4, 4).view(2, 8), 8, [2, 4]),
+    ],
+)
+def test_groups_places_and_views_into_the_batch_are_products(
+    function: Callable[[Tensor], Tensor], size: int, factors: list[int]
+) -> None:
+    found = trace(Through(function, size), (torch.ones(2, 3), None))
+    [part] = parts_of(found, "entry.weight", 0)
+    dimension = found.dimensions[part.dimension]
+    assert [sum(each.size * each.repeat for each in factor) for factor in dimension.factors] == factors
+    assert not dimension.is_lost
+
+
+def test_products_agree_in_the_finest_shape_of_both() -> None:
+    halves = Through(lambda x: x.view(2, 4, 2).flatten(1) + x.view(2, 2, 4).flatten(1))
+    found = trace(halves, (torch.ones(2, 3), None))
+    [part] = parts_of(found, "entry.weight", 0)
+    first, second = found.dimensions[part.dimension].factors
+    assert [len(found.dimensions[each.dimension].factors) for each in (*first, *second)] in ([2, 0], [0, 2])
 
 
 def test_a_shuffle_leaves_no_stretch_to_grow() -> None:

@@ -68,9 +68,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in tuples, lists and mappings, in order."""
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):  # a PackedSequence too, which cannot be made of other things
+        return [tensor for each in value for tensor in tensors_of(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def tensor_names(inputs: Any) -> list[str]:

@@ -6,7 +6,8 @@ its arguments by name, and how rows of channels go through an operator that only
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any, final
 
@@ -148,37 +149,51 @@ class Channels:
         return [row for whole, factors in self.products for row in (whole, *factors)]
 
     def close_products(self) -> None:
-        """Tie the factors of products that are the same; a product of fewer factors is refined by one of more."""
+        """Tie the factors of products that are the same, however they are split."""
         changed = True
         while changed:
             changed = False
             alike: dict[bytes, list[tuple[Row, ...]]] = {}
             for whole, factors in list(self.products):
                 alike.setdefault(_key(self.classes(whole)), []).append(factors)
-            for group in alike.values():
-                finest = max(group, key=len)
-                for factors in group:
-                    changed |= factors is not finest and self._refine(factors, finest)
+            for first, *others in alike.values():
+                for factors in others:
+                    changed |= self._agree(first, factors)
 
-    def _refine(self, coarse: tuple[Row, ...], fine: tuple[Row, ...]) -> bool:
-        """Tie each factor to the product of the finer ones that it consists of; whether anything was new."""
-        changed, rest = False, list(fine)
-        for factor in coarse:
-            taken: list[Row] = []
-            while rest and prod(map(len, taken)) < len(factor):
-                taken.append(rest.pop(0))
-            if prod(map(len, taken)) != len(factor):
-                return changed
-            if len(taken) > 1:
-                known = (_key(factor), tuple(map(len, taken))) in self._splits
-                changed |= not known
-                taken = [factor] if known else taken
-            if len(taken) > 1:
-                self._multiply(factor, tuple(taken))
-            elif not torch.equal(self.classes(factor), self.classes(taken[0])):
-                self.tie(factor, taken[0])
+    def _agree(self, one: tuple[Row, ...], other: tuple[Row, ...]) -> bool:
+        """Tie the factors of one product, in the finest shape of which both are products; whether anything was new."""
+        sizes = common_factors([len(row) for row in one], [len(row) for row in other])
+        before = len(self.products)
+        atoms = [self._atoms(factors, sizes or ()) for factors in (one, other)]
+        changed = len(self.products) > before
+        for first, second in zip(*atoms, strict=True):
+            if not torch.equal(self.classes(first), self.classes(second)):
+                self.tie(first, second)
                 changed = True
         return changed
+
+    def _atoms(self, factors: tuple[Row, ...], sizes: tuple[int, ...]) -> list[Row]:
+        """The factors, split where they are products of several of the sizes."""
+        found, rest = list[Row](), list(sizes)
+        for factor in factors if sizes else ():
+            own = [rest.pop(0)]
+            while prod(own) < len(factor):
+                own.append(rest.pop(0))
+            found += self.split(factor, tuple(own)) if len(own) > 1 else (factor,)
+        return found
+
+
+def common_factors(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...] | None:
+    """The coarsest shape of which both are products of neighbours; None if there is none.
+
+    Example:
+        >>> common_factors((2, 6), (4, 3)), common_factors((2, 3), (3, 2))
+        ((2, 2, 3), None)
+    """
+    ends = sorted({prod(shape[:i]) for shape in (before, after) for i in range(len(shape) + 1)})
+    if not ends[0] or any(high % low for low, high in pairwise(ends)):
+        return None
+    return tuple(high // low for low, high in pairwise(ends))
 
 
 def _key(row: Row) -> bytes:
@@ -226,6 +241,12 @@ class Known:
         """Whether a tensor is made of weights alone, so that a product with it sums over inputs of a layer."""
         return tensor in self._weights
 
+    def sum_over(self, *operands: tuple[Tensor, int]) -> None:
+        """Note the axis that a product of data with a weight sums over; of two weights, that of the first."""
+        tensor, axis = next((each for each in operands if self.is_weight(each[0])), (None, 0))
+        if axis in self.rows(tensor):
+            self.summed.append(self.rows(tensor)[axis])
+
     def tie_all(self, found: Iterable[tuple[int, Row]]) -> Rows:
         """The rows of one tensor from those of several; what falls on the same axis is tied."""
         rows: Rows = {}
@@ -259,6 +280,18 @@ def move(known: Known, call: Call) -> None:
             _land(known, call, slot, axis, row, moved)
     for out, slot in zip(results, landed, strict=True):
         known.put(out, {axis: _merged(known, call, axis, out.shape, rows) for axis, rows in slot.items()})
+
+
+def view(known: Known, call: Call) -> None:
+    """A view that splits axes and merges them at once is two: into the factors of both shapes, and out of them."""
+    factors = common_factors(call.shape, call.result.shape)
+    if factors is None or factors in (tuple(call.shape), tuple(call.result.shape)):
+        move(known, call)
+        return
+    plain = torch.ops.aten.view.default
+    middle = call.first.new_empty(factors)
+    move(known, Call(plain, (call.first, list(factors)), {}, middle, call.shape))
+    move(known, Call(plain, (middle, list(call.result.shape)), {}, call.result, middle.shape))
 
 
 def _again(call: Call, shadow: Tensor) -> Any:
@@ -301,11 +334,22 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
     elif call.name in _CUTTING and whole[axis] == 1 and bool((moved != 0).any()):
         known.channels.cuts.append(found := moved.flatten()[:1])
         slot.setdefault(axis, []).append((axis, found))  # a stretch of one channel, such as half of two
+    elif (repeated := _beside(call, axis, row)) is not None:
+        slot.setdefault(repeated, []).append((axis, row.expand(whole[repeated])))
     elif bool((moved != 0).any()):
         known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index", "picked")
 
 
 _CUTTING = frozenset("slice narrow split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split())
+
+
+def _beside(call: Call, axis: int, row: Row) -> int | None:
+    """The axis into which a view merges an axis of one channel with the axis behind it, as of rotary halves."""
+    before, after = call.shape, call.result.shape
+    if call.name not in ("view", "_unsafe_view", "reshape") or len(row) > 1 or axis == 0 or axis + 1 >= len(before):
+        return None
+    starts = [i for i in range(len(after)) if prod(after[:i]) == prod(before[:axis]) and after[i] == before[axis + 1]]
+    return starts[-1] if starts and before[axis + 1] > 1 and len(after) < len(before) else None
 
 
 def _varies(moved: Tensor, axis: int) -> bool:

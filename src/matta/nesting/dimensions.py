@@ -75,6 +75,15 @@ class Trace:
         """The axes of a dimension, for a message."""
         return named_axes(self.dimensions[dimension].members)
 
+    def lost(self) -> dict[tuple[str, int], str]:
+        """The axes with channels that were lost from sight, and where they were."""
+        return {
+            key: self.dimensions[part.dimension].problem or "its channels meet in more ways than one"
+            for key, parts in self.axes.items()
+            for part in parts
+            if self.dimensions[part.dimension].is_lost
+        }
+
 
 def named_axes(members: Sequence[tuple[str, int]], most: int = 6) -> str:
     """Axes of parameters in words; of many the first few."""

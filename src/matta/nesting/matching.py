@@ -7,6 +7,7 @@ where both join several parts (embeddings, the halves of a gate), it is the lead
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -45,14 +46,20 @@ def trace_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> dict[str
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs."""
+    """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs.
+
+    Legend: `norms` are those of what norms without weights return, by module; `lost` are the axes whose channels were
+    lost from sight, with where.
+    """
 
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     buffers: Mapping[str, Layout] = field(default_factory=dict)
+    norms: Mapping[str, Layout] = field(default_factory=dict)
     inputs: frozenset[tuple[str, int]] = frozenset()
     unread: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
     spanning: frozenset[str] = frozenset()
+    lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -71,10 +78,12 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
     return Shown(
         parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta, one.unread | other.unread),
         buffers=match_layouts(one, other, strict=False, buffers=True),
+        norms=_Overlay(one, other).outputs(),
         inputs=one.summed | other.summed,
         unread=one.unread | other.unread,
         products=_Overlay(one, other).products(),
         spanning=_Overlay(one, other).spanning(),
+        lost={**one.lost(), **other.lost()},
     )
 
 
@@ -153,10 +162,8 @@ class _Overlay:
     def axis(self, name: str, axis: int, strict: bool) -> tuple[Segment, ...] | None:
         """The segments of an axis; None where its channels were lost."""
         parts, others = self.student.axes.get((name, axis), ()), self.ta.axes[name, axis]
-        if not parts or self._is_lost(parts, others):
-            return None
         try:
-            return self._parts(parts, others)
+            return self._placed(parts, others)
         except _Misfit as error:
             if not strict:
                 return None
@@ -165,6 +172,18 @@ class _Overlay:
                 f"TA; expected as many parts in both, each at least as large in the TA; declare its layout by hand in "
                 f"`layouts`"
             ) from error
+
+    def outputs(self) -> dict[str, Layout]:
+        """The layouts of what modules return, where they can be followed."""
+        found: dict[str, Layout] = {}
+        for name, parts in self.student.outputs.items():
+            with suppress(_Misfit):
+                segments = self._placed(parts, self.ta.outputs.get(name, ()))
+                found |= {} if segments is None else {name: Layout({0: segments})}
+        return found
+
+    def _placed(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...] | None:
+        return None if not parts or self._is_lost(parts, others) else self._parts(parts, others)
 
     def products(self) -> frozenset[str]:
         """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
@@ -199,16 +218,16 @@ class _Overlay:
 
     def _is_lost(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> bool:
         """Whether a part that grows, or a factor of it that does, cannot be placed."""
-        if any(self.student.dimensions[part.dimension].is_lost for part in parts):
-            return True
-        return len(parts) == len(others) and any(map(self._is_hidden, parts, others))
+        if len(parts) == len(others):
+            return any(map(self._is_hidden, parts, others))
+        return any(self.student.dimensions[part.dimension].is_lost for part in parts)
 
     def _is_hidden(self, part: Part, other: Part) -> bool:
         one, two = self.student.dimensions[part.dimension], self.ta.dimensions[other.dimension]
-        if one.is_lost or two.is_lost:
-            return True
         if one.size == two.size:
             return False
+        if one.is_lost or two.is_lost:
+            return True
         if len(one.factors) == len(two.factors) > 0:
             return any(map(self._is_lost, one.factors, two.factors))
         return one.is_picked or two.is_picked

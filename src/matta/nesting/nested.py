@@ -105,6 +105,7 @@ def nest(
     share: str | Sequence[str] = "all",
     warm_start: bool | Literal["ta"] = False,
     example: Batch | None = None,
+    probe: bool = True,
 ) -> Nested:
     """Nest a Student, or several, into a larger Teaching Assistant (section 3.2).
 
@@ -129,6 +130,8 @@ def nest(
         example: A batch. With it both modules are run: axes that shapes leave ambiguous (embeddings
             one after the other, flattened images, halves of a gate) are laid out as the flow of the
             data shows, and the whole nesting is probed.
+        probe: False: lay both out as the run on the example shows, without comparing what they compute. For models
+            that differ by design in what follows from their widths (a Fourier transform over the channels, say).
 
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
@@ -157,20 +160,14 @@ def nest(
     rules = Rules(layers or {}, layouts or {}, (private,) if isinstance(private, str) else tuple(private), share)
     shown = [None if example is None else shown_layouts(each, ta, example) for each in students]
     plans = [
-        plan_nesting(each, ta, rules, seen and seen.parameters) for each, seen in zip(students, shown, strict=True)
+        plan_nesting(each, ta, rules, seen and seen.parameters, probed=probe)
+        for each, seen in zip(students, shown, strict=True)
     ]
     rules.require_all_used()
-    if example is not None:
-        together = zip(students, plans, shown, strict=True)
-        plans = [
-            replace(
-                settle_pair(each, ta, plan, example, seen, rules.declares),
-                products=seen.products,
-                spanning=seen.spanning,
-            )
-            for each, plan, seen in together
-            if seen
-        ]
+    for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
+        if example is not None and seen is not None:
+            settled = settle_pair(each, ta, plans[i], example, seen, rules.declares) if probe else plans[i]
+            plans[i] = replace(settled, products=seen.products, spanning=seen.spanning)
     if warm_start is True:
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())

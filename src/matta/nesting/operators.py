@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Rows, move, name_of
+from matta.nesting.channels import Call, Known, Rows, move, name_of, view
+from matta.nesting.convolutions import convolution, gathered, spatial, spread
 
 
 @final
@@ -77,15 +78,22 @@ def _rule(func: Any) -> _Rule:
     if name in _RULES:
         return _RULES[name]
     arguments = {argument.name for argument in func._schema.arguments}
-    if torch.Tag.pointwise in func.tags:
+    if torch.Tag.pointwise in {*func.tags, *_tags_out_of_place(name)}:
         return _pointwise
     if {"dim", "keepdim"} <= arguments or (name in _SUMS and "dim" not in arguments):
         return _reduce
     if "pool" in name or name.startswith("upsample"):
-        return _spatial
+        return spatial
     if name.endswith("_like") or name.startswith("new_"):
         return _forget
     return _unknown
+
+
+def _tags_out_of_place(name: str) -> Iterator[torch.Tag]:
+    """What torch says of the kind of an operator that it has not marked where it works in place."""
+    packet = getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
+        yield from getattr(packet, overload).tags
 
 
 def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
@@ -135,13 +143,6 @@ def _reduce(known: Known, call: Call) -> None:
         known.put(out, {place[axis]: row for axis, row in rows.items() if axis in place})
 
 
-def _spatial(known: Known, call: Call) -> None:
-    """Pooling and resampling work on the last one, two or three axes."""
-    spatial = next((n for n in (1, 2, 3) if f"{n}d" in call.name), call.first.ndim - 2)
-    rows = known.rows(call.first)
-    known.put(call.result, {axis: row for axis, row in rows.items() if axis < call.first.ndim - spatial})
-
-
 def _order(known: Known, call: Call) -> None:
     """Sorting keeps the other axes; which channel ends where depends on the data."""
     dim = call["dim"] % call.first.ndim
@@ -159,17 +160,10 @@ def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
     last, inner = first.ndim - 1, max(second.ndim - 2, 0)
     if last in left and inner in right:
         known.channels.tie(left[last], right[inner])
-    _sum_over(known, (first, last), (second, inner))
+    known.sum_over((first, last), (second, inner))
     found = [(axis, row) for axis, row in left.items() if axis != last]
     found += [(axis, row) for axis, row in right.items() if axis != inner]
     return known.tie_all(found)
-
-
-def _sum_over(known: Known, *operands: tuple[Tensor, int]) -> None:
-    """Note the axis that a product of data with a weight sums over; of two weights, that of the first."""
-    tensor, axis = next((each for each in operands if known.is_weight(each[0])), (None, 0))
-    if axis in known.rows(tensor):
-        known.summed.append(known.rows(tensor)[axis])
 
 
 def _product(known: Known, call: Call) -> None:
@@ -195,7 +189,7 @@ def _trilinear(known: Known, call: Call) -> None:
     )
     for axis in range(weight.ndim):
         if axes[axis] in summed:
-            _sum_over(known, (weight, axis))
+            known.sum_over((weight, axis))
     rows = {axis: row for axis, row in known.tie_all(found).items() if axis not in summed}
     known.put(call.result, {axis - sum(gone < axis for gone in summed): row for axis, row in rows.items()})
 
@@ -208,7 +202,7 @@ def _grouped_product(known: Known, call: Call) -> None:
         _unknown(known, call)
         return
     known.tie_all([(0, rows[1]) for rows in (left, right) if 1 in rows])
-    _sum_over(known, (weight, 1))
+    known.sum_over((weight, 1))
     known.put(call.result, {1: right[2]} if 2 in right else {})
 
 
@@ -221,30 +215,6 @@ def _as_complex(known: Known, call: Call) -> None:
     """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
     axes = min(call.first.ndim, call.result.ndim)
     known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
-
-
-def _convolution(known: Known, call: Call) -> None:
-    """Channels in and out; a depthwise one ties them, another grouped one is refused."""
-    data, weight = known.rows(call["input"]), known.rows(call["weight"])
-    groups, transposed = call["groups"], call["transposed"]
-    source, target = (0, 1) if transposed else (1, 0)
-    in_channels = call["input"].shape[1]
-    if groups == 1:
-        _sum_over(known, (call["weight"], source))
-    bias = known.rows(call["bias"]).items()
-    rows: Rows = {0: data[0]} if 0 in data else {}
-    if groups == 1:
-        known.tie_all([(0, side[axis]) for side, axis in ((data, 1), (weight, source)) if axis in side])
-        rows |= known.tie_all([(1, row) for axis, row in weight.items() if axis == target])
-    elif groups == in_channels == call.result.shape[1]:
-        sides = [side[axis] for side, axis in ((data, 1), (weight, 0)) if axis in side]
-        rows |= known.tie_all([(1, row) for row in sides])
-    else:
-        involved = [row for side in (data, weight) for axis, row in side.items() if axis < 2]
-        problem = f"a convolution of {groups} groups mixes them group by group"
-        known.blame(involved, problem)
-        rows[1] = known.lose(call.result.shape[1], problem)
-    known.put(call.result, known.tie_all([*rows.items(), *((1, row) for _, row in bias)]))
 
 
 def _row_norm(known: Known, call: Call) -> None:
@@ -295,7 +265,29 @@ def _stack(known: Known, call: Call) -> None:
 
 
 def _copy(known: Known, call: Call) -> None:
-    known.put(call.result, _broadcast(known, [call["self"], call["src"]], call.result))
+    """What is written into a tensor meets what is there, also where a view of it is written to: `x[:, 3] = y`."""
+    view = call.result
+    rows = _broadcast(known, [view, call["src"]], view)
+    known.put(view, rows)
+    whole = view._base
+    if whole is not None:
+        known.put(whole, _written_through(known, view, whole, rows))
+
+
+def _written_through(known: Known, view: Tensor, whole: Tensor, rows: Rows) -> Rows:
+    """The rows of a tensor whose view has been written to: a stretch of each axis that the view has as well."""
+    found = dict(known.rows(whole))
+    for axis, row in rows.items():
+        alike = [i for i, stride in enumerate(whole.stride()) if stride == view.stride(axis)]
+        alike = [i for i in alike if whole.shape[i] >= len(row)]
+        if len(alike) == 1:
+            length, stride = whole.shape[alike[0]], whole.stride(alike[0])
+            start = (view.storage_offset() - whole.storage_offset()) // stride % length
+            made = found.get(alike[0], torch.zeros(length, dtype=torch.long)).clone()
+            made[start : start + len(row)] = known.channels.tie(made[start : start + len(row)], row)
+            known.channels.cuts.append(row)
+            found[alike[0]] = made
+    return found
 
 
 def _index_put(known: Known, call: Call) -> None:
@@ -330,13 +322,16 @@ _SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "va
 
 _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(
-        "view _unsafe_view reshape _reshape_alias permute t transpose movedim expand slice select split "
+        "permute t transpose movedim expand slice select split "
         "split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind squeeze unsqueeze "
         "alias detach index index_select flip roll repeat constant_pad_nd unfold diagonal narrow "
-        "pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d "
+        "channel_shuffle reflection_pad1d reflection_pad2d "
         "replication_pad1d replication_pad2d".split(),
         move,
     ),
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), view),
+    **dict.fromkeys(["pixel_shuffle", "col2im"], spread),
+    **dict.fromkeys(["pixel_unshuffle", "im2col"], gathered),
     **dict.fromkeys(
         "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
         "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "
@@ -346,7 +341,7 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys("_local_scalar_dense nonzero multinomial bincount equal zero fill".split(), _forget),
     **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
     **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation"], _add_product),
-    **dict.fromkeys(["convolution", "_convolution"], _convolution),
+    **dict.fromkeys(["convolution", "_convolution"], convolution),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], _row_norm),
     **dict.fromkeys(
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "

@@ -17,8 +17,12 @@ from matta.nesting.layout import Axis, Layout
 from matta.nesting.plan import Placement, Plan
 
 
-def plan_nesting(student: nn.Module, ta: nn.Module, rules: Rules, traced: Mapping[str, Layout] | None) -> Plan:
+def plan_nesting(
+    student: nn.Module, ta: nn.Module, rules: Rules, traced: Mapping[str, Layout] | None, *, probed: bool = True
+) -> Plan:
     """The plan of one Student; `traced` are layouts that running both has shown, None if they were not run.
+
+    What is not `probed` is refused here where neither the user, nor the run, nor the sizes tell how it grows.
 
     Raises:
         NestingError: see `matta.nest`.
@@ -42,11 +46,11 @@ def plan_nesting(student: nn.Module, ta: nn.Module, rules: Rules, traced: Mappin
         layout, by_user = _layout(student, name, rules)
         placements[name] = _place(name, translate(name, maps), student, ta, layout, (traced or {}).get(name))
         refuse_renormalised_tables(student, placements[name])
-        if by_user or _is_known(placements[name], student, ta):
+        if by_user or _is_known(placements[name], student, ta) or _is_traced(placements[name], traced):
             declared.add(name)
     placements = _tie(named, placements)
     _refuse_overlaps(named, ta, placements)
-    if traced is None:
+    if traced is None or not probed:
         refuse_ambiguous_axes(student, ta, placements.values(), declared, _namesakes(private, student, ta, maps))
     return Plan(placements, tuple(private), tuple(maps))
 
@@ -227,6 +231,12 @@ def _is_known(placement: Placement, student: nn.Module, ta: nn.Module) -> bool:
     return any(
         _from_table(*names, student, ta, i, size) is not None for i, size in enumerate(sizes) if size[0] < size[1]
     )
+
+
+def _is_traced(placement: Placement, traced: Mapping[str, Layout] | None) -> bool:
+    """Whether a run has shown how each axis of a parameter grows."""
+    layout = (traced or {}).get(placement.ta)
+    return layout is not None and {i for i, axis in enumerate(placement.axes) if axis.grows} <= set(layout.axes)
 
 
 def _tie(named: Mapping[str, Tensor], placements: Mapping[str, Placement]) -> dict[str, Placement]:

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import nn
 
-from matta.errors import LayoutError, ProbeError
+from matta.errors import LayoutError, NestingError, ProbeError
 from matta.nesting.ambiguity import refuse_ambiguous_axes
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.nesting.known_modules import output_axis
@@ -38,13 +38,14 @@ def probe_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch) ->
             (meta device).
     """
     own = materialize(student) if is_live(student) else student
-    pair = _pair(own, ta, plan, example, shown_layouts(own, ta, example) if _has_weights(ta) else Shown())
+    shown = shown_layouts(own, ta, example) if _has_weights(ta) else Shown()
+    pair = _pair(own, ta, plan, example, shown)
     try:
         found = pair.compare(plan.placements)
     except CannotRunError as error:
         raise ProbeError(_cannot_run(ta, example, str(error))) from error
     if found is not None:
-        raise ProbeError(_message(plan, found, _mend(pair, plan, found, ())))
+        raise ProbeError(_message(plan, found, _mend(pair, plan, found, ()), _hidden(plan, shown)))
 
 
 def settle_pair(
@@ -74,15 +75,15 @@ def settle_pair(
         mend = _mend(pair, plan, found, [name for name in shown.parameters if not declares(name)])
         taken = {name: each for name, each in mend.placements.items() if each != plan.placements[name]}
         if not mend.is_only or any(map(declares, taken)):
-            raise ProbeError(_message(plan, found, mend))
+            raise ProbeError(_message(plan, found, mend, _hidden(plan, shown)))
         plan = _noted(plan, taken, FOUND)
-    return _with_unread(student, ta, plan, pair.unread(), declares)
+    return _with_unread(student, ta, plan, pair.unread(), lambda name: _is_told(plan.placements[name], shown, declares))
 
 
 def _pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, shown: Shown) -> SilencedPair:
     if not _has_weights(ta):
         raise ProbeError("the TA is on the meta device and cannot be run; probe it once its weights are there")
-    return silenced_pair(student, ta, plan, split_labels(example)[0], shown.buffers)
+    return silenced_pair(student, ta, plan, split_labels(example)[0], {**shown.buffers, **shown.norms})
 
 
 def _has_weights(ta: nn.Module) -> bool:
@@ -96,32 +97,58 @@ def _is_told(placement: Placement, shown: Shown, declares: Callable[[str], bool]
     return declares(placement.student) or (layout is not None and grown <= set(layout.axes))
 
 
+def _hidden(plan: Plan, shown: Shown) -> list[tuple[str, int, str]]:
+    """The growing axes that the run lost from sight, and where; those of outputs, whose cut decides, first."""
+    found = [
+        (name, axis, shown.lost[each.ta, axis])
+        for name, each in plan.placements.items()
+        for axis in range(len(each.axes))
+        if each.axes[axis].grows and (each.ta, axis) in shown.lost
+    ]
+    return sorted(found, key=lambda each: (each[0], each[1]) in shown.inputs)
+
+
 def _noted(plan: Plan, placements: Mapping[str, Placement], note: str) -> Plan:
     noted = {name: replace(each, note=note) for name, each in placements.items()}
     return replace(plan, placements={**plan.placements, **noted})
 
 
 def _with_unread(
-    student: nn.Module, ta: nn.Module, plan: Plan, unread: Sequence[str], declares: Callable[[str], bool]
+    student: nn.Module, ta: nn.Module, plan: Plan, unread: Sequence[str], is_told: Callable[[str], bool]
 ) -> Plan:
-    """The plan with parameters that the example does not reach cut as those of their kind that it does reach."""
+    """The plan with parameters that the example does not reach cut as those of their kind that it does reach.
+
+    Of their kind are those of other blocks, else those of the same name in other modules, such as other attention.
+    """
     hidden = {name for name in unread if name in plan.placements and plan.placements[name].grows}
     reached: dict[tuple[str, tuple[tuple[int, int], ...]], Placement] = {}
-    for name, each in plan.placements.items():
-        if name not in hidden:
-            reached.setdefault((family(name), _sizes(each)), each)
+    for kind in (family, _last_names):
+        for name, each in plan.placements.items():
+            if name not in hidden:
+                reached.setdefault((kind(name), _sizes(each)), each)
     cut, alone = {}, set()
     for name in hidden:
         each = plan.placements[name]
-        like = reached.get((family(name), _sizes(each)))
+        like = reached.get((family(name), _sizes(each))) or reached.get((_last_names(name), _sizes(each)))
         if like is None:
             alone.add(name)
-        elif not declares(name) and each.axes != like.axes:
+        elif not is_told(name) and each.axes != like.axes:
             cut[name] = replace(each, axes=like.axes)
-    known = {name for name in plan.placements if name not in alone or declares(name)}
-    if alone - known:
-        refuse_ambiguous_axes(student, ta, plan.placements.values(), known)
+    known = {name for name in plan.placements if name not in alone or is_told(name)}
+    try:
+        refuse_ambiguous_axes(student, ta, plan.placements.values() if alone - known else (), known)
+    except NestingError as error:
+        names = [name for name in plan.placements if name in alone - known]
+        raise NestingError(
+            f"the run on the example does not reach {', '.join(names)}, nor anything of their kind: {error}; or keep "
+            f"them apart with private={names}"
+        ) from error
     return _noted(plan, cut, "as in other blocks")
+
+
+def _last_names(name: str) -> str:
+    """The names of a parameter and of its module, without where the module is."""
+    return f"*.{'.'.join(name.split('.')[-2:])}"
 
 
 def _sizes(placement: Placement) -> tuple[tuple[int, int], ...]:
@@ -137,7 +164,7 @@ def _cannot_run(ta: nn.Module, example: Batch, error: str) -> str:
         return f"the TA does not run on the example: {own}; pass as `example` a batch such as it trains on"
     return (
         f"the TA cannot be probed: with all but the Student's slices silenced it fails with {error}; declare the "
-        f"layouts of what grows, layouts={{...}}, or leave out example="
+        f"layouts of what grows, layouts={{...}}, or lay it out as the run of the TA itself shows: probe=False"
     )
 
 
@@ -237,7 +264,7 @@ def _recut(
     return None if tried == placements else tried
 
 
-def _message(plan: Plan, found: Difference, mend: Mend) -> str:
+def _message(plan: Plan, found: Difference, mend: Mend, hidden: Sequence[tuple[str, int, str]]) -> str:
     what = (
         f"with all but the Student's slices zeroed, the TA differs from the Student from {found.module} on "
         f"(relative error {found.error:.2g})"
@@ -259,11 +286,16 @@ def _message(plan: Plan, found: Difference, mend: Mend) -> str:
         for axis, each in enumerate(placement.axes)
         if name.rpartition(".")[0] == found.module and each.grows
     ]
-    name = at[0].split(" ")[0] if at else "'...'"
     what += f", which has {', '.join(at)}" if at else ""
+    if hidden:
+        name, axis, problem = hidden[0]
+        what += (
+            f"; the run does not show how {name} is cut on axis {axis} ({problem}): declare its parts in order, "
+            f"layouts={{{name!r}: matta.Layout.concat([(student, ta), ...], axis={axis})}} (equal, factors)"
+        )
+    else:
+        what += "; the run shows how each axis is cut, so that one declared in layouts= may be wrong"
     return (
-        f"{what}; an axis that feeds it is fused or in another order: declare "
-        f"its parts in order, layouts={{{name}: matta.Layout.concat([(student, ta), ...], axis=1)}} (equal, factors), "
-        f"or, if the two models differ there by design (a scale or norm of their own width, a router over more "
-        f"experts), leave out example="
+        f"{what}, or, if the two models differ there by design (a scale or norm of their own width, a router over more "
+        f"experts), nest with probe=False"
     )

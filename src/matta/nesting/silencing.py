@@ -43,7 +43,7 @@ class Difference:
 
 
 def silenced_pair(
-    student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, buffers: Mapping[str, Layout]
+    student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, layouts: Mapping[str, Layout]
 ) -> SilencedPair:
     """The pair in float64; in float32 or in its own types where the Student makes tensors of those itself.
 
@@ -52,7 +52,7 @@ def silenced_pair(
     """
     for dtype in (torch.float64, torch.float32, None):
         try:
-            return SilencedPair(student, ta, plan, inputs, buffers, dtype)
+            return SilencedPair(student, ta, plan, inputs, layouts, dtype)
         except (LabelError, NestingError):
             raise
         except Exception as error:
@@ -73,10 +73,10 @@ class SilencedPair:
         ta: nn.Module,
         plan: Plan,
         inputs: Any,
-        buffers: Mapping[str, Layout],
+        layouts: Mapping[str, Layout],
         dtype: torch.dtype | None,
     ) -> None:
-        self.inputs, self.buffers = _in_type(inputs, dtype), buffers
+        self.inputs, self.layouts = _in_type(inputs, dtype), layouts
         self.plan, self.dtype = plan, dtype
         self.student = _random(_cast(materialize(student) if is_live(student) else deep_copy(student), dtype))
         self.ta = _cast(deep_copy(ta), dtype)
@@ -95,8 +95,8 @@ class SilencedPair:
         """The first difference under these placements; None if there is none."""
         ta = copy.deepcopy(self.ta)
         _plant(self.student, ta, placements, self.plan.private, _SILENT[self.dtype])
-        _copy_numbers(self.student, ta, self.buffers)
-        _narrow_norms(self.student, ta, placements)
+        _copy_numbers(self.student, ta, self.layouts)
+        _narrow_norms(self.student, ta, placements, self.layouts)
         channels = _output_axes(self.student, placements)
         try:
             output, recording = _run(ta, self.inputs, self.recording)
@@ -209,7 +209,7 @@ def _plant(
 
 
 @torch.no_grad()
-def _copy_numbers(student: nn.Module, ta: nn.Module, buffers: Mapping[str, Layout]) -> None:
+def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Numbers that follow from a width, such as the scale of attention, and buffers become the Student's."""
     for name, part in student.named_modules():
         other = _submodule(ta, name)
@@ -223,7 +223,7 @@ def _copy_numbers(student: nn.Module, ta: nn.Module, buffers: Mapping[str, Layou
             continue
         sizes = list(enumerate(zip(buffer.shape, target.shape, strict=True)))
         if all(size <= larger for _, (size, larger) in sizes):
-            layout = buffers.get(name, Layout({}))
+            layout = layouts.get(name, Layout({}))
             try:
                 write_slice(target, buffer, [layout.resolve(axis, *pair) for axis, pair in sizes])
             except LayoutError:  # traced on other blocks than the one it lives in
@@ -237,28 +237,37 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _narrow_norms(student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> None:
+def _narrow_norms(
+    student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]
+) -> None:
     """Norms of the TA see the Student's channels alone: statistics over a larger width are others."""
     for name, part in list(student.named_modules()):
-        axis = _channels(name, part, ta, placements)
+        axis = _channels(name, part, ta, placements, layouts)
         if axis is not None and (axis.grows or isinstance(part, _BatchNorm)):
             ta.get_submodule(name).forward = _on_slice(part, axis, ta.get_submodule(name).forward)
 
 
-def _channels(name: str, part: nn.Module, ta: nn.Module, placements: Mapping[str, Placement]) -> Axis | None:
+def _channels(
+    name: str,
+    part: nn.Module,
+    ta: nn.Module,
+    placements: Mapping[str, Placement],
+    layouts: Mapping[str, Layout],
+) -> Axis | None:
     own = dict(part.named_parameters(recurse=False))
     if isinstance(part, nn.ParameterList | nn.ParameterDict) or any(True for _ in part.children()):
         return None
     if any(parameter.ndim > 1 for parameter in own.values()):
         return None
     if isinstance(part, _BatchNorm) and not own:
-        return Axis.plain(part.num_features, ta.get_submodule(name).num_features)  # type: ignore[arg-type]
+        wider: Any = ta.get_submodule(name)
+        return layouts.get(f"{name}.running_mean", Layout({})).resolve(0, part.num_features, wider.num_features)
     for leaf, parameter in own.items():
         if parameter.ndim == 1 and f"{name}.{leaf}" in placements:
             return placements[f"{name}.{leaf}"].axes[0]
     sizes = [getattr(module, "normalized_shape", None) for module in (part, _submodule(ta, name))]
     if not own and all(isinstance(size, tuple) and len(size) == 1 for size in sizes):
-        return Axis.plain(sizes[0][0], sizes[1][0])  # type: ignore[index]
+        return layouts.get(name, Layout({})).resolve(0, sizes[0][0], sizes[1][0])  # type: ignore[index]
     return None
 
 

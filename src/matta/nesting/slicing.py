@@ -199,7 +199,8 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
         memo |= {id(own): own for part in module.modules() for own in part._parameters.values() if own is not None}
     made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
-        plain.__class__ = type(part).__mro__[1]
+        if is_live(part):  # a forward may have put a new module among them, as BigBird's does
+            plain.__class__ = type(part).__mro__[1]
         plain.__dict__.pop(_SLICES, None)  # gone where a class copies itself, as the layers of einops do
     return made
 

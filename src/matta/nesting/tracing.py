@@ -48,6 +48,8 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     taken: dict[tuple[str, int], Rows] = {}
     _watch(module, known, seen, taken)
     result = _run(module, known, split_labels(example)[0])
+    unread = {name for name, tensor in _state(module) if id(tensor) not in known.read}
+    unread -= _tied_to_outputs(known, owners, seen, unread)
     returned = outputs_of(result)
     outputs = [row for tensor in returned for row in known.rows(tensor).values()]
     rows = {(name, axis): row for name, found in owners.items() for axis, row in found.items()}
@@ -61,8 +63,20 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         inputs=dict(atlas.whole_axes(taken)),
         output_shapes=tuple(tensor.shape for tensor in returned),
         summed=_summed(known, rows),
-        unread=frozenset(name for name, tensor in _state(module) if id(tensor) not in known.read),
+        unread=frozenset(unread),
     )
+
+
+def _tied_to_outputs(known: Known, owners: dict[str, Rows], seen: dict[str, Rows], unread: set[str]) -> set[str]:
+    """Vectors that the run did not read, tied to the output of their module: tokens that stand for what is masked."""
+    tied = set()
+    for name in unread:
+        own, outputs = list(owners[name].values()), seen.get(name.rpartition(".")[0], {}).values()
+        alike = [row for row in outputs if len(own) == 1 and len(row) == len(own[0])]
+        if len(alike) == 1:
+            known.channels.tie(own[0], alike[0])
+            tied.add(name)
+    return tied
 
 
 def _summed(known: Known, rows: dict[tuple[str, int], Row]) -> frozenset[tuple[str, int]]:

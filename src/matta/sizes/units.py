@@ -50,7 +50,11 @@ def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...
         is_patchable(student.get_submodule(spot[0].rpartition(".")[0])) for spots in crossing.values() for spot in spots
     )
     spans = any(name in inside for name in plan.spanning)
-    is_split = any(spot[0] in plan.products for spots in crossing.values() for spot in spots)
+    is_split = any(
+        spot[0] in plan.products or _is_cut(student, plan.placements[spot[0]], spot[1])
+        for spots in crossing.values()
+        for spot in spots
+    )
     joined = spans or (crossing and (open_in_blocks or not patchable or is_split))
     if joined or _has_wide_buffers(student, ta, plan, lists):
         units = [Unit(HIDDEN)]
@@ -91,6 +95,19 @@ def _has_wide_buffers(student: nn.Module, ta: nn.Module, plan: Plan, lists: list
         and not is_patchable(student.get_submodule(name.rpartition(".")[0]))
         for name, buffer in student.named_buffers()
         if not name.startswith(blocks)
+    )
+
+
+def _is_cut(student: nn.Module, placement: Placement, axis: int) -> bool:
+    """Whether code outside of a module cuts its output up, or the module keeps numbers for several widths at once.
+
+    Where it cuts is a number in the code or in an attribute, which a mixture of widths does not change.
+    """
+    path, _, leaf = placement.student.rpartition(".")
+    owner = student.get_submodule(path)
+    is_output = axis_role(owner, leaf, axis) in ("out", "embedding")
+    return len(placement.axes[axis].segments) > 1 and (
+        is_output or next(owner.buffers(recurse=False), None) is not None
     )
 
 
