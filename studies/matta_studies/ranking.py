@@ -3,7 +3,8 @@
 Each user's ratings are shared out at random: 70% to train on, 15% to choose settings by, 15% to report. A list is
 what a user rated in a part: in training up to 20 films of it, drawn anew in each pass, in the other two all of them.
 All arms learn by `Listwise` from gains of 2^stars - 1, which are NDCG's too. They see the film's genres, and the mean
-gain and the number of its ratings by others in the training part; that mean alone, without a model, is a reference.
+gain and the number of its ratings by others in the training part. Their scores begin at that mean, which alone, without a
+model, is a reference.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class ListData:
 
 @final
 class ListRanker(nn.Module):
-    """Scores of the items of lists, each from its user, its film and what is known of the film.
+    """Scores of the items of lists: the film's mean gain, and what its user, the film and its features add to that.
 
     Example:
         >>> model = ListRanker((3, 5), 1, RankerSize(embedding=2, hidden=(4,)))
@@ -106,7 +107,7 @@ class ListRanker(nn.Module):
         self, ids: Int[Tensor, "lists items two"], features: Float[Tensor, "lists items features"]
     ) -> Float[Tensor, "lists items"]:
         rows = [table(ids[..., column]) for column, table in enumerate(self.tables)]
-        return self.mlp(torch.cat([*rows, features], dim=-1)).squeeze(-1)
+        return features[..., 0] + self.mlp(torch.cat([*rows, features], dim=-1)).squeeze(-1)
 
 
 @final
@@ -133,7 +134,7 @@ class ListTrial(Trial):
 
 def _arm(name: str, title: str, method: Method) -> Arm:
     """The same grid of rates, weight decays and passes for each arm; ω₃ is 1."""
-    grid = product((0.001, 0.003, 0.01), (1.0, 3.0, 10.0, 15.0), (10, 20))
+    grid = product((0.001, 0.003, 0.01), (1.0, 3.0, 10.0, 15.0), (3, 10))
     return Arm(
         name=name,
         title=title,
