@@ -3,7 +3,7 @@
 Each user's ratings are shared out at random: 70% to train on, 15% to choose settings by, 15% to report. A list is
 what a user rated in a part: in training up to 20 films of it, drawn anew in each pass, in the other two all of them.
 All arms learn by `Listwise` from gains of 2^stars - 1, which are NDCG's too. They see the film's genres, and the mean
-gain and the number of its ratings by others in the training part. Their scores begin at that mean, which alone, without a
+gain and the number of its ratings by others in the training part. Scores begin at that mean, which alone, without a
 model, is a reference.
 """
 
