@@ -174,10 +174,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
         CheckpointError: they are damaged.
     """
     try:
-        lines = _sums(folder).read_text(encoding="utf-8").splitlines()
+        *lines, end = _sums(folder).read_bytes().decode().split("\n")
         found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
-        if any(name != Path(name).name for name in found):
-            raise ValueError("a name that leads out of the folder")
+        if end or any(name != Path(name).name for name in found):
+            raise ValueError("a line without an end, or a name that leads out of the folder")
         return found
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -125,7 +125,7 @@ class WeightFile(WeightSource):
         like = self.like(name)
         shape = like.shape or (1,)
         row = like.nbytes // shape[0]
-        found = torch.empty(last - first, *shape[1:], dtype=like.dtype)
+        found = torch.empty(last - first, *shape[1:], dtype=like.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self._entries[name]["data_offsets"][0] + first * row)
             _read_into(file, found)

@@ -4,7 +4,7 @@ Read in this order:
 
 - `loss_schedule`: the weights of the losses, their ramp, and whose turn it is.
 - `cotraining`: the forward of a step (section 3.1). `step_labels`: its labels, with weights, or from Teachers.
-  `step_output`: what it gives.
+  `step_output`: what it gives. `known_step`: the step, without a wait for the device.
 - `fitting`: `fit` and its arguments. `run_settings`: those that are plain values, and the result. `loop`: what
   happens in each step.
 - `feeding` and `randomness`: the order of the data, and how a resumed run finds its place in it.
