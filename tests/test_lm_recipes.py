@@ -33,7 +33,15 @@ from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
-from matta.lm.recipe import ModelPart, SourcePart, TrainPart, read_recipe, recipe_from_values, recipe_to_values
+from matta.lm.recipe import (
+    ModelPart,
+    SourcePart,
+    TrainPart,
+    TurnsPart,
+    read_recipe,
+    recipe_from_values,
+    recipe_to_values,
+)
 from matta.lm.recipe_training import Meter, run
 from matta.lm.trained_runs import load_run, read_run_recipe
 from matta.training.cotraining import CoTraining
@@ -172,6 +180,7 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
             "train.betas=[0.8, 0.9]",
             "train.sample=true",
             "train.weights.distill=2",
+            "train.turns.alone=0.25",
             "model.layers=[0, 3]",
             "model.ta.n_layer=8",
             "data.train=a b.txt",
@@ -182,6 +191,7 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
     train = recipe.train
     assert (train.steps, train.tokens, train.optimizer, train.betas) == (None, 1_000_000, "shampoo", (0.8, 0.9))
     assert (train.sample, train.weights.distill, recipe.model.layers) == (True, 2.0, (0, 3))
+    assert train.turns == TurnsPart(alone=0.25) and read_recipe(path).train.turns is None
     assert (recipe.model.ta["n_layer"], recipe.family.k) == (8, ())
     assert recipe.data.train == SourcePart(path="a b.txt")
     assert recipe.data.evaluate == SourcePart(path=str(tmp_path / "text.txt"), field="content")
@@ -202,6 +212,7 @@ def test_overrides_replace_values_of_every_type(tmp_path: Path) -> None:
         ("trian.steps=1", "there is no trian; did you mean train?"),
         ("train.steps=many", "train.steps = 'many': expected a whole number"),
         ("train.sample=1", "train.sample = 1: expected true or false"),
+        ("train.turns.alone=2", "train.turns: alone = 2.0: expected a number from 0 to 1"),
         ("train.optimizer=adam", "train.optimizer = 'adam': expected 'adamw' or 'shampoo'"),
         ("train.betas=[1]", "train.betas = [1]: expected a list of 2, each a number"),
         ("train.learning_rate=nan", "train.learning_rate = nan: expected a number"),
@@ -553,6 +564,18 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
     again = load_run(tmp_path / "second")
     for module in (again.nested.student, again.nested.ta):  # the TA starts as good as the Student
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alone", [1.0, 0.5])
+def test_in_turns_the_ta_is_the_student_while_that_is_alone(alone: float, tmp_path: Path) -> None:
+    recipe = values(tmp_path, steps=4, warmup=1, sample=True, turns={"alone": alone, "student_chance": 0.5})
+    recipe["family"] = {"k": []}
+    assert run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out")) is not None
+    nested = load_run(tmp_path / "out").nested
+    student, ta = (module(torch.arange(16)[None]).logits for module in (nested.student, nested.ta))
+    assert torch.allclose(student, ta, atol=1e-5) == (alone == 1.0)
+    rates = [rate_factor(recipe_from_values(recipe, "turns").train, 4)(step) for step in range(4)]
+    assert rates == ([1.0] * 4 if alone == 1.0 else [1.0, 1.0, 1.0, pytest.approx(0.5)])
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,18 @@ def build_pair(
 
 
 def nest_pair(
-    part: ModelPart, student: PreTrainedModel, ta: PreTrainedModel, data: Iterable[Batch] | None = None
+    part: ModelPart,
+    student: PreTrainedModel,
+    ta: PreTrainedModel,
+    data: Iterable[Batch] | None = None,
+    *,
+    warm_start: bool = False,
 ) -> Nested:
     """The nesting that the recipe asks for. The module list of the blocks is found by itself.
 
     Where sizes alone leave the layout of an axis open, both models are run on a few tokens to find it (not on
-    the meta device). A pretrained TA is first put in order, by batches of `data`.
+    the meta device). A pretrained TA is first put in order, by batches of `data`. With a pretrained Student, or
+    `warm_start`, the TA starts as the Student.
 
     Raises:
         NestingError: the Student does not fit into the TA.
@@ -92,7 +98,7 @@ def nest_pair(
     options: dict[str, Any] = {
         "layers": {blocks: rule},
         "share": part.share if isinstance(part.share, str) else list(part.share),
-        "warm_start": is_real and ("ta" if part.is_downwards else bool(part.pretrained)),
+        "warm_start": is_real and ("ta" if part.is_downwards else warm_start or bool(part.pretrained)),
     }
     try:
         return nest(student, ta, **options)
@@ -335,7 +341,7 @@ def make_scheduler(part: TrainPart, optimizer: torch.optim.Optimizer, num_steps:
 
 
 def rate_factor(part: TrainPart, num_steps: int) -> Callable[[int], float]:
-    """The learning rate of each step (counted from 0) as a share of the largest one.
+    """The learning rate of each step (counted from 0) as a share of the largest one; it falls after the Student alone.
 
     Example:
         >>> factor = rate_factor(TrainPart(steps=8, batch=1, learning_rate=1.0, warmup=2, schedule="linear"), 8)
@@ -343,13 +349,14 @@ def rate_factor(part: TrainPart, num_steps: int) -> Callable[[int], float]:
         [0.5, 1.0, 1.0, 0.83, 0.67, 0.5, 0.33, 0.17]
     """
     least = part.final_learning_rate / part.learning_rate
+    first = max(part.warmup, part.steps_alone(num_steps))
 
     def factor(step: int) -> float:
         if step < part.warmup:
             return (step + 1) / part.warmup
-        done = min((step - part.warmup) / max(num_steps - part.warmup, 1), 1.0)
-        if part.schedule == "constant":
+        if part.schedule == "constant" or step < first:
             return 1.0
+        done = min((step - first) / max(num_steps - first, 1), 1.0)
         left = 1 - done if part.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return least + (1 - least) * left
 

@@ -189,6 +189,29 @@ class RampPart:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class TurnsPart:
+    """The Student alone at first, then the TA and one other model a step (`matta.Turns`): more steps for the same time.
+
+    Args:
+        alone: Share of the steps that train the Student alone, at the largest learning rate. The TA then starts as the
+            Student (`warm_start=True`).
+        student_chance: Of a later step, to train the Student and not a size between.
+
+    Raises:
+        RunError: a number outside of 0 to 1.
+    """
+
+    alone: float = 0.5
+    student_chance: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, value in (("alone", self.alone), ("student_chance", self.student_chance)):
+            if not 0 <= value <= 1:
+                raise RunError(f"{name} = {value}: expected a number from 0 to 1")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class TrainPart:
     """How it is trained.
 
@@ -209,6 +232,7 @@ class TrainPart:
         weights: Of the three losses.
         ramp: When distillation comes in.
         sample: Train a random sub-model along in each step.
+        turns: Train the Student alone at first, then the TA and one other model a step; none: all of them in each step.
         sharding: In several processes: "none" (each has all weights), or FSDP2 by "block" or as a "whole".
         activation_checkpointing: Compute blocks again in the backward pass in place of keeping what is in them.
         teacher: A folder of a Transformers model that labels every batch, or of labels that `matta teach` has
@@ -237,6 +261,7 @@ class TrainPart:
     weights: WeightsPart = field(default_factory=WeightsPart)
     ramp: RampPart = field(default_factory=RampPart)
     sample: bool = False
+    turns: TurnsPart | None = None
     sharding: Literal["none", "block", "whole"] = "none"
     activation_checkpointing: bool = False
     teacher: str = ""
@@ -265,6 +290,15 @@ class TrainPart:
             return self.steps
         assert self.tokens is not None
         return math.ceil(self.tokens / (self.batch * context))
+
+    def steps_alone(self, num_steps: int) -> int:
+        """Of so many steps, those that train the Student alone.
+
+        Example:
+            >>> TrainPart(steps=10, batch=4, learning_rate=0.1, turns=TurnsPart(alone=0.25)).steps_alone(10)
+            2
+        """
+        return 0 if self.turns is None else int(self.turns.alone * num_steps)
 
     def shares(self, num_processes: int) -> tuple[int, int]:
         """Sequences in a forward of a process, and forwards to a step.

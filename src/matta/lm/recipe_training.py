@@ -40,7 +40,7 @@ from matta.training.cotraining import CoTraining
 from matta.training.fitting import fit
 from matta.training.interrupts import restated
 from matta.training.launching import in_processes
-from matta.training.loss_schedule import Ramp, Weights
+from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
 from matta.training.run_settings import FitResult
@@ -160,7 +160,9 @@ class _Session:
         for model in (student, ta):
             require_context(model, recipe.data.context)
         to_measure = packed_text(recipe.data, self.tokenizer, batch=micro_batch) if recipe.model.is_downwards else None
-        self.nested = nest_pair(recipe.model, student, ta, to_measure)
+        turns = recipe.train.turns
+        is_alone = turns is not None and turns.alone > 0
+        self.nested = nest_pair(recipe.model, student, ta, to_measure, warm_start=is_alone)
         require_family(self.nested, recipe.family.k)
         require_writable(self.nested, recipe.family.k)
         for model in (self.nested.student, self.nested.ta) if recipe.train.activation_checkpointing else ():
@@ -240,8 +242,17 @@ def make_cotraining(
         ramp=Ramp(start=part.ramp.start, steps=part.ramp.steps),
         teacher=_teacher(part.teacher, nested, tokenizer),
         sample=random_sub_model(nested) if part.sample else None,
+        turns=_turns(part, recipe.data.context),
         accumulate=accumulate,
     )
+
+
+def _turns(part: TrainPart, context: int) -> Turns | None:
+    """Whose turn it is in each step, if not everybody's."""
+    if part.turns is None:
+        return None
+    alone = part.steps_alone(part.num_steps(context))
+    return Turns(alone_steps=alone, student_chance=part.turns.student_chance)
 
 
 def _teacher(name: str, nested: Nested, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
