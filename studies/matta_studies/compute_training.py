@@ -76,12 +76,12 @@ def _train_once(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]:
     steps_alone = num_steps(trial.alone * trial.passes, trial, task)
     if trial.way == FAMILY:
         first = replace(trial, way=ALONE, sizes=(NARROWEST,))
-        student = _trained(first, task, seed, steps_alone, falls=False)
+        student = _finished(descent_of(first, task, seed, steps_alone, falls=False))
     if trial.way == DOWNWARDS:
         first = replace(trial, way=ALONE, sizes=(WIDEST,))
-        ta = _trained(first, task, seed, steps_alone).eval()
+        ta = _finished(descent_of(first, task, seed, steps_alone)).eval()
     steps = num_steps((1.0 - trial.alone) * trial.passes, trial, task)
-    model = _trained(trial, task, seed, steps, student=student, ta=ta)
+    model = _finished(descent_of(trial, task, seed, steps, student=student, ta=ta))
     if not isinstance(model, Nested):
         return {trial.sizes[0]: model}
     return {size: extract(model, spec_of(model, size)) for size in trial.sizes}
@@ -94,18 +94,9 @@ def _ordered(ta: nn.Module, task: Task, seed: int) -> nn.Module:
     return order(ta, example=batches[0], data=batches, importance="taylor", loss=task.objective)
 
 
-def _trained(
-    trial: Attempt,
-    task: Task,
-    seed: int,
-    steps: int,
-    *,
-    student: nn.Module | None = None,
-    ta: nn.Module | None = None,
-    falls: bool = True,
-) -> nn.Module:
-    """A model after so many steps; a pair starts from the trained Student or TA that is given."""
-    model, descent = descent_of(trial, task, seed, steps, student=student, ta=ta, falls=falls)
+def _finished(made: tuple[nn.Module, Iterator[Any]]) -> nn.Module:
+    """A model after all of its steps."""
+    model, descent = made
     for _ in descent:
         pass
     return model
@@ -125,10 +116,7 @@ def _train_stages(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]
     for size, passes in zip(others, trial.later_passes, strict=True):
         start = task.pruned(ta, size) if trial.way == PRUNED else None
         steps = num_steps(passes, trial, task)
-        model, descent = later_descent(replace(trial, sizes=(size,)), task, seed, steps, ta=ta, start=start)
-        for _ in descent:
-            pass
-        models[size] = model
+        models[size] = _finished(later_descent(replace(trial, sizes=(size,)), task, seed, steps, ta=ta, start=start))
     return models | {WIDEST: ta}
 
 
