@@ -1,7 +1,7 @@
 """Checkpoints by shares: each process of a sharded run writes what it holds, and reads what it is to hold.
 
-    shard-00001-…       the tensors that the first process holds: its rows of the weights and of the optimizer's state (of
-                        Shampoo's the strips of blocks that it owns), and its random states
+    shard-00001-…       the tensors that the first process holds: its rows of the weights and of the optimizer's state
+                        (of Shampoo's the strips of blocks that it owns), and its random states
     process-00000.json  its place in the data
     training.json       everything else, of the first process
     CRC32SUMS           the checksums of all files: written last, by the first process, when all have written theirs
