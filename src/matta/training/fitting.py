@@ -82,7 +82,8 @@ def fit(
             the end of a pass count for the next one.
         precision: "bf16" runs the forward under autocast; by default what Accelerate is configured for.
         evaluate: Gives named values for the nesting, in eval mode and without gradient: an `Evaluation`, or a
-            function. The main process calls it, after every `evaluate_every` steps and at the end. Random
+            function, called after every `evaluate_every` steps and at the end. Of several processes the main one
+            calls it; an object with a method `together`, as `Evaluation` has, all of them call by that. Random
             numbers that it draws do not change the run.
         evaluate_every: Steps between evaluations; by default there is only the one at the end.
         best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.
