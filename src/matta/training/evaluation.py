@@ -13,11 +13,15 @@ from torch import Tensor, distributed, nn
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
+from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
+from matta.nesting.plan import slices
 from matta.nesting.sharded_slices import follow_shards
+from matta.nesting.slicing import bind, skeleton, slices_of
 from matta.objectives.labels import Labels, TopK, unweighted
 from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
+from matta.optim.divided_parameters import is_sharded
 from matta.sizes.submodels import SubModel, live
 from matta.training.processes import collected, dealt, gathered_by_main, is_main_process, is_shared_out, of_main
 from matta.training.step_labels import weighted_batch
@@ -47,6 +51,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+Evaluate = Callable[[Nested], Mapping[str, float]]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` gave after a step."""
+
+    step: int
+    values: dict[str, float]
 
 
 @final
@@ -156,7 +172,8 @@ class _Tally:
         self.together = together
         self.metrics = {name: copy.deepcopy(metric) for name, metric in evaluation.metrics.items()}
         for metric in self.metrics.values():
-            for part in metric.modules() if isinstance(metric, nn.Module) else ():
+            parts: Iterable[Any] = metric.modules() if isinstance(metric, nn.Module) else ()
+            for part in parts:
                 if hasattr(part, "distributed_available_fn"):  # torchmetrics would wait for all processes to compute
                     part.distributed_available_fn = lambda: False
             metric.reset()
@@ -193,6 +210,30 @@ class _Tally:
             yield "loss", float((torch.linalg.vecdot(losses, counts, dim=0) / divisor(counts.sum(0))).sum())
         for name, metric in self.metrics.items() if is_main_process() or not self.together else ():
             yield name, float(metric.compute())
+
+
+def whole_nested(nested: Nested) -> Nested | None:
+    """A copy of a sharded nesting with whole parameters, on the main process alone; all must call this.
+
+    Elsewhere it is None, and no more than one parameter is whole at a time.
+    """
+    whole: dict[int, nn.Parameter] = {}
+    parameters: list[Any] = list(nested.parameters())
+    for each in parameters:
+        value: Tensor = each.detach().full_tensor() if is_sharded(each) else each.detach()
+        if is_main_process():
+            whole[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad)
+    if not is_main_process():
+        return None
+    ta = deep_copy(nested.ta, dict(whole))
+    students = [skeleton(student, keep_own=True) for student in nested.students]
+    for made, student, plan in zip(students, nested.students, nested.plans, strict=True):
+        for part in made.modules():
+            own = {name: whole[id(each)] for name, each in part._parameters.items() if each is not None}
+            part._parameters.update(own)
+        frozen = [name for name, live in slices_of(student).items() if live.detach]
+        bind(made, slices(ta, plan.placements, frozen))
+    return Nested(ta, students, nested.plans)
 
 
 def _rows(logits: Tensor, labels: Tensor | TopK) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,13 @@ import torch
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.training.cotraining import CoTraining
+from matta.training.evaluation import Evaluate
 from matta.training.feeding import Feed
 from matta.training.loop import Training
 from matta.training.processes import make_accelerator, require_all
 from matta.training.reporting import require_installed
 from matta.training.run_folder import RunFolder
-from matta.training.run_settings import Evaluate, FitResult, Observer, Settings
+from matta.training.run_settings import FitResult, Observer, Settings
 from matta.training.spikes import Rollback
 
 if TYPE_CHECKING:

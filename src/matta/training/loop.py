@@ -18,6 +18,7 @@ from matta.nesting.sharded_slices import is_sharded
 from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.training.cotraining import CoTraining
+from matta.training.evaluation import Evaluate
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
@@ -25,8 +26,8 @@ from matta.training.processes import gathered_by_main, require_gradients
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_evaluation import RunEvaluation
-from matta.training.run_folder import RunFolder
-from matta.training.run_settings import Evaluate, FitResult, Observer, Settings
+from matta.training.run_folder import RunFolder, resuming
+from matta.training.run_settings import FitResult, Observer, Settings
 from matta.training.sharding import divided_state, no_sync
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
@@ -370,15 +371,18 @@ class Training:
         }
 
     def _resume(self) -> None:
-        state = None if self.folder is None else self.folder.load(self.cotrain, self.optimizer)
-        if state is None:
+        if self.folder is None:
             return
         prolong = self.settings.resume == PROLONG
-        require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
-        if not prolong:
-            require_same_arguments(state, self.arguments, self.scheduler)
-        self.feed.resume(state["feeds"])
-        self._take_up(state, prolong=prolong)
+        with resuming(self.folder.path):
+            state = self.folder.load(self.cotrain, self.optimizer)
+            if state is None:
+                return
+            require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
+            if not prolong:
+                require_same_arguments(state, self.arguments, self.scheduler)
+            self.feed.resume(state["feeds"])
+            self._take_up(state, prolong=prolong)
 
     def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
         """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""

@@ -13,11 +13,9 @@ from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forward
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
-from matta.training.evaluation import evaluating
+from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
 from matta.training.processes import is_main_process, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
-from matta.training.run_settings import Evaluate, Evaluated
-from matta.training.sharding import whole_nested
 
 
 @final

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.nesting.copying import deep_copy, is_unit
-from matta.nesting.nested import Nested
-from matta.nesting.plan import slices
+from matta.nesting.copying import is_unit
 from matta.nesting.sharded_slices import refuse_sparse_tables
-from matta.nesting.slicing import bind, skeleton, slices_of
-from matta.optim.divided_parameters import is_sharded as is_divided
 from matta.optim.shampoo import Shampoo
-from matta.training.processes import is_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,30 +99,6 @@ def _keeping_gradients(model: Any) -> Iterator[None]:
 def no_sync(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[Any]:
     """While a batch is not the last of its step, its gradients stay on this process."""
     return _keeping_gradients(model) if is_unit(model) else accelerator.no_sync(model)
-
-
-def whole_nested(nested: Nested) -> Nested | None:
-    """A copy of a sharded nesting with whole parameters, on the main process alone; all must call this.
-
-    Elsewhere it is None, and no more than one parameter is whole at a time.
-    """
-    whole: dict[int, nn.Parameter] = {}
-    parameters: list[Any] = list(nested.parameters())
-    for each in parameters:
-        value: Tensor = each.detach().full_tensor() if is_divided(each) else each.detach()
-        if is_main_process():
-            whole[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad)
-    if not is_main_process():
-        return None
-    ta = deep_copy(nested.ta, dict(whole))
-    students = [skeleton(student, keep_own=True) for student in nested.students]
-    for made, student, plan in zip(students, nested.students, nested.plans, strict=True):
-        for part in made.modules():
-            own = {name: whole[id(each)] for name, each in part._parameters.items() if each is not None}
-            part._parameters.update(own)
-        frozen = [name for name, live in slices_of(student).items() if live.detach]
-        bind(made, slices(ta, plan.placements, frozen))
-    return Nested(ta, students, nested.plans)
 
 
 def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
