@@ -2,6 +2,7 @@
 
     python benchmarks/optimizer.py             overhead of a step of a small GPT, largest step, memory of the state
     python benchmarks/optimizer.py --quality   loss after 600 steps on real text, rates tuned with one budget
+    python benchmarks/optimizer.py --waves     loss after 300 steps, by the steps over which the first roots are spread
     python benchmarks/optimizer.py --nested    overhead of Shampoo on whole co-training steps
 
 With --json one JSON object and nothing else; with --arms only some optimizers; with --quick under a minute and rougher.
@@ -22,10 +23,12 @@ import statistics
 import sys
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from matta.optim import preconditioner
 from nested_step import measure_nested
 from optimizer_arms import OURS, Arm, Build, arms, missing_peers
 from tiny_gpt import TinyGPT, next_token_loss
@@ -168,6 +171,27 @@ def measure_quality(builds: dict[str, Build], *, num_steps: int, num_seeds: int)
     return figures
 
 
+WAVES = {
+    "in step 1": (1, 2, 4, 8, 16, 24, 32, 40),
+    "over steps 1 to 3": (1, 4, 8, 16, 24, 32, 40),
+    "over steps 1 to 7": (1, 8, 16, 24, 32, 40),
+}
+"""Steps at which all roots begin to be computed anew, by how long the first time takes."""
+
+
+def measure_waves(*, num_steps: int, num_seeds: int) -> dict[str, Any]:
+    """Losses half way and at the end by seed, at the rate that is best for 300 steps."""
+    figures: dict[str, Any] = {}
+    for name, waves in WAVES.items():
+        with mock.patch.object(preconditioner, "EARLY_WAVES", waves):
+            build = OURS["matta"]
+            losses = [held_out_losses(build, 6e-3, seed=seed, num_steps=num_steps) for seed in range(num_seeds)]
+        for end, steps in enumerate((num_steps // 2, num_steps)):
+            found = [each[end] for each in losses]
+            figures[f"loss_{steps}, {name}"], figures[f"losses_{steps}, {name}"] = statistics.mean(found), found
+    return figures
+
+
 # --- command line
 
 
@@ -175,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost and worth of Shampoo's steps.")
     parser.add_argument("--quality", action="store_true", help="loss after 600 steps on real text")
     parser.add_argument("--nested", action="store_true", help="overhead on whole co-training steps")
+    parser.add_argument("--waves", action="store_true", help="loss by how the first refresh is spread")
     parser.add_argument("--quick", action="store_true", help="under a minute, rougher")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     parser.add_argument("--arms", help="with --quality: comma-separated names of the arms to run, others left out")
@@ -184,6 +209,9 @@ def main() -> None:
         runs = {"num_steps": 10, "num_seeds": 1} if options.quick else {"num_steps": 600, "num_seeds": 3}
         chosen = options.arms.split(",") if options.arms else arms()
         figures = measure_quality({name: arms()[name] for name in chosen}, **runs)
+    elif options.waves:
+        runs = {"num_steps": 10, "num_seeds": 1} if options.quick else {"num_steps": 300, "num_seeds": 3}
+        figures = measure_waves(**runs)
     elif options.nested:
         figures = measure_nested(quick=options.quick)
     else:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from rich.console import Console
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta_studies.worker_pool import Run
 
 Job = TypeVar("Job")
@@ -90,14 +90,17 @@ def _read(file: BinaryIO, path: Path, about: dict[str, str], console: Console) -
         return {}
     if records[0] != about:
         raise RunError(f"{path} is of {records[0]}; expected {about}: remove it, or name another --out")
-    return dict(records[1:])
+    try:
+        return dict(records[1:])
+    except DAMAGE as error:
+        raise RunError(f"{path} is damaged: {error}; remove it, or name another --out") from None
 
 
 def _record(line: bytes) -> Any:
     """What a line says, or None if it was not written whole."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except DAMAGE:
         return None
 
 

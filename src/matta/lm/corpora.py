@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta.lm.documents import Counts, Document, Documents, TextSource, read_documents
 from matta.lm.tokens import BLOCK_CHARS, TextEncoder, document_groups, joined, tokenizer_fingerprint
 from matta.sizes.storage import verify, whole_folder
@@ -204,10 +204,10 @@ def _load(folder: Path) -> Corpus | None:
         about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         if (folder / "tokens.bin").stat().st_size != about["size"]:
             return None
-    except (FileNotFoundError, ValueError):
+        if about["size"]:
+            tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
+        else:
+            tokens = np.zeros(0, about["kind"])  # nothing cannot be mapped
+        return Corpus(tokens=tokens, fingerprint=about["fingerprint"], counts=Counts.from_state(about["counts"]))
+    except (FileNotFoundError, *DAMAGE):
         return None
-    if about["size"]:
-        tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
-    else:
-        tokens = np.zeros(0, about["kind"])  # nothing cannot be mapped
-    return Corpus(tokens=tokens, fingerprint=about["fingerprint"], counts=Counts.from_state(about["counts"]))

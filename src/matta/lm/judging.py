@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -181,7 +181,7 @@ def _check(file: Path, forms: Sequence[frozenset[str]]) -> None:
         for number, line in enumerate(lines, 1):
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except DAMAGE as error:
                 raise RunError(f"{file}, line {number} is not JSON: {error}") from None
             if not isinstance(item, dict) or not any(form <= item.keys() for form in forms):
                 wanted = ", or ".join(" ".join(sorted(form)) for form in forms)

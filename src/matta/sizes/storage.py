@@ -176,7 +176,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     try:
         *lines, end = _sums(folder).read_bytes().decode().split("\n")
         found = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
-        if end or any(name != Path(name).name for name in found):
+        if end or any(name != Path(name).name or "\0" in name for name in found):
             raise ValueError("a line without an end, or a name that leads out of the folder")
         return found
     except (FileNotFoundError, NotADirectoryError):

@@ -85,7 +85,7 @@ class RunFolder:
             )
         try:
             found = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except DAMAGE as error:
             raise RunError(f"{self.path / MARKER} is damaged: {error}; expected {json.dumps(FORMAT)} in it") from None
         if found != FORMAT:
             raise RunError(
