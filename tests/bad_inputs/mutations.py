@@ -82,7 +82,7 @@ def refuses_or_reads(file: Path, read: Callable[[], object], *, tries: int = MOS
     @given(seed=st.integers(0, 2**64 - 1))
     def refuses(seed: int) -> None:
         bad = mutated(content, Random(seed))
-        _write(file, bad)
+        write(file, bad)
         try:
             require_one_line(read)
         except Exception as error:
@@ -92,10 +92,11 @@ def refuses_or_reads(file: Path, read: Callable[[], object], *, tries: int = MOS
     try:
         refuses()
     finally:
-        _write(file, content)
+        write(file, content)
 
 
-def _write(file: Path, content: bytes) -> None:
+def write(file: Path, content: bytes) -> None:
+    """A file, with its checksum where one is listed."""
     file.write_bytes(content)
     sums = file.with_name("CRC32SUMS")
     if sums.is_file() and sums != file:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import distributed
 
 import matta
 from matta.ab_testing.joining import read_logs
+from matta.errors import MattaError
 from matta.lm.benchmarks import contestants
 from matta.lm.corpora import _load as load_cached
 from matta.lm.corpora import load_corpus
@@ -43,7 +45,7 @@ from matta_studies import journal
 sys.path.insert(0, str(Path(__file__).parent))
 from bad_weights import VERSION, load, snapshot
 from good_inputs import make_inputs, tower
-from mutations import MOST, refuses_or_reads
+from mutations import MOST, refuses_or_reads, write
 
 SCHEMA = Schema(columns={"x": Numeric(), "c": Categorical(vocabulary=4)}, label="label")
 FITTED, SHARES = "fitted/checkpoint-00000002", "shares/checkpoint-00000002"
@@ -185,3 +187,31 @@ READERS: dict[str, Reader] = {
 def test_a_reader_reads_or_refuses(kind: str, good: Path) -> None:
     name, reader, tries = READERS[kind]
     refuses_or_reads(good / name, reader(good), tries=tries)
+
+
+DEEP = "[" * 3000
+FOUND = [
+    ("marker", DEEP, r"fit.json is damaged"),
+    ("checkpoint", "{}", r"checkpoint-00000002 cannot be resumed from: .*extra_state"),
+    ("checkpoint", DEEP, r"no checkpoint in .* is whole"),
+    ("its checksums", "00000000  a\0b\n", r"CRC32SUMS is damaged"),
+    ("items", DEEP, r"lambada.jsonl, line 1 is not JSON"),
+    ("journal", f"{DEEP}\n{DEEP}\n", r"is no journal of a study"),
+    ("cached tokens", "{}", None),
+    ("cached tokens", '{"size": 9}', None),
+    ("listing", "[]", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "line"), FOUND)
+def test_what_was_found(kind: str, content: str, line: str | None, good: Path) -> None:
+    name, reader, _ = READERS[kind]
+    file, read = good / name, reader(good)
+    before = {each: each.read_bytes() for each in (file, file.with_name("CRC32SUMS")) if each.is_file()}
+    try:
+        write(file, content.encode())
+        with nullcontext() if line is None else pytest.raises(MattaError, match=line):
+            read()
+    finally:
+        for each, whole in before.items():
+            each.write_bytes(whole)
