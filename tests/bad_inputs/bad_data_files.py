@@ -117,8 +117,8 @@ CASES = [
     _events("events in no Parquet", "1.parquet", "PAR1", r"not a whole Parquet file"),
     Case(
         "events with a name that is no text",
-        lambda w: _misnamed(w / "data/events/1.parquet", text=[1]),
-        lambda w: events(w),
+        lambda w: ((w / "data/events/1.csv").unlink(), _misnamed(w / "data/events/1.parquet", text=[1])),
+        events,
         r"not a whole Parquet file: 'utf-8' codec",
     ),
     Case("no folder of events", nothing, lambda w: Folder(w / "none"), r"is not a folder"),
