@@ -34,7 +34,7 @@ from torch import Tensor
 from matta.lm import extracting
 from matta.lm.command_settings import ExtractSettings
 from matta.lm.planning import nest_on_meta
-from matta.lm.recipe import NESTED, read_recipe
+from matta.lm.recipe_files import NESTED, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import write_run
 from matta.sizes.saving import WEIGHTS, save_plans, split_state

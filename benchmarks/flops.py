@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from matta.lm.costs import cost_of, family_costs
 from matta.lm.planning import nest_on_meta
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.nesting.nested import Nested
 from matta.sizes.submodels import layer_names
 

@@ -22,7 +22,8 @@ import torch
 import matta
 from matta.lm.costs import step_memory
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_medium_c4"

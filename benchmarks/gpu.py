@@ -40,7 +40,8 @@ from torch import Tensor, nn
 import matta
 from matta.lm.costs import cost_of
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 
 ROOT = Path(__file__).parents[1]

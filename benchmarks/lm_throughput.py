@@ -31,7 +31,8 @@ import matta
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
 from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.objectives import CausalLM
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import extracting
 import matta
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 from matta.training.launching import in_processes
 from matta.training.run_folder import RunFolder

@@ -33,15 +33,8 @@ from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
-from matta.lm.recipe import (
-    ModelPart,
-    SourcePart,
-    TrainPart,
-    TurnsPart,
-    read_recipe,
-    recipe_from_values,
-    recipe_to_values,
-)
+from matta.lm.recipe import ModelPart, SourcePart, TrainPart, TurnsPart
+from matta.lm.recipe_files import read_recipe, recipe_from_values, recipe_to_values
 from matta.lm.recipe_training import Meter, run
 from matta.lm.trained_runs import load_run, read_run_recipe
 from matta.training.cotraining import CoTraining

@@ -34,7 +34,8 @@ from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import family_of
 from matta.lm.folders import CODE, export, shipped_code
 from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_of
-from matta.lm.recipe import SourcePart, is_run
+from matta.lm.recipe import SourcePart
+from matta.lm.recipe_files import is_run
 from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify_weights, write_json

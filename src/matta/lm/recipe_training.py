@@ -26,7 +26,8 @@ from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_p
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import DataPart, Recipe, TrainPart, is_run, read_recipe, recipe_to_values
+from matta.lm.recipe import DataPart, Recipe, TrainPart
+from matta.lm.recipe_files import is_run, read_recipe, recipe_to_values
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer

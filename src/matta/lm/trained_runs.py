@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.lm.configurations import without_weights
 from matta.lm.decoders import first_sentence, from_config
-from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import NESTED, RECIPE, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
 from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
