@@ -170,7 +170,7 @@ def _front_matter(card: ModelCard, model: PreTrainedModel) -> str:
     return str(data.to_yaml()).rstrip()
 
 
-def _summary(card: ModelCard, model: PreTrainedModel, own_code: bool) -> str:
+def _summary(model: PreTrainedModel, own_code: bool) -> str:
     architecture = type(model).__name__.removeprefix("Matta")
     count = _millions(model.num_parameters())
     code = (
