@@ -57,7 +57,7 @@ class Variant:
         return ("TA",) if self.is_ta else self.trial.models
 
     def trials(self) -> tuple[RankerTrial | StreamTrial, ...]:
-        """The same with rates below and above."""
+        """The variant's trial at rates around its own."""
         return tuple(replace(self.trial, lr=round(self.trial.lr * factor, 4)) for factor in RATE_FACTORS)
 
 

@@ -442,7 +442,7 @@ def variant_rows(study: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def sentences(study: Mapping[str, Any]) -> list[str]:
-    """For each group but the first: which variants differ from their reference by more than the interval."""
+    """Which variants of each group but the first differ from their reference by more than the interval."""
     found = []
     for group, variants in list(groups_of(study).items())[1:]:
         compared = [

@@ -75,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def limited(self, num_examples: int) -> Task:
-        """The same with the first examples of the training part alone."""
+        """The task with the first examples of the training part alone."""
 
 
 def spec_of(nested: Nested, size: str) -> SubModel:

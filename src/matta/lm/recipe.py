@@ -286,7 +286,7 @@ class TrainPart:
         return math.ceil(self.tokens / (self.batch * context))
 
     def steps_alone(self, num_steps: int) -> int:
-        """Of so many steps, those that train the Student alone.
+        """How many of `num_steps` train the Student alone.
 
         Example:
             >>> TrainPart(steps=10, batch=4, learning_rate=0.1, turns=TurnsPart(alone=0.25)).steps_alone(10)

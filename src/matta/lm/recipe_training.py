@@ -249,7 +249,7 @@ def make_cotraining(
 
 
 def _turns(part: TrainPart, context: int) -> Turns | None:
-    """Whose turn it is in each step, if not everybody's."""
+    """The turns that the recipe asks for; None: each step trains all models."""
     if part.turns is None:
         return None
     alone = part.steps_alone(part.num_steps(context))
@@ -276,7 +276,7 @@ class Judge:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> Judge | None:
-        """That of a recipe, if it names a text for it.
+        """The judge of a recipe, if it names held-out text.
 
         Raises:
             RunError: the text is not there.
