@@ -110,7 +110,7 @@ def _agreed_path(out: Path | None, name: str, accelerator: Accelerator) -> Path:
 
 
 def _require_free(path: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds something else, or a run that is not to go on.
+    """Refuse a folder that holds something else, or a run that is not to be resumed.
 
     Raises:
         RunError: it does.
