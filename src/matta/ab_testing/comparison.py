@@ -174,7 +174,10 @@ def compare(
 def _declared(joined: Joined, given: Mapping[str, float] | None) -> Mapping[str, float]:
     shares = Split(given or joined.shares or dict.fromkeys(joined.arms, 1.0)).shares
     if set(shares) != set(joined.arms):
-        raise AbError(f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}")
+        raise AbError(
+            f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}; expected the "
+            f"same arms"
+        )
     return shares
 
 

@@ -143,7 +143,7 @@ def _of_folder(given: str, path: Path, trust: bool) -> Contestant:
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except DAMAGE as error:
-        raise RunError(f"{file} is damaged: {error}") from None
+        raise RunError(f"{file} is damaged: {error}; take another copy of the folder") from None
     verify_weights(path)
     has_code = any(True for _ in path.rglob("*.py"))
     if has_code and not trust and not is_own_code(path, config):

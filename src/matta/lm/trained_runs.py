@@ -148,7 +148,7 @@ def read_run_recipe(path: Path) -> Recipe:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except DAMAGE as error:
-        raise RunError(f"{file} is damaged: {error}") from None
+        raise RunError(f"{file} is damaged: {error}; take another copy of the run") from None
     return recipe_from_values(values, str(file))
 
 
