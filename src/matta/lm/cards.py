@@ -121,7 +121,7 @@ def render(card: ModelCard, model: PreTrainedModel, *, auto_class: str, own_code
     parts = [
         f"---\n{_front_matter(card, model)}\n# license: choose one before you publish\n---",
         f"# {card.title or type(model).__name__}",
-        _summary(card, model, own_code),
+        _summary(model, own_code),
         "## Load\n\n" + _code(loading_lines(".", auto_class, own_code=own_code, has_tokenizer=has_tokenizer)),
         _nesting(card, model),
         _quality(card.scores),
