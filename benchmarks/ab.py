@@ -32,7 +32,8 @@ from matta.ab_testing.comparison import auc_interval
 from matta.ab_testing.confidence_sequences import confidence_sequence, pseudo_outcomes
 from matta.ab_testing.unit_metrics import auc_loss, unit_values
 from matta_studies.event_streams import load_flights
-from matta_studies.quality import StreamSetting, StreamTrial, predict_and_learn
+from matta_studies.quality import predict_and_learn
+from matta_studies.quality_plan import StreamSetting, StreamTrial
 from matta_studies.trials import STUDENT, TA
 
 ALPHA, EVERY, WINDOW, NORMAL = 0.05, 200, 200, 1.959964

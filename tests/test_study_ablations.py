@@ -22,28 +22,26 @@ from matta_studies.ablations import (
     CLAIMS,
     Bench,
     blend,
-    claim_rows,
     ensemble_size,
     load_bench,
     plan_of,
     run_ablations,
     run_job,
-    sentences,
-    tally,
     together,
-    told,
     tune_variants,
-    variant_rows,
     verdict,
 )
+from matta_studies.ablations_report import claim_rows, sentences, tally, told, variant_rows
 from matta_studies.event_streams import save_stream
 from matta_studies.experiment import Job, Lesson, Measured, Training, run_seeds
 from matta_studies.intervals import Change
 from matta_studies.labelled_films import save_data
 from matta_studies.presentation import markdown
-from matta_studies.quality import StreamSetting, make_model, predict_and_learn
+from matta_studies.quality import make_model, predict_and_learn
+from matta_studies.quality_plan import StreamSetting
 from matta_studies.rankers import Ranker, RankerSize, nest_rankers
-from matta_studies.relevance import Setting, train
+from matta_studies.relevance import train
+from matta_studies.relevance_plan import Setting
 from matta_studies.study_settings import AblationsSettings
 from matta_studies.tuning import Search
 from matta_studies.worker_pool import worker_processes
