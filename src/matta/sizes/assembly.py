@@ -16,7 +16,7 @@ from matta.nesting.known_modules import DEPTHS, LAYER_INDICES, size_attributes
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import LiveSlice, bind, skeleton, slices_of
-from matta.sizes.units import HIDDEN, Unit, block_lists
+from matta.sizes.units import Unit, block_lists
 
 Choices = Mapping[str, str]
 
@@ -27,7 +27,7 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     Raises:
         SubModelError: blocks cannot be mixed, or a narrow layer is not shared with the Student.
     """
-    if any(unit.name == HIDDEN for unit in units):
+    if any(unit.runs_through for unit in units):
         _refuse_mixture(choices)
     widths = [choices[unit.name] for unit in units if not unit.is_block]
     narrow = bool(widths) and set(widths) == {"narrow"}

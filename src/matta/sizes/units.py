@@ -38,8 +38,13 @@ class Unit:
         """Whether it is an entry of a module list."""
         return self.layers is not None
 
+    @property
+    def runs_through(self) -> bool:
+        """Whether it is the hidden width that runs through all blocks, which are then as wide as it is."""
+        return self.layers is None and not self.spots
 
-HIDDEN = "hidden"
+
+HIDDEN = "hidden"  # the name of the width that runs through all blocks; a user's module may have it too
 
 
 def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...]:
