@@ -68,7 +68,7 @@ class Grid:
     short_trials: tuple[tuple[float, float], ...]
 
     def with_examples(self, num_examples: int) -> Grid:
-        """The same for another number of short data: fewer steps to a pass take more passes, and more weight decay."""
+        """The grid for another number of examples: fewer steps to a pass take more passes, and more weight decay."""
         scale = self.short_examples / num_examples
         trials = tuple(
             (_two_digits(passes * math.sqrt(scale)), _two_digits(decay * scale)) for passes, decay in self.short_trials

@@ -24,7 +24,8 @@ from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings
 from matta_studies.rankers import EventModel, Ranker, RankerSize, WarmStart, nest_rankers
-from matta_studies.relevance import DATA_FILE, STUDENT_SIZE, copy_data, read_data, tuples_loss
+from matta_studies.relevance import DATA_FILE, copy_data, read_data, tuples_loss
+from matta_studies.relevance_plan import STUDENT_SIZE
 from matta_studies.trials import auc_loss
 
 SIZES: Final = tuple("".join(each) for each in product("nw", repeat=3))
@@ -76,7 +77,7 @@ class Task(ABC):
 
     @abstractmethod
     def limited(self, num_examples: int) -> Task:
-        """The same with the first examples of the training part alone."""
+        """The task with the first examples of the training part alone."""
 
 
 def spec_of(nested: Nested, size: str) -> SubModel:

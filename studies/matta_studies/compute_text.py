@@ -15,7 +15,8 @@ from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested, nest
 from matta.objectives import CausalLM
 from matta_studies.compute_tasks import PRUNING_EXAMPLES, WIDEST, Task, important
-from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics
+from matta_studies.language import TEXT_FILE, Text, bits_per_byte, build, load_text, read_topics
+from matta_studies.language_plan import GptSize
 from matta_studies.rankers import WarmStart
 
 CONTEXT: Final = 64

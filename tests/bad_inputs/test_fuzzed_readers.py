@@ -18,7 +18,7 @@ import matta
 from matta.ab_testing.joining import read_logs
 from matta.errors import MattaError
 from matta.lm.documents import TextSource, held_out_documents
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.serving.inference_protocol import ProtocolError, TensorSpec, read_request
 from matta.streams import Categorical, Folder, Numeric, Schema, Stream
 

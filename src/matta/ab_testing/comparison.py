@@ -174,14 +174,17 @@ def compare(
 def _declared(joined: Joined, given: Mapping[str, float] | None) -> Mapping[str, float]:
     shares = Split(given or joined.shares or dict.fromkeys(joined.arms, 1.0)).shares
     if set(shares) != set(joined.arms):
-        raise AbError(f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}")
+        raise AbError(
+            f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}; expected the "
+            f"same arms"
+        )
     return shares
 
 
 @final
 @dataclass(frozen=True)
 class _Interval:
-    """Of a difference between two arms; the half-width is infinite while there are too few units."""
+    """The interval of a difference between two arms; its half-width is infinite while there are too few units."""
 
     centre: float = math.nan
     half_width: float = math.inf
@@ -197,7 +200,7 @@ class _Interval:
 
     @property
     def sign(self) -> int:
-        """Of all numbers in the interval; 0 where it holds both signs."""
+        """The sign of all numbers in the interval; 0 where it holds both signs."""
         return int(self.low > 0) - int(self.high < 0)
 
 

@@ -243,4 +243,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, record
     except (ArrowException, UnicodeDecodeError) as error:
-        raise AbError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+        raise AbError(
+            f"{path} is no Parquet file: {str(error).splitlines()[0]}; expected one, or JSON lines in a .jsonl file"
+        ) from None

@@ -57,7 +57,7 @@ class Size:
         return (self.bytes + batch * self.activation_bytes) / MEGABYTE
 
     def of_batch(self, batch_size: int) -> Size:
-        """The same with the latency for a batch size first.
+        """This size with the latency for a batch size first.
 
         Raises:
             ChoiceError: it was not measured.

@@ -18,8 +18,8 @@ from matta.errors import ChoiceError
 from matta.nesting.batches import Batch, map_tensors, split_labels
 from matta.nesting.nested import Nested
 from matta.sizes.extraction import extract
-from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names
-from matta.sizes.units import HIDDEN, find_units
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, is_one_width, layer_names
+from matta.sizes.units import find_units
 
 STUDENT, TA = "Student", "TA"
 TIMED_TOGETHER: Final = 8  # modules whose calls take turns; more would be in memory at once
@@ -180,7 +180,7 @@ def _layers(nested: Nested) -> list[tuple[str, ...]]:
     names = layer_names(nested)
     if not names:
         raise ChoiceError("the Student shares no layer with the TA, so there are no sizes between to choose from")
-    return [names] if HIDDEN in names else [(name,) for name in names]
+    return [names] if is_one_width(nested) else [(name,) for name in names]
 
 
 def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:

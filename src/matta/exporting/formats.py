@@ -142,7 +142,7 @@ def _quality(evaluate: Callable[[nn.Module], float], module: nn.Module) -> float
 
 @torch.no_grad()
 def _largest_difference(module: nn.Module, other: nn.Module, inputs: Any, open_axes: Sequence[int]) -> float:
-    """Of the logits, relative to the largest, on the inputs and on a batch of another size, shorter on open axes."""
+    """How far logits differ, relative to the largest, on the inputs and on a batch of another size and length."""
     found = 0.0
     size = num_examples(inputs)
     for batch in (inputs, _shorter(resized(inputs, size + OTHER_BATCH), size + OTHER_BATCH, open_axes)):

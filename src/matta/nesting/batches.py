@@ -49,7 +49,7 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same tuples, lists and mappings with every tensor changed.
+    """Changes every tensor in tuples, lists and mappings.
 
     Example:
         >>> import torch

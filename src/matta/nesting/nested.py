@@ -1,9 +1,4 @@
-"""Nest Students into a Teaching Assistant: find, for every Student parameter, where it lives.
-
-A nesting is a map (the paper's section 3.2, Algorithm 2): each Student parameter is a block of one
-TA parameter, of which it takes some indices of each axis. Layer, depth and d_model M-nesting are
-the same map with other sizes and other names; no layer type needs to be known.
-"""
+"""`nest` finds where every Student parameter lives in the TA, `Nested` holds the pair, `probe` checks it by running."""
 
 from __future__ import annotations
 

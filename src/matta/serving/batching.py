@@ -24,7 +24,7 @@ from matta.serving.size_policy import SizePolicy
 
 @final
 class QueueFull(Exception):
-    """So much waits that a request is turned away: it may come again after so many seconds."""
+    """A request is turned away, since too much waits; it may come again after `retry_after_s`."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s:.1f} s")

@@ -58,7 +58,7 @@ class TensorSpec:
         return NAMES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a model's metadata."""
+        """The tensor as a model's metadata describe it."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from matta.errors import SubModelError
 from matta.nesting.nested import Nested
 from matta.sizes.assembly import assemble
-from matta.sizes.units import HIDDEN, Unit, find_units
+from matta.sizes.units import Unit, find_units
 
 NARROW, WIDE, SKIP = "narrow", "wide", "skip"
 _MOST_LISTED = 64
@@ -64,6 +64,11 @@ def layer_names(nested: Nested) -> tuple[str, ...]:
         ('0',)
     """
     return tuple(unit.name for unit in find_units(nested.student, nested.ta, nested.plan))
+
+
+def is_one_width(nested: Nested) -> bool:
+    """Whether one hidden width runs through all layers, so that they are all wide or all narrow."""
+    return any(unit.runs_through for unit in find_units(nested.student, nested.ta, nested.plan))
 
 
 def narrow(nested: Nested) -> SubModel:
@@ -149,7 +154,7 @@ def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) ->
             _choices(nested, spec)
         return lambda random: random.choice(specs)
     names = layer_names(nested)
-    if HIDDEN in names:
+    if is_one_width(nested):
         return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
     return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
 
@@ -164,7 +169,7 @@ def sizes_between(nested: Nested) -> list[SubModel] | None:
         []
     """
     names = layer_names(nested)
-    if HIDDEN in names:
+    if is_one_width(nested):
         return []
     if 2 ** len(names) > _MOST_LISTED:
         return None

@@ -1,4 +1,4 @@
-"""From checked columns to tensors: ids of categories, and numbers normalised by running statistics."""
+"""Checked columns become tensors: ids of categories, and numbers normalised by running statistics."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Statistics:
 
     @staticmethod
     def of_nothing(num_columns: int) -> Statistics:
-        """Those of no rows."""
+        """The statistics of no rows."""
         return Statistics(count=np.zeros(num_columns), mean=np.zeros(num_columns), squares=np.zeros(num_columns))
 
     def with_rows(self, values: NDArray[np.float64], present: NDArray[np.bool_]) -> Statistics:
-        """Those with some more rows, whose values are 0 where they are not present."""
+        """The statistics with some more rows, whose values are 0 where they are not present."""
         count = np.add.reduce(present, 0, dtype=np.float64)
         mean = np.add.reduce(values, 0) / np.maximum(count, 1)
         deviations = (values - mean) * present

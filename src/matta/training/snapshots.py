@@ -45,7 +45,7 @@ class HasState(Protocol):
     """What is published beside the modules, such as a stream's `encoder`."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Its state, in JSON types."""
+        """The state to be published, in JSON types."""
 
 
 @final
