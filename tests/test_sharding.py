@@ -14,11 +14,14 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from torchmetrics.classification import BinaryAUROC
 
 import matta
 from matta.errors import NestingError, RunError
 from matta.objectives import CausalLM
 from matta.optim.divided_parameters import local
+from matta.training.run_evaluation import RunEvaluation
 
 NUM_PROCESSES = 2
 VOCABULARY, LENGTH, NUM_STEPS = 11, 6, 3
@@ -117,6 +120,7 @@ def work(rank: int, folder: str) -> None:
         check_mixed_precision(rank, folder)
         check_what_is_taken_out(cotrain, folder, rank)
         check_fit(rank, folder)
+        check_evaluation(rank, folder)
         measure_memory(rank, folder)
     finally:
         distributed.destroy_process_group()
@@ -176,6 +180,69 @@ def check_fit(rank: int, folder: str) -> None:
     result = fit(cotrain, 6, run=f"{folder}/run", resume=True)
     weights = whole(cotrain)
     torch.save({"weights": weights, "evaluation": result.evaluations[-1].values}, f"{folder}/fit-{rank}.pt")
+
+
+class Normed(nn.Module):
+    """Blocks that keep statistics of what they have seen."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Linear(width, 5))])
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def normed() -> matta.CoTraining:
+    torch.manual_seed(0)
+    return matta.CoTraining(matta.nest(Normed(3), Normed(6)).double(), matta.objectives.Binary())
+
+
+def held_out() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    data = [(torch.randn(n, 5, generator=generator), torch.rand(n, generator=generator).round()) for n in (8, 6, 3)]
+    return [(x.double(), y) for x, y in data]
+
+
+def judge(cotrain: matta.CoTraining) -> matta.Evaluation:
+    models = {"wide": matta.wide(cotrain.nested), "narrow": matta.SubModel()}
+    data: Any = DataLoader(held_out(), batch_size=None, shuffle=True)
+    metrics = {"auroc": BinaryAUROC()}
+    return matta.Evaluation(data=data, objective=matta.objectives.Binary(), metrics=metrics, models=models)
+
+
+def judged(cotrain: matta.CoTraining, evaluate: Any) -> tuple[dict[str, float], int]:
+    """What an evaluation gives in a run, and how many batches the TA's head sees for it in this process."""
+    calls: list[None] = []
+    hook = cotrain.nested.ta.head.register_forward_hook(lambda *_: calls.append(None))
+    torch.manual_seed(7)
+    values = RunEvaluation(cotrain, evaluate, None, None).judge(0)
+    hook.remove()
+    return values, len(calls)
+
+
+def check_evaluation(rank: int, folder: str) -> None:
+    """Shared among processes, each of which has seen other batches; before the pair's first forward, and after it."""
+    found = {}
+    for by in ("none", "block", "whole"):
+        cotrain = normed()
+        if by != "none":
+            matta.shard(cotrain, by=by)
+        norms = [part for part in cotrain.modules() if isinstance(part, nn.BatchNorm1d)]
+        for part in norms:
+            part.running_mean += rank
+        evaluate = judge(cotrain)
+        found[by] = judged(cotrain, evaluate), judged(cotrain, lambda nested, evaluate=evaluate: evaluate(nested))
+        cotrain.eval()(held_out()[0])
+        assert judged(cotrain, evaluate) == found[by][0]
+        assert all(bool((part.running_mean == rank).all()) for part in norms)
+        assert by == "none" or all(hasattr(each, "full_tensor") for each in cotrain.nested.parameters())
+        with pytest.raises(RunError if rank else ZeroDivisionError, match="division by zero"):
+            judged(cotrain, lambda _: {"value": 1 / 0})
+    torch.save(found, f"{folder}/evaluation-{rank}.pt")
 
 
 def measure_memory(rank: int, folder: str) -> None:
@@ -259,6 +326,18 @@ def test_fit_by_block_resumed_as_a_whole_equals_one_process(folder: Path) -> Non
     saved = matta.load(folder / "run" / "nested", make().nested)
     expected = dict(cotrain.nested.ta.named_parameters())
     torch.testing.assert_close(dict(saved.ta.named_parameters()), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("by", ["none", "block", "whole"])
+def test_an_evaluation_shared_by_two_processes_is_that_of_one(by: str, folder: Path) -> None:
+    cotrain = normed()
+    expected, num_calls = judged(cotrain, judge(cotrain))
+    assert len(expected) == 8
+    assert num_calls == 3 * 3  # the sub-models have copies of the head
+    for rank in range(NUM_PROCESSES):
+        (shared, share), (alone, all_or_none) = torch.load(folder / f"evaluation-{rank}.pt")[by]
+        assert shared == alone == expected
+        assert (share, all_or_none) == (2 * 3, 0 if rank else 3 * 3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "shampoo"])

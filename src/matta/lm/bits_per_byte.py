@@ -22,6 +22,7 @@ from matta.errors import RunError
 from matta.lm.tokens import TextEncoder
 from matta.nesting.batches import logits_of
 from matta.training.evaluation import evaluating
+from matta.training.processes import collected, dealt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ def bits_per_byte(
     context: int,
     batch: int,
     overlap: int = 1,
+    together: bool = False,
 ) -> TextScore:
     """Bits per byte and perplexity of a text, or of several documents, each scored for itself.
 
@@ -77,6 +79,7 @@ def bits_per_byte(
         batch: Windows at a time.
         overlap: Tokens that a window reads again of what the one before has scored: at least 1. More give each
             token more to go by, and take context / (context − overlap + 1) times as long.
+        together: Share the windows among the processes of torch.distributed, which must all call this.
 
     Raises:
         RunError: an overlap that leaves nothing to score, a context beyond the model's, or no tokens to predict.
@@ -95,7 +98,8 @@ def bits_per_byte(
             sizes.append(float(edges[-1]))
     if not windows:
         raise RunError("the text has no token to predict; expected at least one (two without a mark of a beginning)")
-    return _score(_nats(model, windows, batch, len(sizes)), sizes, sum(window.num_scored for window in windows))
+    nats = _nats(model, windows, batch, len(sizes), together=together)
+    return _score(nats, sizes, sum(window.num_scored for window in windows))
 
 
 def change(score: TextScore, baseline: TextScore) -> tuple[float, float | None]:
@@ -193,19 +197,31 @@ def _bytes_before(text: str) -> np.ndarray[Any, Any]:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _nats(model: nn.Module, windows: Sequence[Window], batch: int, num_units: int) -> np.ndarray[Any, Any]:
+def _nats(
+    model: nn.Module, windows: Sequence[Window], batch: int, num_units: int, *, together: bool
+) -> np.ndarray[Any, Any]:
     """The nats of each unit, in float64."""
-    nats = torch.zeros(num_units, dtype=torch.float64)
-    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    nats = np.zeros(num_units)
+    held = (each for each in chain(model.parameters(), model.buffers()) if not each.is_meta)  # some may be sharded
+    device = next(held, torch.empty(0)).device
+    groups = [windows[at : at + batch] for at in range(0, len(windows), batch)]
+    found: list[list[float]] = []
     with evaluating(model):
-        for group in (windows[at : at + batch] for at in range(0, len(windows), batch)):
+        for group, counts in dealt(groups, together=together):
             logits = _logits(model, [window.tokens[:-1] for window in group], device)
-            for row, window in zip(logits, group, strict=True):
-                targets = window.tokens[-window.num_scored :].to(device)
-                end = len(window.tokens) - 1
-                losses = cross_entropy(row[end - window.num_scored : end].float(), targets, reduction="none")
-                nats[window.unit] += losses.double().sum().cpu()
-    return nats.numpy()
+            scored = [_nats_of(row, window) for row, window in zip(logits, group, strict=True)]
+            found += [scored] if counts else []
+    for group, scored in zip(groups, collected(found, together=together), strict=True):
+        for window, value in zip(group, scored, strict=True):
+            nats[window.unit] += value
+    return nats
+
+
+def _nats_of(logits: Tensor, window: Window) -> float:
+    """The nats of the predictions of a window that count."""
+    targets, end = window.tokens[-window.num_scored :].to(logits.device), len(window.tokens) - 1
+    losses = cross_entropy(logits[end - window.num_scored : end].float(), targets, reduction="none")
+    return float(losses.double().sum())
 
 
 def _logits(model: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Tensor:

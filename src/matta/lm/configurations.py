@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -69,7 +69,7 @@ def fit_configuration(model: PreTrainedModel) -> Fit:
         values = [search.values_of_block(config, path, i) for i in range(count)]
         if any(values):
             blocks[path] = values
-            wrong = {key for key in wrong if not search.is_mended(config, path, values, key)}
+            wrong = search.unmended(config, path, values, wrong)
     if wrong:
         raise SubModelError(_complaint(model, config, search, min(wrong)))
     return Fit(config, blocks)
@@ -136,26 +136,28 @@ class _Search:
         self.model = model
         self.target = signature(model)
         self.lists = _block_lists(model)
-        self._built: dict[str, tuple[Signature, Held] | None] = {}
+        self._wanted = _by_block(self.target, self.lists)
+        self._holds = held_configurations(model)
+        self._built: dict[str, tuple[dict[str, Signature], Held] | None] = {}
 
-    def build(self, config: PreTrainedConfig) -> tuple[Signature, Held] | None:
-        """What the model's class builds, as signature and held configurations; None where it cannot."""
+    def build(self, config: PreTrainedConfig) -> tuple[dict[str, Signature], Held] | None:
+        """What the model's class builds, as signature by block and held configurations; None where it cannot."""
         key = json.dumps(config.to_dict(), sort_keys=True, default=str)
         if key not in self._built:
             try:
                 made = build(type(self.model), config)
-                self._built[key] = signature(made), held_configurations(made)
+                self._built[key] = _by_block(signature(made), self.lists), held_configurations(made)
             except Exception:  # classes check their values with errors of many kinds
                 self._built[key] = None
         return self._built[key]
 
     def differences(self, config: PreTrainedConfig, prefix: str = "") -> set[tuple[str, str]]:
-        """What differs from the model, in the modules below `prefix`."""
+        """What differs from the model, everywhere or in the block below `prefix`."""
         built = self.build(config)
-        wanted = {key: value for key, value in self.target.items() if key[0].startswith(prefix)}
+        wanted = self._wanted.get(prefix, {})
         if built is None:
             return {*wanted, ("", "cannot be built")}
-        given = {key: value for key, value in built[0].items() if key[0].startswith(prefix)}
+        given = built[0].get(prefix, {})
         return {key for key in wanted.keys() | given.keys() if wanted.get(key, _MISSING) != given.get(key, _MISSING)}
 
     def best_whole(self) -> PreTrainedConfig:
@@ -189,13 +191,17 @@ class _Search:
         found = self._try(start, self._kinds(start, path, index), prefix)
         return _changes(whole.to_dict(), self._search_numbers(found, prefix).to_dict())
 
-    def is_mended(self, whole: PreTrainedConfig, path: str, blocks: Sequence[Values], key: tuple[str, str]) -> bool:
-        """Whether a difference in a list of blocks is gone with the values of the blocks."""
+    def unmended(
+        self, whole: PreTrainedConfig, path: str, blocks: Sequence[Values], wrong: set[tuple[str, str]]
+    ) -> set[tuple[str, str]]:
+        """The differences that are left with the values of the blocks in a list."""
         for i, values in enumerate(blocks):
-            if key[0].startswith(f"{path}.{i}."):
+            prefix = f"{path}.{i}."
+            left = {key for key in wrong if not key[0].startswith(prefix)}
+            if len(left) < len(wrong):
                 changed = _with(whole, values)
-                return changed is not None and not self.differences(changed, f"{path}.{i}.")
-        return False
+                wrong = left if changed is not None and not self.differences(changed, prefix) else wrong
+        return wrong
 
     def _try(self, start: PreTrainedConfig, candidates: Sequence[Values], prefix: str) -> PreTrainedConfig:
         """Take each of the candidates that leaves fewer differences than there were."""
@@ -212,7 +218,7 @@ class _Search:
         built = self.build(self.model.config)
         given = {} if built is None else built[1]
         found: dict[str, Values] = {}
-        for path, held in held_configurations(self.model).items():
+        for path, held in self._holds.items():
             if f"{path}.".startswith(prefix) and held.get("model_type") == own.get("model_type"):
                 changes = _changes(given.get(path, own), held).items()
                 values = {key: value for key, value in changes if not (_is_depth(key, value) or is_of_whole(key))}
@@ -237,7 +243,7 @@ class _Search:
         """Whether a configuration builds lists of blocks of other lengths than the model's."""
         built = self.build(config)
         return built is None or any(
-            (f"{path}.{count - 1}", "class") not in built[0] or (f"{path}.{count}", "class") in built[0]
+            f"{path}.{count - 1}." not in built[0] or f"{path}.{count}." in built[0]
             for path, count in self.lists.items()
         )
 
@@ -279,6 +285,16 @@ class _Search:
 
 
 _MISSING = object()
+
+
+def _by_block(found: Signature, lists: Iterable[str]) -> dict[str, Signature]:
+    """All of a signature, under "", and what there is of each block, under the path of its modules."""
+    parts: dict[str, Signature] = {"": found}
+    for key, value in found.items():
+        for path in lists:
+            if key[0].startswith(f"{path}.") and (index := key[0][len(path) + 1 :].partition(".")[0]):
+                parts.setdefault(f"{path}.{index}.", {})[key] = value
+    return parts
 
 
 def _block_lists(model: nn.Module) -> dict[str, int]:
@@ -360,7 +376,7 @@ _NO_SIZES = ("architectures", "dtype", "problem_type", "chunk_size_feed_forward"
 def _complaint(model: nn.Module, config: PreTrainedConfig, search: _Search, key: tuple[str, str]) -> str:
     name = f"{key[0]}{key[1]}"
     built = search.build(config)
-    is_, would_be = (each.get(key, "missing") for each in (search.target, built[0] if built else {}))
+    is_, would_be = (each.get(key, "missing") for each in (search.target, built[0][""] if built else {}))
     return (
         f"no {type(config).__name__} builds this {type(model).__name__}: {name} is {is_}, and {would_be} by its "
         f"configuration; expected a model as matta.extract gives it, of modules that Transformers' own class builds"

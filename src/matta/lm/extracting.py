@@ -22,7 +22,6 @@ from matta.lm.folders import CODE, auto_class, export, require_configuration, re
 from matta.lm.recipe import Recipe
 from matta.lm.trained_runs import MODELS, RESULTS, MappedRun, folder_name, map_run
 from matta.nesting.nested import Nested
-from matta.nesting.slicing import materialize
 from matta.sizes.extraction import extract
 from matta.sizes.storage import write_json
 from matta.sizes.streamed_extraction import SavedWeights
@@ -294,8 +293,7 @@ def _write(mapped: MappedRun, name: str, spec: SubModel | None, folder: Path, re
     """Write one model, unless it is there; its row of the table."""
     found = mapped.run
     shown = found.nested.student if spec is None else live(found.nested, spec).eval()
-    model = materialize(shown)
-    assert isinstance(model, PreTrainedModel), "map_run builds nothing else"
+    assert isinstance(shown, PreTrainedModel), "map_run builds nothing else"
     not_written = None
     if not folder.exists():
         steps = results.steps or found.recipe.train.num_steps(found.recipe.data.context)
@@ -303,10 +301,10 @@ def _write(mapped: MappedRun, name: str, spec: SubModel | None, folder: Path, re
         not_written = write_model(shown, folder, tokenizer=found.tokenizer, card=card, weights=mapped.weights)
     return {
         "name": name,
-        "parameters": model.num_parameters(),
-        "layers": int(model.config.get_text_config().num_hidden_layers),
+        "parameters": shown.num_parameters(),
+        "layers": int(shown.config.get_text_config().num_hidden_layers),
         "own_code": (folder / CODE).exists(),
-        "class": auto_class(model),
+        "class": auto_class(shown),
         "folder": str(folder),
         "not_written": not_written,
     }

@@ -29,7 +29,7 @@ from matta.lm.configurations import Fit, build, fit_configuration, signature, wi
 from matta.lm.decoders import without_progress_bars
 from matta.lm.streamed_folders import require_same_operators, save_streamed
 from matta.nesting.batches import eval_mode
-from matta.nesting.slicing import is_live, materialize
+from matta.nesting.slicing import is_live, materialize, user_class
 from matta.sizes.storage import whole_folder
 from matta.sizes.streamed_extraction import SavedWeights
 
@@ -111,13 +111,14 @@ def auto_class(model: PreTrainedModel) -> str:
 
     It is the model's own class where Transformers has none.
     """
+    kind = user_class(model)
     names = [name for name in dir(modeling_auto) if name.startswith("AutoModel")]
     for name in sorted(names, key=_rank):
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
         found = mapping.get(type(model.config), None)
-        if type(model) in (found if isinstance(found, tuple) else (found,)):
+        if kind in (found if isinstance(found, tuple) else (found,)):
             return name
-    return type(model).__name__
+    return kind.__name__
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -31,7 +31,7 @@ from matta.lm.recipe_files import is_run, read_recipe, recipe_to_values
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
-from matta.lm.trained_runs import read_run_recipe, write_recipe, write_run
+from matta.lm.trained_runs import load_run, read_run_recipe, write_recipe, write_run
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded
@@ -45,7 +45,7 @@ from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import make_accelerator, num_launched
 from matta.training.run_folder import MARKER, RunFolder
 from matta.training.run_settings import FitResult
-from matta.training.sharding import shard, whole_nested
+from matta.training.sharding import shard
 from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
     session = _Session(recipe, accelerator)
     with _folder(path, session, accelerator):
         result = _train(session, path)
-    if is_sharded(session.nested):
-        session.nested = whole_nested(session.nested)
     if not accelerator.is_main_process:
         return None
+    if is_sharded(session.nested):
+        session.nested = load_run(path).nested.to(accelerator.device)
     try:
         return finish(session.outcome(result, path))
     except KeyboardInterrupt:
@@ -287,20 +287,26 @@ class Judge:
         documents = held_out_documents(text_source(part.evaluate, held_out=True), part.evaluate_bytes)
         return cls(tuple(documents), tokenizer, part.context, batch)
 
-    def __call__(self, nested: Nested) -> dict[str, float]:
+    def __call__(self, nested: Nested, *, together: bool = False) -> dict[str, float]:
         """Bits per byte and nats per token of both."""
         start = time.perf_counter()
         values: dict[str, float] = {}
         for name, model in (("student", nested.student), ("ta", nested.ta)):
-            score = self.score(model)
+            score = self.score(model, together=together)
             values[f"{name}_bits_per_byte"] = score.bits_per_byte
             values[f"{name}_loss"] = math.log(score.perplexity)
         self.seconds += time.perf_counter() - start
         return values
 
-    def score(self, model: nn.Module) -> TextScore:
+    def together(self, nested: Nested) -> dict[str, float]:
+        """As called, with the text shared among all processes."""
+        return self(nested, together=True)
+
+    def score(self, model: nn.Module, *, together: bool = False) -> TextScore:
         """One model on the text."""
-        return bits_per_byte(model, self.tokenizer, self.documents, context=self.context, batch=self.batch)
+        return bits_per_byte(
+            model, self.tokenizer, self.documents, context=self.context, batch=self.batch, together=together
+        )
 
 
 @final

@@ -11,7 +11,7 @@ from typing import Any, final
 
 from rich.console import Console
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError, first_line
 from matta.lm.command_settings import RunsSettings
 from matta.training.checkpoint_shares import TRAINING
 from matta.training.reporting import rich_table
@@ -59,21 +59,22 @@ def listed(folder: Path) -> ListedRun:
     """What a run folder tells of itself; nothing but the summary of its newest checkpoint is read."""
     state = "running" if is_in_use(folder) else "ended" if (folder / NESTED).is_dir() else "stopped"
     checkpoints = checkpoints_in(folder)
-    values: dict[str, Any] = {}
-    fault = None
+    losses: dict[str, float] = {}
+    skipped, fault = 0, None
     if checkpoints:
         try:
             values = json.loads((checkpoints[-1] / f"{TRAINING}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            fault = f"{checkpoints[-1].name} cannot be read: {error}"
-    losses = {name: each for name, each in values.get("losses", {}).items() if isinstance(each, float)}
+            losses = {name: each for name, each in values["losses"].items() if isinstance(each, float)}
+            skipped = int(values["num_skipped"])
+        except (OSError, *DAMAGE) as error:
+            fault = f"{checkpoints[-1].name} cannot be read: {first_line(error)}"
     written = datetime.fromtimestamp(checkpoints[-1].stat().st_mtime) if checkpoints else None
     return ListedRun(
         path=str(folder),
         state=state,
         step=int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0,
         losses=losses,
-        skipped=values.get("num_skipped", 0),
+        skipped=skipped,
         checkpoint_time=None if written is None else written.isoformat(sep=" ", timespec="seconds"),
         fault=fault,
     )

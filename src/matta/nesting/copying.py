@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from matta.errors import NestingError
 
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
+_PLAIN: Final = frozenset((bool, int, float, str, type(None)))
 _OF_FSDP: Final = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", FOLLOWS)  # attributes under FSDP2 alone
 
 
@@ -93,7 +94,7 @@ def graph_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen or isinstance(value, nn.Module | type):
+    if type(value) in _PLAIN or id(value) in seen or isinstance(value, (nn.Module, type)):
         return
     seen.add(id(value))
     if isinstance(value, Tensor):
@@ -101,7 +102,7 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _tensors_in(each, seen)
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, (list, tuple, set)):
         for each in value:
             yield from _tensors_in(each, seen)
     elif hasattr(value, "__dict__") and not callable(value):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed import get_rank, is_available, is_initialized
@@ -19,6 +19,7 @@ from matta.nesting.copying import FOLLOWS, is_unit
 from matta.nesting.slicing import slices_of
 from matta.nesting.sparse_tables import is_sparse_table
 
+T = TypeVar("T")
 _RUN: Final = "_run_a_student_block"
 
 
@@ -67,6 +68,19 @@ def refuse_sparse_tables(models: Iterable[nn.Module]) -> None:
                 f"received {name}, a table with sparse gradients, to be sharded by FSDP2, which cannot reduce them; "
                 f"expected sparse=False, or DistributedDataParallel: matta.fit without matta.shard"
             )
+
+
+def run_as_forward(unit: nn.Module, function: Callable[[], T]) -> T:
+    """Run a function as if it were the forward of what FSDP2 gathers together, and let that go again.
+
+    All processes must call this.
+    """
+    found: list[T] = []
+    try:
+        _runner(unit)(lambda: found.append(function()))
+    finally:
+        unit.reshard()  # type: ignore[operator]
+    return found[0]
 
 
 def follow_shards(models: Sequence[nn.Module], ta: nn.Module) -> None:

@@ -180,6 +180,11 @@ def is_live(module: nn.Module) -> bool:
     return _SLICES in module.__dict__
 
 
+def user_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, of a live one that of which it was made."""
+    return type(module).__mro__[1] if is_live(module) else type(module)
+
+
 def slices_of(module: nn.Module) -> dict[str, LiveSlice]:
     """What the parameters of a live module read, by name; private ones are left out."""
     return {
@@ -200,7 +205,7 @@ def skeleton(module: nn.Module, *, keep_own: bool = False) -> nn.Module:
     made = deep_copy(module, memo)
     for part, plain in zip(list(module.modules()), list(made.modules()), strict=True):
         if is_live(part):  # a forward may have put a new module among them, as BigBird's does
-            plain.__class__ = type(part).__mro__[1]
+            plain.__class__ = user_class(part)
         plain.__dict__.pop(_SLICES, None)  # gone where a class copies itself, as the layers of einops do
     return made
 
@@ -310,7 +315,7 @@ def _named_parameters(
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle the user's class and the names, from which the live class is made again."""
-    return _new_live, (type(self).__mro__[1], tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
+    return _new_live, (user_class(self), tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
 
 
 def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

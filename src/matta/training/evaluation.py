@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
+from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
+from matta.nesting.plan import slices
+from matta.nesting.sharded_slices import follow_shards
+from matta.nesting.slicing import bind, skeleton, slices_of
 from matta.objectives.labels import Labels, TopK, unweighted
 from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
+from matta.optim.divided_parameters import is_sharded
 from matta.sizes.submodels import SubModel, live
-from matta.training.processes import is_shared_out
+from matta.training.processes import collected, dealt, gathered_by_main, is_main_process, is_shared_out, of_main
 from matta.training.step_labels import weighted_batch
 
 
@@ -48,16 +53,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+Evaluate = Callable[[Nested], Mapping[str, float]]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` gave after a step."""
+
+    step: int
+    values: dict[str, float]
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What `fit(evaluate=...)` calls: one pass over `data`, all models on each batch.
 
     Called with a nesting, it gives a dict of `<model>_<metric>`, such as `student_loss` or `ta_auroc`. The
-    models are `student` (with several, `student_1` is the second), `ta`, and the sub-models named here.
+    models are `student` (with several, `student_1` is the second), `ta`, and the sub-models named here. In a run of
+    several processes they share the batches.
 
     Args:
-        data: Batches that can be passed over again and again.
+        data: Batches that can be passed over again and again: in several processes all of them in each.
         objective: Gives `<model>_loss` in nats: the cross-entropy, the mean over all examples or positions that
             are not ignored, or by their weights. With labels that are a `TopK` it is the loss that they are trained
             with.
@@ -94,57 +112,128 @@ class Evaluation:
             )
 
     def __call__(self, nested: Nested) -> dict[str, float]:
-        """The values of every model."""
+        """The values of every model, in this process alone."""
+        return self._values(nested, together=False)
+
+    def together(self, nested: Nested) -> dict[str, float]:
+        """As called, with the batches shared among all processes, which must all call this.
+
+        The buffers are those of the main process, the data must come in the same order to all, and the values are the
+        same on all. Losses are added up, and metrics updated, in the order of the batches, as in one process.
+        """
+        with _buffers_of_main(nested):
+            return of_main(self._values(nested, together=True))
+
+    def _values(self, nested: Nested, *, together: bool) -> dict[str, float]:
         if is_shared_out(self.data):
             raise RunError(
-                "received evaluation data that gives each process its share, and one process evaluates; expected all "
-                "of it: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
+                "received evaluation data that gives each process its share; expected all of it, which Evaluation "
+                "shares out itself: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
             )
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
         mixed = {name: live(nested, spec).eval() for name, spec in self.models.items()}
-        tallies = {name: _Tally(module, self) for name, module in {**students, "ta": nested.ta, **mixed}.items()}
+        modules = {**students, "ta": nested.ta, **mixed}
+        tallies = {name: _Tally(module, self, together=together) for name, module in modules.items()}
         device = next(nested.parameters()).device
+        if together:
+            follow_shards(list(modules.values()), nested.ta)
         with evaluating(nested):
-            for batch in self.data:
+            for batch, counts in dealt(self.data, together=together):
                 batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 inputs, labels = weighted_batch(batch, self.objective) if self.objective else split_labels(batch)
                 for tally in tallies.values():
-                    tally.add(inputs, labels)
+                    tally.add(inputs, labels, counts=counts)
         return {f"{model}_{name}": value for model, tally in tallies.items() for name, value in tally.values()}
+
+
+@contextmanager
+def _buffers_of_main(nested: Nested) -> Iterator[None]:
+    """The main process's buffers in all; BatchNorm has seen other batches in each."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    for buffer in nested.buffers():
+        value = buffer.detach().contiguous().clone()
+        distributed.broadcast(value, 0)
+        if not torch.equal(value, buffer):
+            kept.append((buffer, buffer.detach().clone()))
+            buffer.data.copy_(value)
+    try:
+        yield
+    finally:
+        for buffer, own in kept:
+            buffer.data.copy_(own)
 
 
 @final
 class _Tally:
-    """The values of one model over the batches so far."""
+    """The values of one model over the batches so far; of all processes' on the main one."""
 
-    def __init__(self, module: nn.Module, evaluation: Evaluation) -> None:
+    def __init__(self, module: nn.Module, evaluation: Evaluation, *, together: bool) -> None:
         self.module, self.objective, self.where = module, evaluation.objective, evaluation.logits
+        self.together = together
         self.metrics = {name: copy.deepcopy(metric) for name, metric in evaluation.metrics.items()}
         for metric in self.metrics.values():
+            parts: Iterable[Any] = metric.modules() if isinstance(metric, nn.Module) else ()
+            for part in parts:
+                if hasattr(part, "distributed_available_fn"):  # torchmetrics would wait for all processes to compute
+                    part.distributed_available_fn = lambda: False
             metric.reset()
         self.has_data = False
         self.losses: list[Tensor] = []
         self.counts: list[Tensor] = []
 
-    def add(self, inputs: Any, labels: Labels) -> None:
+    def add(self, inputs: Any, labels: Labels, *, counts: bool) -> None:
         logits = logits_of(call(self.module, inputs), self.where, self.objective.outputs if self.objective else None)
-        if self.objective is not None:
+        if self.objective is not None and counts:
             self.losses.append(self.objective.cross_entropies(logits, labels).double())
             self.counts.append(torch.as_tensor(self.objective.num_counted(labels)).double().cpu())
         self.has_data = True
-        for metric in self.metrics.values():
-            metric.update(*_rows(logits, unweighted(labels)[0]))
+        if self.metrics:
+            for rows in self._rows_of_all(_rows(logits, unweighted(labels)[0]), counts=counts):
+                for metric in self.metrics.values():
+                    metric.update(*rows)
+
+    def _rows_of_all(self, rows: tuple[Tensor, Tensor], *, counts: bool) -> list[tuple[Tensor, Tensor]]:
+        """Logits and labels of this round's batches, on the main process."""
+        if not self.together:
+            return [rows]
+        found = gathered_by_main(tuple(each.cpu() for each in rows) if counts else None)
+        return [(logits.to(rows[0].device), labels.to(rows[1].device)) for logits, labels in filter(None, found)]
 
     def values(self) -> Iterator[tuple[str, float]]:
         if not self.has_data:
             raise RunError("the evaluation data gave no batch; expected at least one")
-        if self.losses:
-            losses, counts = torch.stack(self.losses).cpu(), torch.stack(self.counts)
+        if self.objective is not None:
+            own = [each.cpu() for each in self.losses]
+            losses, counts = (torch.stack(collected(each, together=self.together)) for each in (own, self.counts))
             if not counts.any():
                 raise RunError("all labels of the evaluation data are ignored; expected some that count")
             yield "loss", float((torch.linalg.vecdot(losses, counts, dim=0) / divisor(counts.sum(0))).sum())
-        for name, metric in self.metrics.items():
+        for name, metric in self.metrics.items() if is_main_process() or not self.together else ():
             yield name, float(metric.compute())
+
+
+def whole_nested(nested: Nested) -> Nested | None:
+    """A copy of a sharded nesting with whole parameters, on the main process alone; all must call this.
+
+    Elsewhere it is None, and no more than one parameter is whole at a time.
+    """
+    whole: dict[int, nn.Parameter] = {}
+    parameters: list[Any] = list(nested.parameters())
+    for each in parameters:
+        value: Tensor = each.detach().full_tensor() if is_sharded(each) else each.detach()
+        if is_main_process():
+            whole[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad)
+    if not is_main_process():
+        return None
+    ta = deep_copy(nested.ta, dict(whole))
+    students = [skeleton(student, keep_own=True) for student in nested.students]
+    for made, student, plan in zip(students, nested.students, nested.plans, strict=True):
+        for part in made.modules():
+            own = {name: whole[id(each)] for name, each in part._parameters.items() if each is not None}
+            part._parameters.update(own)
+        frozen = [name for name, live in slices_of(student).items() if live.detach]
+        bind(made, slices(ta, plan.placements, frozen))
+    return Nested(ta, students, nested.plans)
 
 
 def _rows(logits: Tensor, labels: Tensor | TopK) -> tuple[Tensor, Tensor]:

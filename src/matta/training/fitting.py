@@ -15,12 +15,13 @@ import torch
 from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.training.cotraining import CoTraining
+from matta.training.evaluation import Evaluate
 from matta.training.feeding import Feed
 from matta.training.loop import Training
 from matta.training.processes import make_accelerator, require_all
 from matta.training.reporting import require_installed
 from matta.training.run_folder import RunFolder
-from matta.training.run_settings import Evaluate, FitResult, Observer, Settings
+from matta.training.run_settings import FitResult, Observer, Settings
 from matta.training.spikes import Rollback
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def fit(
             the end of a pass count for the next one.
         precision: "bf16" runs the forward under autocast; by default what Accelerate is configured for.
         evaluate: Gives named values for the nesting, in eval mode and without gradient: an `Evaluation`, or a
-            function. The main process calls it, after every `evaluate_every` steps and at the end. Random
+            function, called after every `evaluate_every` steps and at the end. Of several processes the main one
+            calls it; an object with a method `together`, as `Evaluation` has, all of them call by that. Random
             numbers that it draws do not change the run.
         evaluate_every: Steps between evaluations; by default there is only the one at the end.
         best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.

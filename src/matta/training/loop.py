@@ -7,7 +7,6 @@ import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -18,19 +17,18 @@ from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
 from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
-from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
-from matta.training.evaluation import evaluating
+from matta.training.evaluation import Evaluate
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
 from matta.training.processes import gathered_by_main, require_gradients
-from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
-from matta.training.run_folder import RunFolder
-from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
-from matta.training.sharding import divided_state, no_sync, whole_nested
+from matta.training.run_evaluation import RunEvaluation
+from matta.training.run_folder import RunFolder, resuming
+from matta.training.run_settings import FitResult, Observer, Settings
+from matta.training.sharding import divided_state, no_sync
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
 from matta.training.step_times import StepTimes
@@ -58,10 +56,10 @@ class Training:
         accelerator: Accelerator,
     ) -> None:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
-        self.settings, self.evaluate, self.observers = settings, evaluate, observers
+        self.settings, self.observers = settings, observers
         self.folder, self.accelerator = folder, accelerator
+        self.evaluation = RunEvaluation(cotrain, evaluate, settings.best, None if folder is None else folder.path)
         self.is_sharded = is_sharded(cotrain)
-        self.takes_part = accelerator.is_main_process or self.is_sharded  # in what the main process writes
         self.arguments = arguments_of(
             cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
         )
@@ -72,8 +70,6 @@ class Training:
         self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
-        self.evaluations: list[Evaluated] = []
-        self.best: Evaluated | None = None
         self.saved_step: int | None = None
         self.bar: Bar | None = None
         self.trackers: list[GeneralTracker] = []
@@ -104,8 +100,8 @@ class Training:
         return FitResult(
             steps=self.step,
             losses=self.losses.read(),
-            evaluations=tuple(self.evaluations),
-            best=self.best,
+            evaluations=tuple(self.evaluation.found),
+            best=self.evaluation.best,
             num_skipped=self.num_skipped,
         )
 
@@ -266,7 +262,7 @@ class Training:
         return self.feed.epoch >= (self.feed.num_passes or 0)
 
     def _finish(self) -> None:
-        if not self.evaluations or self.evaluations[-1].step != self.step:
+        if not self.evaluation.is_done(self.step):
             self._evaluate_at_end()
         if self.bar is not None:
             self.bar.show(self.step, self.losses.latest)
@@ -285,39 +281,13 @@ class Training:
         try:
             self._evaluate()
         except BaseException:
-            if self.accelerator.num_processes == 1:  # of several, one alone evaluates
+            if self.accelerator.num_processes == 1:  # of several, one alone may have failed
                 self._save()
             raise
 
     def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
-        values: list[Any] = [None]
-        nested = whole_nested(self.cotrain.nested) if self.is_sharded else self.cotrain.nested
-        if self.accelerator.is_main_process:
-            with random_state_kept(), evaluating(nested):
-                values[0] = {name: float(value) for name, value in self.evaluate(nested).items()}
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(values)
-        self.evaluations.append(Evaluated(step=self.step, values=values[0]))
-        self._track({f"evaluation/{name}": value for name, value in values[0].items()})
-        self._judge(self.evaluations[-1])
-
-    def _judge(self, latest: Evaluated) -> None:
-        """Keep the nesting if it is the best so far."""
-        if self.settings.best is None:
-            return
-        name, way = self.settings.best
-        if name not in latest.values:
-            raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
-        sign = 1 if way == "min" else -1
-        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
-            return
-        self.best = latest
-        if self.folder is not None and self.takes_part:
-            save(self.cotrain.nested, self.folder.path / "best")
+        values = self.evaluation.judge(self.step)
+        self._track({f"evaluation/{name}": value for name, value in values.items()})
 
     def _log(self, distill_weight: Tensor) -> None:
         losses = self.losses.read()
@@ -337,7 +307,7 @@ class Training:
         )
 
     def _track(self, values: Mapping[str, float]) -> None:
-        for tracker in self.trackers:
+        for tracker in self.trackers if values else ():
             tracker.log(dict(values), step=self.step)
 
     def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
@@ -385,8 +355,7 @@ class Training:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
             "losses": self.losses.means,
-            "evaluations": [asdict(each) for each in self.evaluations],
-            "best": None if self.best is None else asdict(self.best),
+            **self.evaluation.state_dict(),
             "observers": [each.state_dict() for each in self.observers],
             "spikes": None if self.spikes is None else self.spikes.state_dict(),
         }
@@ -402,15 +371,18 @@ class Training:
         }
 
     def _resume(self) -> None:
-        state = None if self.folder is None else self.folder.load(self.cotrain, self.optimizer)
-        if state is None:
+        if self.folder is None:
             return
         prolong = self.settings.resume == PROLONG
-        require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
-        if not prolong:
-            require_same_arguments(state, self.arguments, self.scheduler)
-        self.feed.resume(state["feeds"])
-        self._take_up(state, prolong=prolong)
+        with resuming(self.folder.path):
+            state = self.folder.load(self.cotrain, self.optimizer)
+            if state is None:
+                return
+            require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
+            if not prolong:
+                require_same_arguments(state, self.arguments, self.scheduler)
+            self.feed.resume(state["feeds"])
+            self._take_up(state, prolong=prolong)
 
     def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
         """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
@@ -420,8 +392,7 @@ class Training:
         self.step = self.saved_step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
         self.losses.means = state["losses"]
-        self.evaluations = [Evaluated(**each) for each in state["evaluations"]]
-        self.best = None if state["best"] is None else Evaluated(**state["best"])
+        self.evaluation.load_state_dict(state)
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)
         if self.spikes is not None and state["spikes"] is not None:

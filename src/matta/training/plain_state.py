@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from matta.errors import CheckpointError
+from matta.errors import DAMAGE, CheckpointError
 
 _MAPPINGS: Final[dict[str, Any]] = {
     "$dict": dict,
@@ -114,7 +114,7 @@ def unpacked(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     try:
         state = _read(json.loads(file.read_text(encoding="utf-8")), tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, RuntimeError, *DAMAGE) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; take another copy of the folder") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} is not the state of a run; take another copy of the folder")

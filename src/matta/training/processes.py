@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,6 +20,8 @@ from matta.errors import RunError, first_line
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
+_MISSING: Final = object()
 _SIZES: Final = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -60,6 +64,49 @@ def gathered_by_main(value: Any) -> list[Any]:
     values = [None] * num_processes() if is_main_process() else None
     distributed.gather_object(value, values)
     return values or []
+
+
+def of_main(value: T) -> T:
+    """The value of the main process; all must call this."""
+    values = [value]
+    if num_processes() > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def dealt(pieces: Iterable[T], *, together: bool = True) -> Iterator[tuple[T, bool]]:
+    """The pieces of work that this process does, and whether each counts: one of as many as there are processes.
+
+    All processes do equally many. Where the last ones are too few, some do one that another counts. Not `together`,
+    this process does them all.
+
+    Example:
+        >>> list(dealt("ab"))
+        [('a', True), ('b', True)]
+    """
+    rank, size = (process_rank(), num_processes()) if together else (0, 1)
+    place = size - 1
+    for index, piece in enumerate(pieces):
+        place = index % size
+        if place in (0, rank):
+            mine = piece
+        if place == size - 1:
+            yield mine, True
+    if place < size - 1:
+        yield mine, rank <= place
+
+
+def collected(values: Sequence[T], *, together: bool = True) -> list[T]:
+    """What came of all pieces that were `dealt`, in their order, of what came of each process's own that count.
+
+    All processes must call this, if `together`.
+
+    Example:
+        >>> collected([1, 2])
+        [1, 2]
+    """
+    rounds = zip_longest(*(gathered(list(values)) if together else [values]), fillvalue=_MISSING)
+    return [value for each in rounds for value in each if value is not _MISSING]
 
 
 def raise_together(error: Exception | None) -> None:

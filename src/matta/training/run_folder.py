@@ -23,9 +23,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matta.errors import CheckpointError, RunError
+from matta.errors import DAMAGE, CheckpointError, MattaError, RunError, first_line
 from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded, placed
@@ -255,6 +255,24 @@ class RunFolder:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(folder.glob("checkpoint-*"))
+
+
+@contextmanager
+def resuming(folder: Path) -> Iterator[None]:
+    """While a state that was read is taken up.
+
+    Raises:
+        CheckpointError: it is of another form than expected.
+    """
+    try:
+        yield
+    except MattaError:
+        raise
+    except (RuntimeError, *DAMAGE) as error:
+        raise CheckpointError(
+            f"{checkpoints_in(folder)[-1]} cannot be resumed from: {first_line(error)!r} ({type(error).__name__}); "
+            f"remove it to resume from the one before, or take another copy of the run"
+        ) from error
 
 
 def is_in_use(folder: Path) -> bool:

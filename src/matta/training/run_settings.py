@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, final
@@ -11,12 +10,10 @@ import torch
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
-from matta.nesting.nested import Nested
 from matta.training.cotraining import CoTraining
+from matta.training.evaluation import Evaluated
 from matta.training.spikes import Rollback
 from matta.training.step_output import CoTrainingOutput
-
-Evaluate = Callable[[Nested], Mapping[str, float]]
 
 
 class Observer(Protocol):
@@ -33,15 +30,6 @@ class Observer(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Continue from a state."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What `evaluate` gave after a step."""
-
-    step: int
-    values: dict[str, float]
 
 
 @final

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import RunError
-from matta.nesting.copying import deep_copy, is_unit
-from matta.nesting.nested import Nested, nested_from_plans
+from matta.nesting.copying import is_unit
 from matta.nesting.sharded_slices import refuse_sparse_tables
-from matta.nesting.slicing import materialize
 from matta.optim.shampoo import Shampoo
 
 if TYPE_CHECKING:
@@ -101,12 +99,6 @@ def _keeping_gradients(model: Any) -> Iterator[None]:
 def no_sync(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[Any]:
     """While a batch is not the last of its step, its gradients stay on this process."""
     return _keeping_gradients(model) if is_unit(model) else accelerator.no_sync(model)
-
-
-def whole_nested(nested: Nested) -> Nested:
-    """A copy of a sharded nesting with whole parameters, for one process to evaluate; all must call this."""
-    students = [materialize(student) for student in nested.students]
-    return nested_from_plans(students, deep_copy(nested.ta), nested.plans)
 
 
 def divided_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

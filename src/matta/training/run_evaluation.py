@@ -1,0 +1,103 @@
+"""What a run evaluates, in between and at its end, and the nesting that was the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, final
+
+from matta.errors import RunError
+from matta.nesting.copying import is_unit
+from matta.nesting.nested import Nested
+from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forward
+from matta.sizes.saving import save
+from matta.training.cotraining import CoTraining
+from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
+from matta.training.processes import is_main_process, num_processes, of_main, raise_together
+from matta.training.randomness import random_state, random_state_kept, set_random_state
+
+
+@final
+class RunEvaluation:
+    """The evaluations of a run, and the best of them, whose nesting is kept in `best`, if there is such a folder."""
+
+    def __init__(
+        self,
+        cotrain: CoTraining,
+        evaluate: Evaluate | None,
+        best: tuple[str, Literal["min", "max"]] | None,
+        folder: Path | None,
+    ) -> None:
+        self._cotrain, self._evaluate, self._criterion, self._folder = cotrain, evaluate, best, folder
+        self.found: list[Evaluated] = []
+        self.best: Evaluated | None = None
+
+    def is_done(self, step: int) -> bool:
+        """Whether the weights of a step have been evaluated."""
+        return bool(self.found) and self.found[-1].step == step
+
+    def judge(self, step: int) -> dict[str, float]:
+        """The values of the nesting as it is, none if nothing evaluates; all processes call this.
+
+        Raises:
+            RunError: the values lack the one that says which is the best.
+        """
+        if self._evaluate is None:
+            return {}
+        with random_state_kept():
+            values = self._values(self._evaluate)
+        self.found.append(Evaluated(step=step, values=values))
+        self._keep_if_best(self.found[-1])
+        return values
+
+    def _values(self, evaluate: Evaluate) -> dict[str, float]:
+        """Of the main process, or of all together, where `evaluate` can and FSDP2 gathers the pair as one."""
+        nested, has_shards = self._cotrain.nested, is_sharded(self._cotrain)
+        together = getattr(evaluate, "together", None) if num_processes() > 1 else None
+        if together is not None and (is_unit(self._cotrain) or not has_shards):
+            set_random_state(of_main(random_state()))  # data that is shuffled comes in one order
+            if has_shards:
+                follow_shards(list(nested.students), nested.ta)
+                return run_as_forward(self._cotrain, lambda: _judged(together, nested))
+            return _judged(together, nested)
+        shown = whole_nested(nested) if has_shards else nested
+        values: dict[str, float] = {}
+        failed: Exception | None = None
+        if shown is not None and is_main_process():
+            try:
+                values = _judged(evaluate, shown)
+            except Exception as error:
+                failed = error
+        raise_together(failed)
+        return of_main(values)
+
+    def _keep_if_best(self, latest: Evaluated) -> None:
+        if self._criterion is None:
+            return
+        name, way = self._criterion
+        if name not in latest.values:
+            raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
+        sign = 1 if way == "min" else -1
+        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
+            return
+        self.best = latest
+        if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):
+            save(self._cotrain.nested, self._folder / "best")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to continue."""
+        return {
+            "evaluations": [asdict(each) for each in self.found],
+            "best": None if self.best is None else asdict(self.best),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.found = [Evaluated(**each) for each in state["evaluations"]]
+        self.best = None if state["best"] is None else Evaluated(**state["best"])
+
+
+def _judged(evaluate: Callable[[Nested], Mapping[str, float]], nested: Nested) -> dict[str, float]:
+    with evaluating(nested):
+        return {name: float(value) for name, value in evaluate(nested).items()}
