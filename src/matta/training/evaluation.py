@@ -54,7 +54,8 @@ class Evaluation:
     """What `fit(evaluate=...)` calls: one pass over `data`, all models on each batch.
 
     Called with a nesting, it gives a dict of `<model>_<metric>`, such as `student_loss` or `ta_auroc`. The
-    models are `student` (with several, `student_1` is the second), `ta`, and the sub-models named here.
+    models are `student` (with several, `student_1` is the second), `ta`, and the sub-models named here. Called with
+    a plain module it gives that module's, such as `loss`: `matta.family(evaluate=lambda module: f(module)["loss"])`.
 
     Args:
         data: Batches that can be passed over again and again.
@@ -93,24 +94,27 @@ class Evaluation:
                 f"DataLoader or a list"
             )
 
-    def __call__(self, nested: Nested) -> dict[str, float]:
-        """The values of every model."""
+    def __call__(self, nested: nn.Module) -> dict[str, float]:
+        """The values of every model of a nesting; of a plain module those of itself, such as `loss`."""
         if is_shared_out(self.data):
             raise RunError(
                 "received evaluation data that gives each process its share, and one process evaluates; expected all "
                 "of it: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
             )
-        students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
-        mixed = {name: live(nested, spec).eval() for name, spec in self.models.items()}
-        tallies = {name: _Tally(module, self) for name, module in {**students, "ta": nested.ta, **mixed}.items()}
-        device = next(nested.parameters()).device
+        modules = self._models(nested) if isinstance(nested, Nested) else {"": nested}
+        tallies = {f"{name}_" if name else "": _Tally(module, self) for name, module in modules.items()}
+        device = next((each.device for each in nested.parameters()), torch.device("cpu"))
         with evaluating(nested):
             for batch in self.data:
                 batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 inputs, labels = weighted_batch(batch, self.objective) if self.objective else split_labels(batch)
                 for tally in tallies.values():
                     tally.add(inputs, labels)
-        return {f"{model}_{name}": value for model, tally in tallies.items() for name, value in tally.values()}
+        return {f"{model}{name}": value for model, tally in tallies.items() for name, value in tally.values()}
+
+    def _models(self, nested: Nested) -> dict[str, nn.Module]:
+        students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
+        return {**students, "ta": nested.ta, **{name: live(nested, spec).eval() for name, spec in self.models.items()}}
 
 
 @final
