@@ -336,6 +336,8 @@ def _in_a_line(format: Format) -> Iterator[None]:
         yield
     except MattaError:
         raise
+    except OSError as error:
+        raise ExportError(f"{error.filename} cannot be written: {error.strerror}; take another path") from None
     except Exception as error:
         raise ExportError(
             f"the module cannot be exported as {format}: {_reason(error)}; replace that operation, or export "
@@ -353,15 +355,12 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' messages about themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Without the exporters' messages about themselves, and the graphs that they print when they fail."""
+    printed, before = io.StringIO(), logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+            logging.disable(before)

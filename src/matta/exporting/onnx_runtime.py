@@ -49,8 +49,8 @@ class OnnxModule(nn.Module):
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common type
             raise ExportError(
-                f"ONNX Runtime does not take {path}: {_first_line(error)}; expected a file of matta.export, of a module "
-                f"with inputs and weights in one type that its operators have: float32"
+                f"ONNX Runtime does not take {path}: {_first_line(error)}; expected a file of matta.export, of a "
+                f"module with inputs and weights in one type that its operators have: float32"
             ) from None
         self.names = tuple(each.name for each in self.session.get_inputs())
         self.output_names = tuple(each.name for each in self.session.get_outputs())

@@ -29,7 +29,7 @@ from matta.training.randomness import random_state_kept
 from matta.training.reporting import Bar, Losses, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_folder import RunFolder
-from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings
+from matta.training.run_settings import Evaluate, Evaluated, FitResult, Observer, Settings, as_numbers
 from matta.training.sharding import divided_state, no_sync, whole_nested
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
@@ -296,7 +296,7 @@ class Training:
         nested = whole_nested(self.cotrain.nested) if self.is_sharded else self.cotrain.nested
         if self.accelerator.is_main_process:
             with random_state_kept(), evaluating(nested):
-                values[0] = {name: float(value) for name, value in self.evaluate(nested).items()}
+                values[0] = as_numbers(self.evaluate(nested))
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 

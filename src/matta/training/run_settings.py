@@ -19,6 +19,18 @@ from matta.training.step_output import CoTrainingOutput
 Evaluate = Callable[[Nested], Mapping[str, float]]
 
 
+def as_numbers(values: Any) -> dict[str, float]:
+    """What `evaluate` gave, as numbers by name.
+
+    Raises:
+        RunError: it is no mapping, or a value is no number.
+    """
+    try:
+        return {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise RunError(f"evaluate gave {values!r:.100}; expected numbers by name, such as {{'loss': 0.3}}") from None
+
+
 class Observer(Protocol):
     """What looks on at each batch, such as `ProgressiveValidation` and `Snapshots`."""
 
