@@ -78,7 +78,7 @@ def export(
     | format | what is written | read by |
     |---|---|---|
     | "onnx" | a file of operators and weights | ONNX Runtime and others (`matta.OnnxModule(path)`) |
-    | "torch_export" | a file of torch's own graph | `torch.export.load(path).module()` |
+    | "torch_export" | a file of torch's own graph, `.pt2` | `torch.export.load(path).module()` |
     | "safetensors" | a file of weights by name | `safetensors.torch.load_model(module, path)`, a module of your class |
     | "transformers" | a folder | `from_pretrained(path)` |
 
