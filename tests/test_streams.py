@@ -454,6 +454,9 @@ def test_the_encoder_of_a_state_predicts_as_the_stream_does(events: Path) -> Non
     torch.testing.assert_close(dict(encoded), {name: batch[name] for name in encoded}, rtol=0, atol=0)
     with pytest.raises(RunError, match="row 0 does not fit the schema: x: received 11"):
         encoder.encode([{**ROW, "x": 11.0}])
+    for none in ([], {**ROW}):
+        with pytest.raises(RunError, match="expected a list of rows, such as"):
+            encoder.encode(none)
 
 
 BAD_SETTINGS = {

@@ -167,7 +167,10 @@ def _hidden() -> matta.Nested:
         (lambda: matta.wide_narrow_wide(_residual(), 6), r"received k=6; expected 0 to 5, .*: blocks.0, blocks.1"),
         (lambda: matta.wide_narrow_wide(_residual(), -1), r"received k=-1; expected 0 to 5"),
         (lambda: matta.wide_narrow_wide(_residual(), 0.5), r"received k=0.5; expected 0 to 5"),  # type: ignore[arg-type]
-        (lambda: matta.extract(_residual(), {"a": "wide"}), r"received {'a': 'wide'}; expected a matta.SubModel"),  # type: ignore[arg-type]
+        (
+            lambda: matta.extract(_residual(), {"a": "wide"}),
+            r"received dict as the sub-model; expected such as matta.SubModel",
+        ),  # type: ignore[arg-type]
         (
             lambda: matta.live(_residual(), matta.SubModel({"blocks.5": "wide"})),
             r"there is no layer 'blocks.5'; the layers are: blocks.0",

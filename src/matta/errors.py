@@ -230,6 +230,17 @@ DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 """What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
 
 
+def require_kind(name: str, found: object, kind: Any, expected: str) -> None:
+    """Refuse an argument of another kind, as `isinstance` takes it: arguments in another order, a class for an object.
+
+    Raises:
+        MattaError: it is none of these kinds.
+    """
+    if not isinstance(found, kind):
+        told = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+        raise MattaError(f"received {told} as {name}; expected {expected}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for one of ours."""
     return str(error).strip().split("\n")[0][:200]

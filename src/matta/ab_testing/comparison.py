@@ -96,7 +96,7 @@ class AbReport:
 
 
 def compare(
-    logs: Sequence[str | os.PathLike[str]],
+    logs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     outcomes: str | os.PathLike[str] | None = None,
     metric: str = "log_loss",
@@ -113,7 +113,7 @@ def compare(
     With several arms against the control, alpha is divided by their number (Bonferroni).
 
     Args:
-        logs: Files of JSON lines or Parquet, or folders of them.
+        logs: Files of JSON lines or Parquet, or folders of them; one or several.
         outcomes: A file or folder of outcomes, if they are not in the logs.
         metric: "log_loss" (nats), "auc_loss" (1 − AUROC), "calibration" (mean prediction less mean outcome; nearer to
             zero is better), "rate" (mean outcome; higher is better) or "squared_error".
@@ -144,7 +144,8 @@ def compare(
         'new is better: stop'
     """
     check_choices(metric, predictions, alpha, margin, tuned_for)
-    joined = read_logs([Path(each) for each in logs], None if outcomes is None else Path(outcomes))
+    paths = [logs] if isinstance(logs, str | os.PathLike) else logs
+    joined = read_logs([Path(each) for each in paths], None if outcomes is None else Path(outcomes))
     declared = _declared(joined, shares)
     control = control or joined.arms[0]
     if control not in joined.arms or len(joined.arms) < 2:

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from matta.errors import NestingError
+from matta.errors import NestingError, require_kind
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
 from matta.nesting.copying import copy_module
@@ -68,6 +68,15 @@ class Nested(nn.Module):
         return "\n\n".join(describe(self.ta, student, plan) for student, plan in plans)
 
     __repr__ = __str__
+
+
+def require_nested(found: object) -> None:
+    """Refuse what is no nesting.
+
+    Raises:
+        MattaError: it is something else.
+    """
+    require_kind("nested", found, Nested, "what matta.nest gives")
 
 
 def probe(nested: Nested, example: Batch) -> None:

@@ -19,7 +19,7 @@ from typing import final
 from torch import nn
 
 from matta.errors import SubModelError
-from matta.nesting.nested import Nested
+from matta.nesting.nested import Nested, require_nested
 from matta.sizes.assembly import assemble
 from matta.sizes.units import Unit, find_units
 
@@ -46,6 +46,8 @@ class SubModel:
     def __post_init__(self) -> None:
         if self.default not in (NARROW, WIDE):
             raise SubModelError(f"received default={self.default!r}; expected 'narrow' or 'wide'")
+        if not isinstance(self.choices, Mapping):
+            raise SubModelError(f"received choices={self.choices!r}; expected a mapping, such as {{'0': 'wide'}}")
         for name, choice in self.choices.items():
             if choice not in (NARROW, WIDE, SKIP):
                 raise SubModelError(f"received {choice!r} for {name!r}; expected 'wide', 'narrow' or 'skip'")
@@ -63,6 +65,7 @@ def layer_names(nested: Nested) -> tuple[str, ...]:
         >>> layer_names(matta.nest(tower(4), tower(8)))
         ('0',)
     """
+    require_nested(nested)
     return tuple(unit.name for unit in find_units(nested.student, nested.ta, nested.plan))
 
 
@@ -210,8 +213,12 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
 
 def _choices(nested: Nested, spec: SubModel) -> tuple[tuple[Unit, ...], dict[str, str]]:
     """The layers of a nesting, and what a sub-model takes of each."""
+    require_nested(nested)
     if not isinstance(spec, SubModel):
-        raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")
+        raise SubModelError(
+            f"received {type(spec).__name__} as the sub-model; expected such as matta.SubModel({{'0': 'wide'}}), "
+            f"matta.wide(nested), or the spec of a size that was chosen: size.spec"
+        )
     units = find_units(nested.student, nested.ta, nested.plan)
     names = [unit.name for unit in units]
     for name in spec.choices:

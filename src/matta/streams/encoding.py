@@ -206,9 +206,12 @@ class Encoder:
         """A batch to predict, without labels; nothing is learned from it.
 
         Raises:
-            RunError: a row does not fit the schema.
+            RunError: no rows, or one that does not fit the schema.
         """
-        table, wrong = table_of([dict(each) for each in rows], tuple(self.schema.columns))
+        given = list(rows)
+        if isinstance(rows, Mapping) or not given:
+            raise RunError(f"received {rows!r:.100}; expected a list of rows, such as [{{'price': 1.0}}]")
+        table, wrong = table_of([dict(each) for each in given], tuple(self.schema.columns))
         checked = check(Schema(columns=self.schema.columns, label=_NO_LABEL), table)
         reasons = {index: [each] for index, each in wrong.items()}
         for index, found in checked.reasons.items():
