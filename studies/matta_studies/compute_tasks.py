@@ -30,7 +30,7 @@ from matta_studies.trials import auc_loss
 
 SIZES: Final = tuple("".join(each) for each in product("nw", repeat=3))
 NARROWEST, WIDEST = SIZES[0], SIZES[-1]
-PRUNING_EXAMPLES: Final = 8192  # whose activations say what matters
+PRUNING_EXAMPLES: Final = 8192  # whose activations say what matters; of text: tokens
 FLIGHTS_FILE: Final = "flights.safetensors"
 HELD_OUT_FLIGHTS: Final = 40_000  # for validation, and as many for the test
 NORMALISED_BY: Final = 256  # flights: numbers are normalised by the batches of this size before
@@ -39,12 +39,13 @@ NORMALISED_BY: Final = 256  # flights: numbers are normalised by the batches of 
 class Task(ABC):
     """Data, models of each size, and how they are judged.
 
-    Rates rise over the first `warm_up` share of the steps.
+    Rates rise over the first `warm_up` share of the steps. So many `pruning_rows` of the data say what matters.
     """
 
     objective: Objective
     num_examples: int
     warm_up: float = 0.0
+    pruning_rows: int = PRUNING_EXAMPLES
 
     @abstractmethod
     def build(self, size: str) -> nn.Module:
