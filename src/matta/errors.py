@@ -14,6 +14,8 @@ Example:
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
