@@ -53,7 +53,7 @@ wheel: $(READY) ## build the wheel into dist/, and run an example with it alone 
 	cp examples/plain_loop.py $$fresh && cd $$fresh && bin/python -I plain_loop.py && bin/matta study relevance --help >/dev/null
 
 bench: $(READY) ## every benchmark, one after the other
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 gpu: $(READY) ## what matta does on this machine's GPU, as JSON; at tiny sizes without one
 	@$(BIN)/python benchmarks/gpu.py --json

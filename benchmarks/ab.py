@@ -18,7 +18,6 @@ into windows of 200 with an AUROC of each arm: what was tried in place of the in
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from statistics import fmean, median
@@ -28,11 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from figures import benchmark_parser
 from matta.ab_testing.comparison import auc_interval
 from matta.ab_testing.confidence_sequences import confidence_sequence, pseudo_outcomes
 from matta.ab_testing.unit_metrics import auc_loss, unit_values
 from matta_studies.event_streams import load_flights
-from matta_studies.quality import StreamSetting, StreamTrial, predict_and_learn
+from matta_studies.quality import predict_and_learn
+from matta_studies.quality_plan import StreamSetting, StreamTrial
 from matta_studies.trials import STUDENT, TA
 
 ALPHA, EVERY, WINDOW, NORMAL = 0.05, 200, 200, 1.959964
@@ -196,9 +197,9 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="False alarms and power of matta ab on flights.")
-    parser.add_argument("--quick", action="store_true", help="under a minute, fewer and shorter experiments")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "False alarms and power of matta ab on flights.", quick="under a minute, fewer and shorter experiments"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(experiments=60, requests=6000) if options.quick else measure(experiments=500, requests=20_000)

@@ -11,8 +11,6 @@ save and a load in processes that do nothing else).
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
 import tempfile
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.nesting.batches import map_tensors
 from matta.nesting.sharded_slices import gathered
 from matta.objectives import CausalLM
@@ -57,21 +56,15 @@ class Figures(NamedTuple):
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Checkpoints by shares against gathered ones.")
+    parser = benchmark_parser("Checkpoints by shares against gathered ones.", quick="a TA of 2 MB, one round")
     parser.add_argument("--processes", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="a TA of 2 MB, one round")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
     width, rounds = (64, 1) if options.quick else (448, 3)
     run = partial(in_processes, measure, num_processes=options.processes)
     figures: dict[str, float] = {"processes": options.processes, **run(Load(None, width, rounds))}
     for way in (SHARES, GATHERED):
         figures[f"{way}_peak_mb"] = run(Load(way, width, 1))["peak_mb"]
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:24} {value:12.6g}")
+    print_figures(figures, as_json=options.json)
 
 
 class Block(nn.Module):

@@ -10,8 +10,6 @@ median difference between the latencies in the table and those measured again, o
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from itertools import product
 from statistics import median
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.choosing.measuring import measure_latency, resized
 from matta.choosing.searching import hypervolume
 
@@ -115,20 +114,16 @@ def measure(*, num_blocks: int, num_steps: int, max_evaluations: int) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The front that matta.family finds, against all sizes.")
-    parser.add_argument("--quick", action="store_true", help="under a minute, fewer blocks")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "The front that matta.family finds, against all sizes.", quick="under a minute, fewer blocks"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:
         figures = measure(num_blocks=8, num_steps=300, max_evaluations=30)
     else:
         figures = measure(num_blocks=12, num_steps=1500, max_evaluations=60)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
+    print_figures(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ tyro`). Each figure is the median over fresh processes, the libraries in turn.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +15,8 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+
+from figures import benchmark_parser, print_figures
 
 SETTINGS = """
 from dataclasses import dataclass
@@ -44,16 +44,10 @@ parser.parse_args()
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Help and errors of libraries for command lines.")
-    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 9")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser("Help and errors of libraries for command lines.", quick="3 rounds in place of 9")
     options = parser.parse_args()
     figures = measure(num_rounds=3 if options.quick else 9)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:28} {value:8.1f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(*, num_rounds: int) -> dict[str, float]:

@@ -12,8 +12,6 @@ a forward pass of the TA, `is_equal` whether greedy text is the TA's own. One th
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from figures import benchmark_parser, print_figures
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.drafting import draft_pair, measure_drafting
 from matta.lm.trained_runs import load_run
@@ -67,10 +66,10 @@ def measured(run: Path, *, num_prompts: int, new_tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--run", type=Path, action="append", default=[])
+    parser = benchmark_parser(
+        "The Student drafts, the TA verifies.", quick="a few steps of small models: under a minute"
+    )
+    parser.add_argument("--run", type=Path, action="append", default=[], help="a run of matta train, not a fresh pair")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = {"num_prompts": 2, "new_tokens": 24} if options.quick else {"num_prompts": 8, "new_tokens": 128}
@@ -81,13 +80,7 @@ def main() -> None:
             for index, (name, overrides) in enumerate([*PAIRS.items()][:1] if options.quick else PAIRS.items()):
                 run = trained(Path(folder, str(index)), *overrides, *steps)
                 results[name] = measured(run, **size)
-    if options.json:
-        print(json.dumps(results))
-        return
-    for name, ways in results.items():
-        for way, figures in ways.items():
-            told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
-            print(f"{name}, {way}: {told}")
+    print_figures(results, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from figures import benchmark_parser, print_figures
 from matta.lm import extracting
 from matta.lm.command_settings import ExtractSettings
 from matta.lm.planning import nest_on_meta
-from matta.lm.recipe import NESTED, read_recipe
+from matta.lm.recipe_files import NESTED, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import write_run
 from matta.sizes.saving import WEIGHTS, save_plans, split_state
@@ -146,23 +147,14 @@ def measure(*, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser = benchmark_parser("Extraction from the file of a large TA.", quick="a TA of 0.2 GB")
     parser.add_argument("--measure", nargs=2, metavar=("RUN", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.measure:
         print(json.dumps(measured(Path(options.measure[0]), options.measure[1], pairs=3)), file=sys.__stdout__)
         return
-    figures = measure(quick=options.quick)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for model, found in figures["models"].items():
-        print(f"{model} of a TA of {figures['ta_mb']:,.0f} MB")
-        for name, value in found.items():
-            print(f"  {name:32} {value:10,.2f}")
+    print_figures(measure(quick=options.quick), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ included; `setup_ms` is a call of no more than one step, less that step.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 import matta
+from figures import benchmark_parser, print_figures
 from ranker import nest_rankers, ranker_batch, ranker_pair
 
 Arm = Callable[[int], None]
@@ -27,17 +26,11 @@ Arm = Callable[[int], None]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Cost of matta.fit beside a plain loop.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under half a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser("Cost of matta.fit beside a plain loop.", quick="fewer rounds, under half a minute")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = measure(num_rounds=10 if options.quick else 40, steps=200)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:26} {value:10.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(*, num_rounds: int, steps: int) -> dict[str, float]:

@@ -8,8 +8,6 @@ for each member of a family. Each time is the median of rounds in turn.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from figures import benchmark_parser, print_figures
 from matta.lm.costs import cost_of, family_costs
 from matta.lm.planning import nest_on_meta
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.nesting.nested import Nested
 from matta.sizes.submodels import layer_names
 
@@ -31,16 +30,10 @@ CONTEXT = 1024
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="FLOPs of a TA: from its layers, and by torch's counter.")
-    parser.add_argument("--quick", action="store_true", help="2 rounds in place of 5")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser("FLOPs of a TA: from its layers, and by torch's counter.", quick="2 rounds in place of 5")
     options = parser.parse_args()
     figures = measure(num_rounds=2 if options.quick else 5)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:24} {value:>16,.3f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(*, num_rounds: int) -> dict[str, float]:

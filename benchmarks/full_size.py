@@ -9,8 +9,6 @@ state alone takes 23 GiB; with --quick, 2 and 3 layers in place of 24 and 36, it
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import sys
 import time
@@ -20,9 +18,11 @@ from typing import Any
 import torch
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.lm.costs import step_memory
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gpt2_medium_c4"
@@ -32,22 +32,18 @@ GIB = 2**30
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="One optimizer step of the full-size GPT-2 Medium pair.")
+    parser = benchmark_parser(
+        "One optimizer step of the full-size GPT-2 Medium pair.", quick="2 and 3 layers in place of 24 and 36, seconds"
+    )
     parser.add_argument("--optimizer", choices=["adamw", "shampoo"], default="adamw")
-    parser.add_argument("--quick", action="store_true", help="2 and 3 layers in place of 24 and 36, seconds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
     overrides = [f"train.optimizer={options.optimizer}", "train.precision=no"]
     if options.quick:
         overrides += ["model.student.n_layer=2", "model.ta.n_layer=3", "family.k=[]"]
     figures = measure(read_recipe(RECIPE, overrides))
-    if options.json:
-        print(json.dumps(figures))
-        return
     if options.quick:
-        print("--quick: 2 and 3 layers, not the 24 and 36 of the full size")
-    for name, value in figures.items():
-        print(f"{name:24} {value:>16,.3f}" if isinstance(value, float) else f"{name:24} {value:>16,}")
+        print("--quick: 2 and 3 layers, not the 24 and 36 of the full size", file=sys.stderr)
+    print_figures(figures, as_json=options.json)
 
 
 def measure(recipe: Recipe) -> dict[str, Any]:

@@ -18,8 +18,6 @@ Linux takes the first value of ru_maxrss.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.objectives import CausalLM
 from tiny_gpt import TinyGPT
 
@@ -41,9 +40,10 @@ Arm = Callable[[Tensor], Tensor]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time and memory of the fused heads and losses.")
-    parser.add_argument("--quick", action="store_true", help="one round, without the plain joint form: under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Time and memory of the fused heads and losses.",
+        quick="one round, without the plain joint form: under a minute",
+    )
     parser.add_argument("--peak-of", choices=ARMS, help="print the peak memory of one arm in kB, and before it")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,11 +52,7 @@ def main() -> None:
         return
     arms = [name for name in ARMS if name != "plain"] if options.quick else list(ARMS)
     figures = {**memory(arms), **times(arms, num_rounds=1 if options.quick else 7)}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:24} {value:10.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def student() -> TinyGPT:

@@ -20,9 +20,7 @@ Without a GPU, and with --quick, it runs at tiny sizes to show that it runs.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import subprocess
@@ -38,9 +36,11 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.lm.costs import cost_of
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -55,19 +55,15 @@ Step = Callable[[], None]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="matta on a GPU: tests, throughput, memory, Shampoo's overhead.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; so without a GPU")
+    parser = benchmark_parser(
+        "matta on a GPU: tests, throughput, memory, Shampoo's overhead.", quick="tiny sizes; so without a GPU"
+    )
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward (default: 8)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
     is_tiny = options.quick or not torch.cuda.is_available()
     recipe = read_recipe(ROOT / "recipes" / "gpt2_medium_c4", TINY if is_tiny else ("family.k=[]",))
     figures = {"device": device_name(), "is_tiny": is_tiny, **tests(), **measure(recipe, options.micro_batch)}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:26} {value:>24,.3f}" if isinstance(value, float) else f"{name:26} {value!s:>24}")
+    print_figures(figures, as_json=options.json)
 
 
 def device_name() -> str:

@@ -8,12 +8,13 @@ Each figure is the median over fresh processes, in milliseconds, measured in tur
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
+
+from figures import benchmark_parser, print_figures
 
 COMMANDS = {
     "python_ms": ["-c", "pass"],
@@ -34,16 +35,10 @@ print(json.dumps({"import_ms": (end - middle) * 1e3, "torch_ms": (middle - start
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time of import and of help, in fresh processes.")
-    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 15")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser("Time of import and of help, in fresh processes.", quick="3 rounds in place of 15")
     options = parser.parse_args()
     figures = measure(num_rounds=3 if options.quick else 15)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:14} {value:8.1f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(*, num_rounds: int) -> dict[str, float]:

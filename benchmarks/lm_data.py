@@ -15,7 +15,6 @@ bytes, and `bpe_*` with 4,096 byte-pair tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pydoc_data.topics
@@ -26,6 +25,8 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from figures import benchmark_parser, print_figures
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -44,18 +45,14 @@ CONTEXT, BATCH = 256, 16
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Reading, tokenising and packing beside the co-training step.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Reading, tokenising and packing beside the co-training step.", quick="fewer rounds, under a minute"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), num_rounds=2 if options.quick else 9, num_copies=2 if options.quick else 8)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:26} {value:14.2f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(folder: Path, *, num_rounds: int, num_copies: int) -> dict[str, float]:

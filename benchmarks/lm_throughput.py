@@ -12,8 +12,6 @@ where heads and losses in one count for more.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -28,10 +26,12 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
 from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.objectives import CausalLM
 
@@ -84,9 +84,9 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Throughput of co-training beside the Transformers Trainer.")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Throughput of co-training beside the Transformers Trainer.", quick="fewer and shorter rounds, under a minute"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -95,11 +95,7 @@ def main() -> None:
     for prefix, overrides in SETTINGS.items():
         measured = compare(read_recipe(RECIPE, overrides), num_rounds=rounds, steps=steps)
         figures |= {f"{prefix}{name}": value for name, value in measured.items()}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:56} {value:12,.2f}")
+    print_figures(figures, as_json=options.json)
 
 
 def compare(recipe: Recipe, *, num_rounds: int, steps: int) -> dict[str, float]:

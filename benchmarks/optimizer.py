@@ -13,11 +13,9 @@ pip install pytorch-optimizer heavyball.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import gc
-import json
 import pydoc_data.topics
 import statistics
 import sys
@@ -28,6 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from figures import benchmark_parser, print_figures
 from matta.optim import preconditioner
 from nested_step import measure_nested
 from optimizer_arms import OURS, Arm, Build, arms, missing_peers
@@ -196,12 +195,10 @@ def measure_waves(*, num_steps: int, num_seeds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost and worth of Shampoo's steps.")
+    parser = benchmark_parser("Cost and worth of Shampoo's steps.", quick="under a minute, rougher")
     parser.add_argument("--quality", action="store_true", help="loss after 600 steps on real text")
     parser.add_argument("--nested", action="store_true", help="overhead on whole co-training steps")
     parser.add_argument("--waves", action="store_true", help="loss by how the first refresh is spread")
-    parser.add_argument("--quick", action="store_true", help="under a minute, rougher")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     parser.add_argument("--arms", help="with --quality: comma-separated names of the arms to run, others left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,11 +215,7 @@ def main() -> None:
         figures = measure_overhead(num_steps=10 if options.quick else 100)
     for module in missing_peers():
         print(f"{module} is not installed: its arms are left out", file=sys.stderr)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:44} {value:10.4f}" if isinstance(value, float) else f"{name:44} {value}")
+    print_figures(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ the most memory that `matta extract` takes less the Student's size, from a TA of
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -30,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import extracting
 import matta
+from figures import benchmark_parser, print_figures
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.objectives import CausalLM
 from matta.training.launching import in_processes
 from matta.training.run_folder import RunFolder
@@ -52,9 +51,9 @@ LOADS = {True: Load(rounds=3, steps=1), False: Load(rounds=7, steps=4)}
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Several processes, checkpoints, and extraction.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and a small model to extract from")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Several processes, checkpoints, and extraction.", quick="fewer rounds and a small model to extract from"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     load = LOADS[options.quick]
@@ -62,11 +61,7 @@ def main() -> None:
     figures: dict[str, float] = {**in_processes(measure_two, load, num_processes=NUM_PROCESSES)}
     figures["shampoo_state_ratio"] = figures.pop("shampoo_bytes") / alone
     figures |= checkpoint_stall(load) | extraction(quick=options.quick)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:32} {value:14.6g}")
+    print_figures(figures, as_json=options.json)
 
 
 def pair(*overrides: str) -> matta.CoTraining:

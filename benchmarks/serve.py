@@ -19,7 +19,6 @@ are processes on the same processor cores, each model with one thread.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -44,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.serving.served_models import ServedModels
 
 FEATURES, ROWS, MOST_ROWS = 64, 32, 256
@@ -346,10 +346,9 @@ def onnx_speed(models: ServedModels, calls: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
+    options = benchmark_parser(
+        "The HTTP server beside the bare model.", quick="shorter, the spike by load alone: under a minute"
+    ).parse_args()
     torch.set_num_threads(1)
     quick = options.quick
     nested = trained_pair(20 if quick else 400)
@@ -366,16 +365,7 @@ def main() -> None:
         results["onnx_speed"] = onnx_speed(models, 10 if quick else 100)
         results["losses"] = losses
         results |= swaps(weights, nested, 3 if quick else 100)
-    if options.json:
-        print(json.dumps(results))
-        return
-    for name, value in results.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, each in value.items():
-                print(f"  {key}: {each}")
-        else:
-            print(f"{name}: {value:.4g}")
+    print_figures(results, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ as many different ids, spread over all rows of the large table, which no cache h
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 
 SMALL, LARGE, DENSE = 5_000, 5_000_000, 500_000
 BATCH, IDS = 512, 8
@@ -49,17 +48,13 @@ class Ranker(nn.Module):
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Cost of a step with a sparse embedding, by its rows.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Cost of a step with a sparse embedding, by its rows.", quick="fewer rounds, under a minute"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = measure(num_rounds=40 if options.quick else 200)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:34} {value:10.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(*, num_rounds: int) -> dict[str, float]:

@@ -9,8 +9,6 @@ rounds. `extract_gb_per_s` is the speed of `matta.extract` on the TA of the LM, 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.objectives import Binary, CausalLM, Objective
 from ranker import nest_rankers, ranker_batch, ranker_pair
 from tiny_gpt import TinyGPT
@@ -28,9 +27,9 @@ Arm = Callable[[], None]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Cost of a co-training step, and speed of extraction.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Cost of a co-training step, and speed of extraction.", quick="fewer rounds, under a minute"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = {
@@ -38,11 +37,7 @@ def main() -> None:
         **{f"lm_{name}": value for name, value in language_model(num_rounds=3 if options.quick else 15).items()},
         **extraction(num_rounds=3 if options.quick else 20),
     }
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:24} {value:10.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def ranker(*, num_rounds: int) -> dict[str, float]:

@@ -13,8 +13,6 @@ anything of matta's, whose two models share no weights; `watched_ratio`: with pr
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 import matta
+from figures import benchmark_parser, print_figures
 from matta.streams import Categorical, EventBatch, Folder, Numeric, Schema, Stream
 
 NUM_FILES, NUM_NUMBERS, NUM_IDS, BATCH_SIZE = 4, 8, 1000, 512
@@ -73,18 +72,14 @@ def prepare() -> tuple[matta.CoTraining, torch.optim.Optimizer]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="matta.fit on a file stream beside a bare loop.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under half a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "matta.fit on a file stream beside a bare loop.", quick="fewer rounds, under half a minute"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), num_rounds=4 if options.quick else 15, num_events=200 * BATCH_SIZE)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:22} {value:12.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def measure(folder: Path, *, num_rounds: int, num_events: int) -> dict[str, float]:

@@ -24,7 +24,6 @@ over the Teacher's entropy).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from figures import benchmark_parser, print_figures
 from tiny_gpt import TinyGPT, next_token_loss
 
 VOCABULARY, CONTEXT, BATCH_SIZE = 257, 64, 16
@@ -45,9 +45,9 @@ Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Forms of the tail of a Teacher's top-k labels.")
-    parser.add_argument("--quick", action="store_true", help="a smaller Teacher and fewer steps: a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser = benchmark_parser(
+        "Forms of the tail of a Teacher's top-k labels.", quick="a smaller Teacher and fewer steps: a minute"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="training runs of each form (default: 1)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,11 +60,7 @@ def main() -> None:
         for name, value in trained(teacher, train, test, steps, seed).items():
             figures.setdefault(name, []).append(value)  # type: ignore[attr-defined]
     figures = {name: statistics.mean(each) if isinstance(each, list) else each for name, each in figures.items()}
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:44} {value:9.4f}")
+    print_figures(figures, as_json=options.json)
 
 
 def text() -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def main() -> None:
             stream,
             matta.Shampoo(nested, lr=0.1, graft="adagrad"),
             observers=[validation, snapshots],
-            run=Path(name, "run"),  # killed and started again with resume=True, it would go on after the last event
+            run=Path(name, "run"),  # killed and started again with resume=True, it would continue after the last event
             progress=False,
         )
         snapshots.publish(nested)

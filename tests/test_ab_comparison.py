@@ -55,7 +55,7 @@ def sharper(arm: str, outcome: float, draw: random.Random) -> float:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_better_arm_is_found(tmp_path: Path, metric: str, rows: int) -> None:
     log = experiment(tmp_path, sharper, rows=rows, count=2000)
-    (pair,) = compare([log], metric=metric).pairs
+    (pair,) = compare(log, metric=metric).pairs
     assert (pair.arm, pair.control, pair.is_stop, pair.decision) == ("B", "A", True, "B is better: stop")
     assert pair.low is not None and pair.high is not None and pair.low < pair.difference < pair.high < 0
     (pair,) = compare([log], metric=metric, control="B").pairs

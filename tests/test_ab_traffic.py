@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from matta.ab_testing import AnswerLog, Split
 from matta.ab_testing.traffic import _BLOCK
-from matta.errors import AbError
+from matta.errors import AbError, MattaError
 
 IDS = [f"request {k}" for k in range(100_000)]
 
@@ -121,6 +121,24 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with AnswerLog(tmp_path / "log.jsonl"), pytest.raises(AbError, match="another AnswerLog"):
         AnswerLog(tmp_path / "log.jsonl")
+
+
+def test_what_is_no_arm_no_id_or_no_list_is_refused(tmp_path: Path) -> None:
+    split = Split({"Student": 1, "TA": 1})
+    with pytest.raises(MattaError, match="received int as the id; expected text, such as str"):
+        split.arm(5)  # type: ignore[arg-type]
+    with pytest.raises(MattaError, match="received list as shares; expected a share for each arm"):
+        Split([("TA", 1)])  # type: ignore[arg-type]
+    with AnswerLog(tmp_path / "log.jsonl", split=split) as log:
+        with pytest.raises(AbError, match="received the arm 'ta'; expected one of the split: Student, TA"):
+            answer(log, arm="ta")
+        with pytest.raises(AbError, match="received predictions=0.5; expected a number for each row, in a list"):
+            answer(log, predictions=0.5)
+        with pytest.raises(AbError, match="received outcomes=1.0; expected"):
+            log.outcome("r", outcomes=1.0)  # type: ignore[arg-type]
+        with pytest.raises(MattaError, match="received int as the id"):
+            log.outcome(5, outcomes=[1.0])  # type: ignore[arg-type]
+    assert [each["kind"] for each in lines(tmp_path / "log.jsonl")] == ["split"]
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [0.0, math.inf]])

@@ -171,12 +171,24 @@ def test_latencies_come_by_batch_size_or_not_at_all(nested: matta.Nested) -> Non
         ({"batch_sizes": ()}, r"batch_sizes=\(\)"),
         ({"batch_sizes": (0,)}, r"batch_sizes=\(0,\)"),
         ({"evaluate": lambda module: math.nan}, "evaluate gave nan for 'Student'"),
+        ({"evaluate": 0.5}, "received float as evaluate; expected a function that takes a module"),
+        ({"evaluate": lambda module: module(X)}, r"evaluate gave a tensor of shape \(12, 1\); expected one number"),
+        ({"evaluate": lambda module: {"loss": 0.5}}, r"evaluate gave \{'loss': 0.5\}; expected one number"),
+        ({"batch_sizes": 8}, r"received int as batch_sizes; expected a tuple, such as \(1, 64\)"),
+        ({"threads": 0}, "threads=0; expected"),
+        ({"device": "abacus"}, "received device='abacus': .*; expected a device of this machine"),
+        ({"nested": tower(4)}, "received Sequential as nested; expected what matta.nest gives"),
         ({"example": ("text", torch.zeros(1))}, "no tensor with a batch axis"),
+        ({"example": (X[:0], torch.zeros(0))}, "the example has no rows"),
+        (
+            {"example": {"input": X, "weight": X}},
+            "does not run on the example: TypeError: .*'weight'; expected a batch",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(nested: matta.Nested, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(matta.MattaError, match=message):
-        made(nested, **wrong)
+        made(**{"nested": nested, **wrong})
 
 
 def test_without_a_shared_layer_there_is_nothing_to_choose() -> None:
@@ -221,6 +233,31 @@ def test_a_choice_without_a_budget_is_refused() -> None:
         FOUR.choose(latency_ms=1, batch_size=3)
     with pytest.raises(ChoiceError, match="by='price'; expected one of: parameters"):
         FOUR.pareto(by="price")
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"parameters": -1},
+        {"flops": 0},
+        {"memory_mb": math.nan},
+        {"latency_ms": "2"},
+        {"parameters": True},
+        {"quality": math.nan},
+        {"quality": "good"},
+    ],
+)
+def test_a_budget_that_is_no_number_over_zero_is_refused(budget: dict[str, Any]) -> None:
+    (name, value), *_ = budget.items()
+    with pytest.raises(ChoiceError, match=f"received {name}={value!r}; expected a"):
+        FOUR.choose(**budget)
+
+
+def test_a_larger_and_worse_size_is_not_taken_for_a_latency_that_is_noise() -> None:
+    noisy = Family(sizes=(size("small", 2**18, 0.2, 1.01), size("large", 2**20, 0.3, 1.0)))
+    assert noisy.choose(quality=0.4).name == "small"
+    assert [each.name for each in noisy.pareto(by="latency_ms")] == ["small"]
+    assert noisy.choose(latency_ms=1.0).name == "large", "it has been measured to fit"
 
 
 def test_the_front_leaves_out_what_is_dearer_and_no_better() -> None:

@@ -43,6 +43,8 @@ def test_losses_and_metrics_of_every_model() -> None:
         assert values[f"{name}_loss"] == pytest.approx(loss.item(), rel=1e-6)
         assert values[f"{name}_auroc"] == pytest.approx(BinaryAUROC()(logits, y.long()).item())
     assert judge(pair) == values
+    alone = judge(matta.extract(pair))
+    assert alone == {"loss": pytest.approx(values["student_loss"]), "auroc": pytest.approx(values["student_auroc"])}
 
 
 def test_classes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
@@ -145,3 +146,16 @@ def test_benchmarks_import_what_is_there(file: Path) -> None:
                     hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{each.name}")
                 )
                 assert found, f"{node.module} has no {each.name}"
+
+
+def test_figures_of_benchmarks_are_one_json_object_or_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS[0].parent))
+    print_figures = importlib.import_module("figures").print_figures
+    found = {"ratio": 0.5, "spike": {"size": {"p99_ms": 1234.5}, "count": 3}}
+    print_figures(found, as_json=True)
+    assert json.loads(capsys.readouterr().out) == found
+    print_figures(found, as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["ratio", "0.5000"], ["spike.size.p99_ms", "1,234.5000"], ["spike.count", "3"]]

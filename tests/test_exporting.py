@@ -61,10 +61,39 @@ def test_onnx_runtime_computes_what_the_module_does(size: int, onnx_file: Path) 
 def test_other_inputs_are_refused(onnx_file: Path) -> None:
     with pytest.raises(ExportError, match=r"received the inputs user; expected those of the file: user, context"):
         matta.OnnxModule(onnx_file)(batch(2)["user"])
+    with pytest.raises(ExportError, match=r"received the inputs 3 by position; expected those of the file"):
+        matta.OnnxModule(onnx_file)(*batch(2).values(), torch.zeros(2))
+    wide = {**batch(2), "context": torch.zeros(2, 9)}
+    with pytest.raises(ExportError, match=r"ONNX Runtime fails with .*; the file takes .*context tensor\(float\)"):
+        matta.OnnxModule(onnx_file)(**wide)
     broken = onnx_file.with_name("broken.onnx")
     broken.write_bytes(onnx_file.read_bytes()[:500])
     with pytest.raises(ExportError, match="ONNX Runtime does not take .*broken.onnx"):
         matta.OnnxModule(broken)
+
+
+class Watched(nn.Module):
+    """Two heads; `wraps` puts them where `logits=` finds them."""
+
+    def __init__(self, wraps: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.click, self.minutes, self.wraps = nn.Linear(3, 4), nn.Linear(4, 1), nn.Linear(4, 2), wraps
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.body(x).relu()
+        heads = {"click": self.click(hidden).squeeze(-1), "minutes": self.minutes(hidden)}
+        return (hidden, heads) if self.wraps else heads
+
+
+@pytest.mark.parametrize(("format", "wraps"), [("onnx", False), ("onnx", True), ("torch_export", False)])
+def test_several_heads_are_several_outputs(format: Any, wraps: bool, tmp_path: Path) -> None:
+    module, x = Watched(wraps).eval(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    where = (lambda output: output[1]) if wraps else None
+    done = matta.export(module, tmp_path / "heads.pt2", format=format, example=(x, None), logits=where)
+    read = matta.OnnxModule(done.path) if format == "onnx" else torch.export.load(done.path).module()
+    expected = module(x[:3])[1] if wraps else module(x[:3])
+    torch.testing.assert_close(read(x[:3]), expected)
 
 
 def test_the_module_keeps_its_mode_and_weights(tmp_path: Path) -> None:
@@ -182,11 +211,24 @@ def test_a_difference_beyond_the_tolerance_is_refused(tmp_path: Path) -> None:
         ({"format": "pickle"}, "format='pickle'; expected one of: onnx, torch_export, safetensors, transformers"),
         ({"format": "onnx"}, "format='onnx' without an example"),
         ({"format": "safetensors", "int8": True}, "int8=True with format='safetensors'; expected 'onnx'"),
+        ({"example": {**EXAMPLE, "weight": torch.ones(4)}}, "does not run on the example: TypeError: .*'weight'"),
+        ({"example": {**batch(2), "context": torch.ones(2, 9)}}, "does not run on the example: RuntimeError"),
+        ({"example": EXAMPLE, "open_axes": 0}, r"received open_axes=0; expected axes from 0 up, such as \(0, 1\)"),
+        ({"example": EXAMPLE, "open_axes": (0, -1)}, r"received open_axes=\(0, -1\); expected axes from 0 up"),
+        ({"path": "."}, r"\. is a folder; expected the name of a file in it, such as model.onnx"),
+        ({"path": __file__ + "/m.onnx"}, "m.onnx cannot be written: .*; take another path"),
+        ({"module": "m.onnx"}, "received str as module; expected a plain module"),
+        ({"module": matta.nest(nn.Linear(3, 1), nn.Linear(3, 1))}, "received a nesting; expected one of its sizes"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=message):
-        matta.export(Ranker(), tmp_path / "m", **arguments)
+    with pytest.raises(matta.MattaError, match=message):
+        matta.export(**{"module": Ranker(), "path": tmp_path / "m", "format": "onnx", **arguments})
+
+
+def test_the_folder_of_a_file_is_made(tmp_path: Path) -> None:
+    done = matta.export(nn.Linear(3, 1), tmp_path / "new" / "m.safetensors", format="safetensors")
+    assert done.path.is_file()
 
 
 ARCHITECTURES = [each.id for each in CASES[:24]]  # of the others none was tried

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import matta
-from matta.errors import CheckpointError, RunError
+from matta.errors import CheckpointError, MattaError, RunError
 from matta.training.evaluation import evaluating
 from matta.training.randomness import random_state_kept
 from matta.training.step_times import PARTS
@@ -546,6 +546,9 @@ def test_drawing_numbers_can_be_kept_apart() -> None:
     assert (random.random(), numpy.random.rand(), torch.rand(()).item()) == expected
 
 
+PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -562,16 +565,24 @@ def test_drawing_numbers_can_be_kept_apart() -> None:
         ({"data": []}, "the data gave no batch"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "no parameter of the nesting; expected nested"),
         ({"best": ("auc", "max"), "evaluate": draw_and_judge}, "best names 'auc', and evaluate gave: loss"),
+        ({"evaluate": lambda nested: 0.5}, "evaluate gave 0.5; expected numbers by name"),
+        ({"evaluate": lambda nested: {"all": torch.ones(2)}}, "evaluate gave {'all': tensor.*; expected numbers by"),
+        ({"evaluate": 0.5}, "received float as evaluate; expected a matta.Evaluation, or a function"),
+        ({"optimizer": torch.optim.SGD}, "received the class SGD as optimizer; expected an optimizer of nested"),
+        ({"optimizer": torch.optim.LBFGS([nn.Parameter(torch.ones(1))])}, "received LBFGS, which needs"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR}, "received the class StepLR as scheduler; expected"),
+        ({"scheduler": PLATEAU}, "received ReduceLROnPlateau, which needs a metric"),
+        ({"observers": matta.ProgressiveValidation()}, "received ProgressiveValidation as observers; expected a list"),
+        ({"cotrain": nn.Linear(1, 1)}, "received Linear as cotrain; expected matta.CoTraining"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
     ours = Setup()
-    arguments = {"run": tmp_path / "run", "progress": False, "data": batches(), "optimizer": ours.optimizer, **settings}
-    data, optimizer = arguments.pop("data"), arguments.pop("optimizer")
-    with pytest.raises(RunError, match=message):
-        matta.fit(ours.cotrain, data, optimizer, **arguments)
-    began = data == [] or "auc" in str(settings)  # what only turns out when the run goes on
+    arguments = {"cotrain": ours.cotrain, "data": batches(), "optimizer": ours.optimizer, **settings}
+    with pytest.raises(MattaError, match=message):
+        matta.fit(**{"run": tmp_path / "run", "progress": False, **arguments})
+    began = arguments["data"] == [] or "evaluate gave" in message  # what only turns out when the run goes on
     assert (tmp_path / "run").exists() == began
 
 

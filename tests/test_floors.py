@@ -43,14 +43,8 @@ CORE_PACKAGES = {"torch", "safetensors", "jaxtyping", "numpy", *sys.stdlib_modul
 WITHOUT_TORCH = (
     *("__init__", "__main__", "cli", "errors"),
     *("ab_testing.__init__", "ab_testing.ab_settings", "ab_testing.traffic"),
-    *("lm.__init__", "lm.recipe", "lm.command_settings", "lm.typed_tables"),
-    *(
-        "ab_testing.__init__",
-        "ab_testing.ab_settings",
-        "ab_testing.traffic",
-        "serving.__init__",
-        "serving.serve_settings",
-    ),
+    *("lm.__init__", "lm.recipe", "lm.recipe_files", "lm.command_settings", "lm.typed_tables"),
+    *("serving.__init__", "serving.serve_settings"),
 )
 
 ROOT, STUDIES = (Path(package.__file__).parent for package in (matta, matta_studies))

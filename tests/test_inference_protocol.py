@@ -106,6 +106,7 @@ MALFORMED = {
     "data of null": body(entry(data=[None, 1])),
     "data of objects": body(entry(data=[{}, 1])),
     "an integer beyond all": body(entry(data=[10**400, 1])),
+    "a number beyond float32": body(entry(data=[1e39, 1])),
     "bytes that are not there": body(entry(parameters={"binary_data_size": 8})),
     "bytes of another length": body(entry(parameters={"binary_data_size": 4})) + b"1234",
     "a length that is none": body(entry(parameters={"binary_data_size": "8"})),

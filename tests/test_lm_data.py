@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +43,7 @@ from matta.lm.tokens import (
     tokenizer_fingerprint,
 )
 from matta.training import processes
+from test_fitting import free_port
 
 END = 256
 BYTES = load_tokenizer("bytes")
@@ -1024,12 +1024,6 @@ def join(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def work(rank: int, port: int, folder: Path) -> None:

@@ -31,7 +31,7 @@ from matta.lm.command_settings import ExtractSettings
 from matta.lm.configurations import fit_configuration
 from matta.lm.extracting import require_writable, run, spec_of, specs_of
 from matta.lm.folders import CODE, auto_class, export
-from matta.lm.recipe import NESTED, read_recipe
+from matta.lm.recipe_files import NESTED, read_recipe
 from matta.lm.streamed_folders import require_same_operators
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import RESULTS, write_run

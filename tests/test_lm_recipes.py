@@ -33,18 +33,12 @@ from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
-from matta.lm.recipe import (
-    ModelPart,
-    SourcePart,
-    TrainPart,
-    TurnsPart,
-    read_recipe,
-    recipe_from_values,
-    recipe_to_values,
-)
+from matta.lm.recipe import ModelPart, SourcePart, TrainPart, TurnsPart
+from matta.lm.recipe_files import read_recipe, recipe_from_values, recipe_to_values
 from matta.lm.recipe_training import Meter, run
 from matta.lm.trained_runs import load_run, read_run_recipe
 from matta.training.cotraining import CoTraining
+from test_fitting import assert_equal
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 16}
@@ -416,12 +410,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     """All weights of a run by name."""
     nested = load_run(path).nested
     return {name: parameter.detach() for name, parameter in nested.named_parameters()}
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from matta.errors import NestingError, RunError
 from matta.training.feeding import Feed
 from matta.training.processes import make_accelerator, num_launched, require_all
 from matta.training.randomness import random_state
+from test_fitting import free_port
 
 Pair = tuple[Tensor, Tensor]
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")
@@ -275,10 +275,7 @@ def torchrun(world: int, folder: Path, call: str = "") -> subprocess.CompletedPr
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     code += f"import test_processes\ntest_processes.{call}\n"
     script.write_text(code, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={port}", str(script)]
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={free_port()}", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from matta.cli import COMMANDS, main
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+OPTION = re.compile(r"--[a-z][a-z-]+")
+COMMAND = re.compile(r"(?:^[`# ]*|-m )matta ((?:study |figure )?[a-z]+)([^`\n#]*)", re.MULTILINE)
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [
     page
@@ -32,6 +37,27 @@ def code_of(page: Path) -> str:
 def test_python_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code_of(page), page.name, "exec"), {"__name__": page.stem})
+
+
+def commands_shown(page: Path) -> Iterator[tuple[str, set[str]]]:
+    """The command lines in the blocks, the indented lines and the inline code of a page: their words and options."""
+    for number, part in enumerate(re.split(r"^```.*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)):
+        is_block = number % 2 == 1
+        for code in [part] if is_block else re.findall(r"`[^`]+`|^(?: {4}|# +)[^`\n]+$", part, re.MULTILINE):
+            for words, rest in COMMAND.findall(code):
+                yield words, set(OPTION.findall(rest))
+
+
+def test_commands_shown_have_the_options_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    known: dict[str, set[str]] = {"study": set(), "figure": set()}
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([*command.words, "--help"])
+        known[" ".join(command.words)] = set(OPTION.findall(capsys.readouterr().out))
+    pages = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.toml"))]
+    shown = [(page.name, words, options) for page in pages for words, options in commands_shown(page)]
+    assert len(shown) > 80
+    assert [each for each in shown if each[1] not in known or not each[2] <= known[each[1]]] == []
 
 
 def test_the_readme_has_an_example() -> None:

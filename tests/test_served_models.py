@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.errors import CheckpointError, ServeError
+from matta.errors import CheckpointError, MattaError, ServeError
 from matta.serving.served_models import ServedModels, VersionWatch, served_specs
 
 EXAMPLE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4)
@@ -32,8 +32,8 @@ def test_each_size_computes_what_its_extraction_computes() -> None:
     models = ServedModels(nested, example=EXAMPLE)
     assert models.sizes == ("Student", "wide: 0", "TA")
     for size, spec in models.specs.items():
-        logits, version = models.run(size, {"input_0": EXAMPLE[0]})
-        torch.testing.assert_close(logits, matta.extract(nested, spec)(EXAMPLE[0]).detach())
+        outputs, version = models.run(size, {"input_0": EXAMPLE[0]})
+        torch.testing.assert_close(outputs["logits"], matta.extract(nested, spec)(EXAMPLE[0]).detach())
         assert version == "1"
 
 
@@ -62,7 +62,7 @@ def test_what_no_view_can_show_is_copied_once_for_all_sizes() -> None:
     assert bytes_of(dict(models.current.modules)) == bytes_of({"TA": nested.ta}) + copied
     for size, spec in models.specs.items():
         torch.testing.assert_close(
-            models.run(size, {"input_0": EXAMPLE[0]})[0], matta.extract(nested, spec)(EXAMPLE[0])
+            models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"], matta.extract(nested, spec)(EXAMPLE[0])
         )
 
 
@@ -83,7 +83,7 @@ def test_a_plain_module_is_one_size() -> None:
     module = tower(4).train()
     models = ServedModels(module, example=EXAMPLE)
     assert models.sizes == ("model",)
-    torch.testing.assert_close(models.run("model", {"input_0": EXAMPLE[0]})[0], module(EXAMPLE[0]).detach())
+    torch.testing.assert_close(models.run("model", {"input_0": EXAMPLE[0]})[0]["logits"], module(EXAMPLE[0]).detach())
     assert module.training
 
 
@@ -91,7 +91,7 @@ def test_onnx_runtime_gives_the_same() -> None:
     nested = pair()
     models = ServedModels(nested, example=EXAMPLE, runtime="onnx")
     for rows in (1, 3):
-        logits = models.run("Student", {"input_0": EXAMPLE[0][:rows]})[0]
+        logits = models.run("Student", {"input_0": EXAMPLE[0][:rows]})[0]["logits"]
         torch.testing.assert_close(logits, nested.student(EXAMPLE[0][:rows]).detach())
 
 
@@ -110,8 +110,24 @@ def test_inputs_are_named_as_the_model_takes_them() -> None:
         ("item", "INT64", (-1,)),
         ("weight", "FP32", (-1,)),
     ]
-    logits = models.run("TA", {"item": torch.arange(2), "weight": torch.ones(2)})[0]
+    logits = models.run("TA", {"item": torch.arange(2), "weight": torch.ones(2)})[0]["logits"]
     assert logits.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nested": "pair"}, "received str as nested; expected what matta.nest gives, or a plain module"),
+        ({"family": "family.json"}, "received str as family; expected what matta.family gives"),
+        ({"device": "abacus"}, "received device='abacus'"),
+        ({"example": (EXAMPLE[0][:, :5], None)}, "the module does not run on the example: RuntimeError"),
+        ({"example": {"input": EXAMPLE[0], "weight": EXAMPLE[1]}}, "does not run on the example: TypeError"),
+        ({"example": (EXAMPLE[0][:0], None)}, "the example has no rows"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(MattaError, match=message):
+        ServedModels(**{"nested": pair(), "example": EXAMPLE, **wrong})
 
 
 def test_a_model_whose_answers_have_no_rows_is_refused() -> None:
@@ -152,13 +168,13 @@ def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path, share: str
     watch.look()
     assert told.swapped == ["1"]
     for size, module in {"Student": other.student, "TA": other.ta}.items():
-        logits, version = models.run(size, {"input_0": EXAMPLE[0]})
-        torch.testing.assert_close(logits, module(EXAMPLE[0]).detach())
+        outputs, version = models.run(size, {"input_0": EXAMPLE[0]})
+        torch.testing.assert_close(outputs["logits"], module(EXAMPLE[0]).detach())
         assert version == "1"
     snapshots.publish(nested)
     watch.look()
     assert models.current.name == "2"
-    torch.testing.assert_close(models.run("TA", {"input_0": EXAMPLE[0]})[0], nested.ta(EXAMPLE[0]).detach())
+    torch.testing.assert_close(models.run("TA", {"input_0": EXAMPLE[0]})[0]["logits"], nested.ta(EXAMPLE[0]).detach())
 
 
 def spoil(version: Path, how: str) -> None:
@@ -205,8 +221,8 @@ def test_versions_can_be_pinned(tmp_path: Path) -> None:
     models = ServedModels(pair(), example=EXAMPLE)
     models.pin(tmp_path, 1)
     Told().watch(models, tmp_path).look()
-    logits, version = models.run("TA", {"input_0": EXAMPLE[0]}, "1")
-    torch.testing.assert_close(logits, first.ta(EXAMPLE[0]).detach())
+    outputs, version = models.run("TA", {"input_0": EXAMPLE[0]}, "1")
+    torch.testing.assert_close(outputs["logits"], first.ta(EXAMPLE[0]).detach())
     assert version == "1"
     assert models.current.name == "2"
     with pytest.raises(CheckpointError, match="has no version 7; it has: 1, 2"):

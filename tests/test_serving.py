@@ -402,8 +402,50 @@ def test_an_answer_that_cannot_be_logged_is_still_given(tmp_path: Path) -> None:
 
 def test_a_log_needs_one_value_for_each_row(tmp_path: Path) -> None:
     serving = Serving(nested=nn.Linear(3, 2), example=(torch.ones(2, 3), None))
-    with pytest.raises(ServeError, match="expected one for each row"):
+    with pytest.raises(ServeError, match="expected one logit for each row"):
         serve(serving, ServeSettings(log=tmp_path / "log"))
+
+
+class Watched(nn.Module):
+    """Two heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.click, self.minutes = nn.Linear(3, width), nn.Linear(width, 1), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.hidden(x).relu()
+        return {"click": self.click(hidden).squeeze(1), "minutes": self.minutes(hidden)}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_several_heads_are_several_outputs(runtime: str) -> None:
+    nested = matta.nest(Watched(4), Watched(8))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    models = ServedModels(nested, example=(x, None), runtime=runtime)
+    assert [each.shape for each in models.outputs] == [(-1,), (-1, 2)]
+    with TestClient(Application(models, ServeSettings()).asgi) as client:
+        request = {"inputs": [{"name": "input_0", "datatype": "FP32", "shape": [2, 3], "data": x.tolist()}]}
+        click, minutes = client.post("/v2/models/model/infer", json=request).json()["outputs"]
+        expected = nested.ta(x)
+        torch.testing.assert_close(torch.tensor(click["data"]), expected["click"])
+        torch.testing.assert_close(torch.tensor(minutes["data"]).view(2, 2), expected["minutes"])
+        answer = client.post("/v2/models/model/infer", json={**request, "outputs": [{"name": "minutes"}]})
+        assert [each["name"] for each in answer.json()["outputs"]] == ["minutes"]
+
+
+def test_an_answer_without_its_rows_does_not_end_the_batches() -> None:
+    class Losing(Watched):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return super().forward(x[1:] if bool((x > 100).any()) else x)
+
+    models = ServedModels(matta.nest(Losing(4), Losing(8)), example=(torch.ones(2, 3), None))
+    with TestClient(Application(models, ServeSettings()).asgi) as client:
+        statuses = []
+        for value in (1.0, 101.0, 1.0):
+            entry = {"name": "input_0", "datatype": "FP32", "shape": [2, 3], "data": [value] * 6}
+            statuses.append(client.post("/v2/models/model/infer", json={"inputs": [entry]}).status_code)
+    assert statuses == [200, 500, 200]
 
 
 def test_a_port_that_is_taken_is_told_in_a_line() -> None:

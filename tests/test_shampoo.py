@@ -530,6 +530,11 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         Shampoo([nn.Parameter(torch.ones(2, 2))], **wrong)
 
 
+def test_a_live_student_is_refused() -> None:
+    with pytest.raises(OptimizerError, match="received a live Student, .*; expected the whole nesting"):
+        Shampoo(matta.nest(nn.Linear(3, 1), nn.Linear(5, 1), layouts={"weight": 1}).student)
+
+
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(OptimizerError, match="expected real floating point"):
         Shampoo([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from matta.errors import OptimizerError
 from matta.optim.divided_parameters import local
 from matta.optim.preconditioner import Factors
 from matta.optim.shampoo import Shampoo
+from test_fitting import free_port
 
 NUM_PROCESSES = 2
 NUM_STEPS = 14
@@ -169,10 +169,7 @@ def count_roots() -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have left."""
     path = tmp_path_factory.mktemp("shampoo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, path), nprocs=NUM_PROCESSES)
+    multiprocessing.spawn(work, (free_port(), path), nprocs=NUM_PROCESSES)
     return path
 
 

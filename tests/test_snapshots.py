@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import matta
-from matta.errors import CheckpointError, RunError
+from matta.errors import CheckpointError, MattaError, RunError
 from matta.streams import Encoder, Numeric, Schema
 
 
@@ -188,6 +188,8 @@ def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
         matta.read_snapshot(tmp_path, small, model="wide")
     with pytest.raises(CheckpointError, match="does not fit the module that build gave"):
         matta.read_snapshot(tmp_path, large)
+    with pytest.raises(MattaError, match=r"received a Tied as build; expected a function that builds one"):
+        matta.read_snapshot(tmp_path, small())  # type: ignore[arg-type]
     version = tmp_path / "00000001"
     weights = (version / "student.safetensors").read_bytes()
     (version / "student.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))

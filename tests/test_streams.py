@@ -64,6 +64,7 @@ BAD_CSV = {
     "too few cells": (b"JFK,ann", "2 cells; expected 6"),
     "too many cells": (CSV + b",1", "7 cells; expected 6"),
     "unbalanced quotes": (b'"' + CSV, "unbalanced quotes"),
+    "a carriage return": (CSV + b"\r" + CSV, "a carriage return in a line"),
     "binary line": (b"\x00\x01\xfe\xff", "not text in UTF-8"),
     "control characters": (b"\x00\x01\x02", "1 cells; expected 6"),
     "text for a number": (CSV.replace(b",3,", b",abc,"), "x: received 'abc'; expected a number"),
@@ -247,6 +248,14 @@ def test_the_same_event_in_every_format_is_the_same(tmp_path: Path) -> None:
     assert found[0]["categorical"][:, 1].tolist() == [2, 0]
     assert found[0]["numeric"][:, 2].tolist() == [0, 1], "the second x is missing, and y is required"
     assert found[0]["times"].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_category_may_be_missing_from_all_rows(events: Path, ending: str) -> None:
+    line = HEADER + CSV.replace(b"ann", b"") if ending == "csv" else changed(user=None)
+    (events / f"1.{ending}").write_bytes(line + b"\n")
+    assert [batch["categorical"][:, 1].tolist() for batch in stream_of(events)] == [[0]]
+    assert quarantined(events) == []
 
 
 def test_vocabularies_grow_to_their_limit(events: Path) -> None:
@@ -445,6 +454,9 @@ def test_the_encoder_of_a_state_predicts_as_the_stream_does(events: Path) -> Non
     torch.testing.assert_close(dict(encoded), {name: batch[name] for name in encoded}, rtol=0, atol=0)
     with pytest.raises(RunError, match="row 0 does not fit the schema: x: received 11"):
         encoder.encode([{**ROW, "x": 11.0}])
+    for none in ([], {**ROW}):
+        with pytest.raises(RunError, match="expected a list of rows, such as"):
+            encoder.encode(none)
 
 
 BAD_SETTINGS = {

@@ -31,18 +31,8 @@ from matta_studies.labelled_films import (
     save_data,
 )
 from matta_studies.rankers import Ranker, RankerSize, nest_rankers
-from matta_studies.relevance import (
-    ARMS,
-    RankerTrial,
-    RelevancePlan,
-    Setting,
-    make_optimizer,
-    read_data,
-    run_job,
-    score,
-    train,
-    tuples_loss,
-)
+from matta_studies.relevance import make_optimizer, read_data, run_job, score, train, tuples_loss
+from matta_studies.relevance_plan import ARMS, RankerTrial, RelevancePlan, Setting, plan_of
 from matta_studies.study_settings import RelevanceSettings
 from matta_studies.tuning import Search
 from matta_studies.worker_pool import worker_processes
@@ -213,9 +203,9 @@ def test_existing_run_folder_is_one_line_and_exit_code_2(tmp_path: Path, capsys:
 
 
 def test_plans_of_the_command_line() -> None:
-    assert relevance.plan_of(RelevanceSettings(demo=True)).search is None
-    assert relevance.plan_of(RelevanceSettings()).tuples == relevance.plan_of(RelevanceSettings(demo=True)).tuples
-    assert relevance.plan_of(RelevanceSettings(quick=True)).num_runs < relevance.plan_of(RelevanceSettings()).num_runs
+    assert plan_of(RelevanceSettings(demo=True)).search is None
+    assert plan_of(RelevanceSettings()).tuples == plan_of(RelevanceSettings(demo=True)).tuples
+    assert plan_of(RelevanceSettings(quick=True)).num_runs < plan_of(RelevanceSettings()).num_runs
 
 
 def test_whole_study_on_made_tuples(data: RelevanceData, tmp_path: Path) -> None:

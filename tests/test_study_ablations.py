@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from made_events import made_stream
+from made_films import made_data
 from matta.cli import main
 from matta.errors import RunError
 from matta_studies import ablations
@@ -21,28 +22,26 @@ from matta_studies.ablations import (
     CLAIMS,
     Bench,
     blend,
-    claim_rows,
     ensemble_size,
     load_bench,
     plan_of,
     run_ablations,
     run_job,
-    sentences,
-    tally,
     together,
-    told,
     tune_variants,
-    variant_rows,
     verdict,
 )
+from matta_studies.ablations_report import claim_rows, sentences, tally, told, variant_rows
 from matta_studies.event_streams import save_stream
 from matta_studies.experiment import Job, Lesson, Measured, Training, run_seeds
 from matta_studies.intervals import Change
-from matta_studies.labelled_films import RelevanceData, Tuples, save_data
+from matta_studies.labelled_films import save_data
 from matta_studies.presentation import markdown
-from matta_studies.quality import StreamSetting, make_model, predict_and_learn
+from matta_studies.quality import make_model, predict_and_learn
+from matta_studies.quality_plan import StreamSetting
 from matta_studies.rankers import Ranker, RankerSize, nest_rankers
-from matta_studies.relevance import Setting, train
+from matta_studies.relevance import train
+from matta_studies.relevance_plan import Setting
 from matta_studies.study_settings import AblationsSettings
 from matta_studies.tuning import Search
 from matta_studies.worker_pool import worker_processes
@@ -65,16 +64,9 @@ EVERY = [
 ]
 
 
-def made_tuples(count: int, seed: int) -> Tuples:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(6, (count, 3), generator=generator)
-    return Tuples(ids=ids, label=torch.sigmoid(ids.sum(1) - 7.5 + 0.5 * torch.randn(count, generator=generator)))
-
-
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    parts = {name: made_tuples(300, seed) for seed, name in enumerate(("train", "validation", "test", "real"))}
-    return Bench(tuples=RelevanceData(num_rows=(6, 6, 6), **parts), stream=made_stream(512))
+    return Bench(tuples=made_data(), stream=made_stream(512))
 
 
 def training_of(study: Study, variant) -> Training:

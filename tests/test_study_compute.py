@@ -52,7 +52,8 @@ from matta_studies.compute_tasks import (
 from matta_studies.compute_text import GptWidths, Topics
 from matta_studies.compute_training import ALONE, DOWNWARDS, FAMILY, PRUNED, STAGES, TOGETHER, Attempt
 from matta_studies.experiment import Job, Measured, Training
-from matta_studies.language import GptSize, cut
+from matta_studies.language import cut
+from matta_studies.language_plan import GptSize
 from matta_studies.rankers import RankerSize
 from matta_studies.study_settings import ComputeSettings
 from matta_studies.trials import count_parameters

@@ -24,12 +24,6 @@ from matta_studies import language
 from matta_studies.experiment import Job, Measured, RunJobs, Training
 from matta_studies.intervals import difference
 from matta_studies.language import (
-    ARMS,
-    PLACES,
-    GptSize,
-    GptTrial,
-    LanguagePlan,
-    Setting,
     Text,
     batches,
     bits_per_byte,
@@ -39,12 +33,21 @@ from matta_studies.language import (
     load_text,
     make_model,
     nest_gpts,
-    plan_of,
     read_topics,
     run_job,
     run_study,
     sampler,
     train,
+)
+from matta_studies.language_plan import (
+    ARMS,
+    FIRST_FRESH_SEED,
+    PLACES,
+    GptSize,
+    GptTrial,
+    LanguagePlan,
+    Setting,
+    plan_of,
 )
 from matta_studies.study_settings import LanguageSettings
 from matta_studies.tuning import Search
@@ -296,7 +299,7 @@ def test_whole_study_on_a_made_text(text: Text, tmp_path: Path) -> None:
 def test_fresh_seeds_are_none_of_those_for_tuning() -> None:
     for settings in (LanguageSettings(), LanguageSettings(quick=True)):
         plan = plan_of(settings)
-        assert max(plan.search.seeds) < language.FIRST_FRESH_SEED
+        assert max(plan.search.seeds) < FIRST_FRESH_SEED
         assert plan.num_further <= plan.num_family <= plan.num_seeds
     assert plan_of(LanguageSettings(quick=True)).num_runs < plan_of(LanguageSettings()).num_runs
 

@@ -30,21 +30,16 @@ from matta_studies.event_streams import (
 from matta_studies.experiment import Arm, Job, Measured, Training
 from matta_studies.intervals import beyond_the_sum, relative_change
 from matta_studies.quality import (
-    ARMS,
-    LONGER,
     PAPER,
     Predicted,
-    QualityPlan,
-    StreamSetting,
-    StreamTrial,
     make_model,
     make_optimizer,
-    plan_of,
     predict_and_learn,
     run_job,
     run_study,
     score,
 )
+from matta_studies.quality_plan import ARMS, LONGER, STREAMS, QualityPlan, StreamSetting, StreamTrial, plan_of
 from matta_studies.study_settings import QualitySettings
 from matta_studies.tuning import Search
 
@@ -256,7 +251,7 @@ def test_the_command_line_runs_the_study(
     assert received == [QualitySettings(stream="ratings", quick=True, seeds=4, warm_up=7, out=out)]
     assert json.loads(capsys.readouterr().out) == {"student_vs_baseline_percent": -1.5}
     plan = plan_of(received[0])
-    assert plan.num_seeds == 4 and plan.setting == dataclasses.replace(quality.STREAMS["ratings"].setting, warm_up=7)
+    assert plan.num_seeds == 4 and plan.setting == dataclasses.replace(STREAMS["ratings"].setting, warm_up=7)
 
 
 def made_ratings() -> pandas.DataFrame:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import matta
 from matta.errors import SubModelError
+from matta.sizes.submodels import sizes_between
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -166,7 +167,10 @@ def _hidden() -> matta.Nested:
         (lambda: matta.wide_narrow_wide(_residual(), 6), r"received k=6; expected 0 to 5, .*: blocks.0, blocks.1"),
         (lambda: matta.wide_narrow_wide(_residual(), -1), r"received k=-1; expected 0 to 5"),
         (lambda: matta.wide_narrow_wide(_residual(), 0.5), r"received k=0.5; expected 0 to 5"),  # type: ignore[arg-type]
-        (lambda: matta.extract(_residual(), {"a": "wide"}), r"received {'a': 'wide'}; expected a matta.SubModel"),  # type: ignore[arg-type]
+        (
+            lambda: matta.extract(_residual(), {"a": "wide"}),
+            r"received dict as the sub-model; expected such as matta.SubModel",
+        ),  # type: ignore[arg-type]
         (
             lambda: matta.live(_residual(), matta.SubModel({"blocks.5": "wide"})),
             r"there is no layer 'blocks.5'; the layers are: blocks.0",
@@ -215,3 +219,24 @@ def test_a_draw_is_among_the_sub_models_wanted() -> None:
     ):
         with pytest.raises(SubModelError, match=message):
             matta.random_sub_model(nested, among=among)
+
+
+def test_a_module_called_hidden_is_a_layer_like_any_other() -> None:
+    class Tower(nn.Module):
+        def __init__(self, *widths: int) -> None:
+            super().__init__()
+            self.hidden, self.second = nn.Linear(3, widths[0]), nn.Linear(*widths)
+            self.last = nn.Linear(widths[1], 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(self.hidden(x).relu()).relu())
+
+    nested = matta.nest(Tower(4, 5), Tower(8, 9))
+    mixture = matta.SubModel({"hidden": "wide"})
+    assert matta.layer_names(nested) == ("hidden", "second")
+    assert matta.extract(nested, mixture).hidden.out_features == 8
+    assert mixture.choices.items() <= sizes_between(nested)[1].choices.items()
+    draws = {tuple(matta.random_sub_model(nested)(Random(seed)).choices.values()) for seed in range(20)}
+    assert len(draws) == 4
+    found = matta.family(nested, evaluate=lambda module: 0.0, example=(X, None), calls=0, progress=False)
+    assert [size.name for size in found.sizes] == ["Student", "wide: second", "wide: hidden", "TA"]

@@ -63,6 +63,16 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x.unsqueeze(1).repeat(1, 3, 1))[0][:, -1])
 
 
+def _normed(width: int) -> nn.Sequential:
+    """Norms with the statistics of a training."""
+    torch.manual_seed(width)
+    layers = [nn.Linear(5, width), nn.BatchNorm1d(width), nn.GELU(), nn.BatchNorm1d(width, affine=False)]
+    model = nn.Sequential(*layers, nn.Linear(width, 2), nn.BatchNorm1d(2))
+    for _ in range(5):
+        model(3 * torch.randn(16, 5) + 1)
+    return model.eval()
+
+
 def _gpt2(**changes: Any) -> nn.Module:
     import transformers
 
@@ -83,6 +93,7 @@ TOKENS = {"input_ids": torch.randint(11, (3, 6), generator=torch.Generator().man
 BOTH_WAYS = {"layouts": {"head.weight": matta.Layout.equal(2, axis=1)}}
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
     "mlp-width": (lambda: _tower(4), lambda: _tower(9), {}, (X, Y)),
+    "batch-norm": (lambda: _normed(4), lambda: _normed(9), {}, (X, Y)),
     "residual-width": (lambda: Residual(2, 4), lambda: Residual(2, 7), {}, (X, Y)),
     "residual-depth": (lambda: Residual(2, 4), lambda: Residual(4, 7), {"layers": {"blocks": "even"}}, (X, Y)),
     "residual-ends": (lambda: Residual(2, 4), lambda: Residual(3, 4), {"layers": {"blocks": "ends"}}, (X, Y)),
@@ -216,3 +227,24 @@ def test_a_block_that_is_repeated_is_not_silenced() -> None:
 
     with pytest.raises(NestingError, match="its logits differ by"):
         matta.nest(Looped(2, 4), Looped(3, 7), layers={"blocks": "first"}, warm_start=True, example=(X, Y))
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_a_buffer_that_a_training_has_set_is_named(with_example: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(5))
+            self.tower = _tower(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tower(x - self.mean)
+
+    student, ta = Scaled(4), Scaled(9)
+    student.mean += 1
+    example = (X, Y) if with_example else None
+    with pytest.raises(NestingError, match="the TA's buffer mean has other values than the Student's; copy them"):
+        matta.nest(student, ta, warm_start=True, example=example)
+    ta.mean.copy_(student.mean)
+    nested = matta.nest(student, ta, warm_start=True, example=example)
+    torch.testing.assert_close(nested.ta(X), student(X))

@@ -14,6 +14,8 @@ Example:
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
@@ -228,6 +230,17 @@ class Terminated(SystemExit):
 
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
+
+
+def require_kind(name: str, found: object, kind: Any, expected: str) -> None:
+    """Refuse an argument of another kind, as `isinstance` takes it: arguments in another order, a class for an object.
+
+    Raises:
+        MattaError: it is none of these kinds.
+    """
+    if not isinstance(found, kind):
+        told = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+        raise MattaError(f"received {told} as {name}; expected {expected}")
 
 
 def first_line(error: BaseException) -> str:

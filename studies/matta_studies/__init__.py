@@ -10,9 +10,10 @@ Read in this order:
 - `intervals`, `tuning`, `worker_pool`, `journal`: a paired change, the best trial, jobs on processes, a stopped study.
 - `trials`: what is tuned, and the one training loop.
 - `experiment`: arms, plans, fresh seeds, what was found, and the run folder.
-- `presentation`: tables, notes and pictures.
+- `presentation`: tables, notes and pictures. `language_report`, `ablations_report` and `compute_report` use them.
 - `labelled_films`, `event_streams`, `rankers`: data and models of the two case studies.
-- `relevance`, `ranking`, `quality`, `language`: four studies.
+- `relevance`, `ranking`, `quality`, `language`: four studies. What was laid down before the fresh seeds were run (arms,
+  trials, settings) is in `relevance_plan`, `quality_plan` and `language_plan`.
 - `ablation_variants`, `ablations`: one change at a time, on both case studies.
 - `compute`: the family against its sizes trained alone, at equal processor time or with short data; what it trains is
   in `compute_tasks` and `compute_text`, and how in `compute_training`.

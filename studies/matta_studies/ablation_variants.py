@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Final, Literal, final
 
-from matta_studies.quality import StreamSetting, StreamTrial
+from matta_studies.quality_plan import StreamSetting, StreamTrial
 from matta_studies.rankers import RankerSize
-from matta_studies.relevance import RankerTrial, Setting
+from matta_studies.relevance_plan import RankerTrial, Setting
 from matta_studies.tuning import Search
 
 BASELINE, MATTA, SHAMPOO, BOTH = "baseline", "matta", "shampoo", "matta_shampoo"
@@ -57,7 +57,7 @@ class Variant:
         return ("TA",) if self.is_ta else self.trial.models
 
     def trials(self) -> tuple[RankerTrial | StreamTrial, ...]:
-        """The same with rates below and above."""
+        """The variant's trial at rates around its own."""
         return tuple(replace(self.trial, lr=round(self.trial.lr * factor, 4)) for factor in RATE_FACTORS)
 
 

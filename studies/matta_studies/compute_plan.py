@@ -68,7 +68,7 @@ class Grid:
     short_trials: tuple[tuple[float, float], ...]
 
     def with_examples(self, num_examples: int) -> Grid:
-        """The same for another number of short data: fewer steps to a pass take more passes, and more weight decay."""
+        """The grid for another number of examples: fewer steps to a pass take more passes, and more weight decay."""
         scale = self.short_examples / num_examples
         trials = tuple(
             (_two_digits(passes * math.sqrt(scale)), _two_digits(decay * scale)) for passes, decay in self.short_trials
@@ -107,10 +107,10 @@ GRIDS: Final[Mapping[str, Grid]] = {
         family_trials=((0.016, 0.6, 0.5), (0.022, 0.6, 0.5), (0.03, 0.6, 0.5), (0.022, 0.5, 0.3)),
         family_batch=16,
         budget_passes=1.0,
-        short_examples=2_900,
-        short_batch=8,
-        short_rate=0.011,
-        short_trials=((6.0, 0.1), (12.0, 0.1), (12.0, 0.3), (24.0, 0.3)),
+        short_examples=725,
+        short_batch=16,
+        short_rate=0.016,
+        short_trials=((12.0, 0.3), (18.0, 0.3), (24.0, 0.3), (24.0, 0.6)),
     ),
 }
 DATA, COMPUTE = "data", "compute"

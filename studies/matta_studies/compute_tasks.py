@@ -24,12 +24,13 @@ from matta.sizes.submodels import SubModel, layer_names
 from matta_studies.event_streams import EventStream, load_flights, load_stream, save_stream
 from matta_studies.labelled_films import RelevanceData, TupleSettings
 from matta_studies.rankers import EventModel, Ranker, RankerSize, WarmStart, nest_rankers
-from matta_studies.relevance import DATA_FILE, STUDENT_SIZE, copy_data, read_data, tuples_loss
+from matta_studies.relevance import DATA_FILE, copy_data, read_data, tuples_loss
+from matta_studies.relevance_plan import STUDENT_SIZE
 from matta_studies.trials import auc_loss
 
 SIZES: Final = tuple("".join(each) for each in product("nw", repeat=3))
 NARROWEST, WIDEST = SIZES[0], SIZES[-1]
-PRUNING_EXAMPLES: Final = 8192  # whose activations say what matters
+PRUNING_EXAMPLES: Final = 8192  # whose activations say what matters; of text: tokens
 FLIGHTS_FILE: Final = "flights.safetensors"
 HELD_OUT_FLIGHTS: Final = 40_000  # for validation, and as many for the test
 NORMALISED_BY: Final = 256  # flights: numbers are normalised by the batches of this size before
@@ -38,12 +39,13 @@ NORMALISED_BY: Final = 256  # flights: numbers are normalised by the batches of 
 class Task(ABC):
     """Data, models of each size, and how they are judged.
 
-    Rates rise over the first `warm_up` share of the steps.
+    Rates rise over the first `warm_up` share of the steps. So many `pruning_rows` of the data say what matters.
     """
 
     objective: Objective
     num_examples: int
     warm_up: float = 0.0
+    pruning_rows: int = PRUNING_EXAMPLES
 
     @abstractmethod
     def build(self, size: str) -> nn.Module:
@@ -75,7 +77,7 @@ class Task(ABC):
 
     @abstractmethod
     def limited(self, num_examples: int) -> Task:
-        """The same with the first examples of the training part alone."""
+        """The task with the first examples of the training part alone."""
 
 
 def spec_of(nested: Nested, size: str) -> SubModel:

@@ -15,7 +15,8 @@ from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested, nest
 from matta.objectives import CausalLM
 from matta_studies.compute_tasks import PRUNING_EXAMPLES, WIDEST, Task, important
-from matta_studies.language import TEXT_FILE, GptSize, Text, bits_per_byte, build, load_text, read_topics
+from matta_studies.language import TEXT_FILE, Text, bits_per_byte, build, load_text, read_topics
+from matta_studies.language_plan import GptSize
 from matta_studies.rankers import WarmStart
 
 CONTEXT: Final = 64
@@ -40,6 +41,7 @@ class Topics(Task):
     """The text of the language study, byte by byte."""
 
     warm_up = 0.1
+    pruning_rows = PRUNING_EXAMPLES // CONTEXT
 
     def __init__(self, text: Text, widths: GptWidths = GPT) -> None:
         self.text, self.gpt = text, widths
@@ -75,7 +77,7 @@ class Topics(Task):
             block.mlp.c_proj.register_forward_pre_hook(lambda _, inputs, index=index: seen.update({index: inputs[0]}))
             for index, block in enumerate(ta.transformer.h)
         ]
-        ta(input_ids=self.text.train.reshape(-1, CONTEXT)[: PRUNING_EXAMPLES // CONTEXT])
+        ta(input_ids=self.text.train.reshape(-1, CONTEXT)[: self.pruning_rows])
         for hook in hooks:
             hook.remove()
         for index, (letter, block) in enumerate(zip(size, made.transformer.h, strict=True)):

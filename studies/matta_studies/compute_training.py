@@ -19,7 +19,7 @@ from matta.optim.shampoo import Shampoo
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import live, random_sub_model
 from matta.training.cotraining import CoTraining
-from matta_studies.compute_tasks import NARROWEST, PRUNING_EXAMPLES, SIZES, WIDEST, Task, spec_of
+from matta_studies.compute_tasks import NARROWEST, SIZES, WIDEST, Task, spec_of
 from matta_studies.trials import Step, Trial, descend, step_of, step_of_pair
 
 FAMILY, DOWNWARDS = "family", "downwards"
@@ -89,7 +89,7 @@ def _train_once(trial: Attempt, task: Task, seed: int) -> dict[str, nn.Module]:
 
 def _ordered(ta: nn.Module, task: Task, seed: int) -> nn.Module:
     """A TA with what matters most in front, so that every size starts as its best part."""
-    rows = PRUNING_EXAMPLES // ORDERING_BATCHES
+    rows = task.pruning_rows // ORDERING_BATCHES
     batches = [*islice(task.batches(rows, torch.Generator().manual_seed(seed)), ORDERING_BATCHES)]
     return order(ta, example=batches[0], data=batches, importance="taylor", loss=task.objective)
 

@@ -258,7 +258,7 @@ def rating_numbers(table: pandas.DataFrame, batch: int) -> pandas.DataFrame:
 def of_earlier_batches(
     codes: NDArray[Any], values: NDArray[np.float64], batch: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """For each event: how many had its code in the batches before its own, and the mean of their values, or NaN.
+    """How many events of earlier batches have each event's code, and the mean of their values, or NaN.
 
     Example:
         >>> count, mean = of_earlier_batches(np.array([0, 0, 0, 1]), np.array([1.0, 3.0, 5.0, 7.0]), batch=2)

@@ -43,7 +43,7 @@ class Training:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """Whose predictions a Student alone is trained on beside the labels, and how that Teacher is trained.
+    """The Teacher of a Student that is trained alone on its predictions and the labels, and how it is trained.
 
     "first": a TA that was trained alone before. "ensemble": models of the Student's size, as many as cost what the TA
     costs.
@@ -191,7 +191,7 @@ class Found:
         return {model: {"mean": fmean(each), "seeds": each} for model, each in losses.items()}
 
     def by_arm(self, figure: str | None = None) -> dict[str, Any]:
-        """The same of all arms."""
+        """`by_model` of all arms."""
         return {arm: self.by_model(arm, figure) for arm in self.titles}
 
     def chosen(self, arm: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import dataclasses
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any, Final, Literal, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Int64
@@ -34,26 +34,28 @@ from matta.objectives import CausalLM
 from matta.optim.shampoo import Shampoo
 from matta.sizes.extraction import extract
 from matta.sizes.submodels import SubModel, layer_names, wide_narrow_wide
-from matta_studies.experiment import (
-    Arm,
-    Found,
-    Further,
-    Job,
-    Measured,
-    Plan,
-    RunJobs,
-    Training,
-    conduct,
-    plain,
-)
+from matta_studies.experiment import Found, Job, Measured, RunJobs, conduct, plain
 from matta_studies.intervals import difference, relative_change
-from matta_studies.presentation import Notes, Part, Point, Table, draw_family, report
+from matta_studies.language_plan import (
+    BOTH,
+    FAMILY,
+    LONGER,
+    PLACES,
+    SHAMPOO,
+    TIMES_LONGER,
+    GptSize,
+    GptTrial,
+    LanguagePlan,
+    Place,
+    Setting,
+    plan_of,
+)
+from matta_studies.language_report import CHANGES, draw, told
+from matta_studies.presentation import report
 from matta_studies.study_settings import LanguageSettings
-from matta_studies.trials import BASELINE, STUDENT, TA, Method, Trial, count_parameters, descend, models_of, step_of
-from matta_studies.tuning import Search
+from matta_studies.trials import STUDENT, TA, count_parameters, descend, models_of, step_of
 from matta_studies.worker_pool import counted
 
-Place = Literal["first", "last", "even", "ends"]
 Blocks = Int64[Tensor, "_ _"]  # blocks, bytes
 
 TEXT_FILE: Final = "text"
@@ -62,13 +64,6 @@ VALIDATION_BLOCK, TEST_BLOCK, OF_BLOCKS = 4, 9, 10  # of each ten blocks the fif
 VOCABULARY: Final = 256
 EVALUATION_BATCH: Final = 128
 BETAS: Final = (0.9, 0.99)
-PLACES: Final[tuple[Place, ...]] = ("first", "last", "even", "ends")
-FIRST_FRESH_SEED: Final = 9100
-SEARCH: Final = Search(seeds=(100, 101), num_finalists=2)
-QUICK_SEARCH: Final = Search(seeds=(100,), num_trials=2, num_finalists=1)
-MATTA, SHAMPOO, BOTH, FAMILY = "matta", "shampoo_baseline", "shampoo_matta", "family"
-LONGER: Final[Mapping[str, str]] = {BASELINE: "baseline_longer", SHAMPOO: "shampoo_baseline_longer"}
-TIMES_LONGER: Final = 2
 
 
 @final
@@ -134,115 +129,6 @@ def batches(
     for _ in range(steps):
         starts = torch.randint(len(flat) - context + 1, (batch, 1), generator=generator)
         yield flat[starts + offsets]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class GptSize:
-    """Blocks, hidden width, width within the FFNs and heads."""
-
-    layers: int
-    width: int
-    ffn: int
-    heads: int
-
-    def __str__(self) -> str:
-        return f"{self.layers} layers, d_model {self.width}, FFN {self.ffn}, {self.heads} heads"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is equal for all arms: fixed before the fresh seeds were run (docs/log.md has the search)."""
-
-    student: GptSize = field(default_factory=lambda: GptSize(layers=3, width=48, ffn=96, heads=3))
-    ta: GptSize = field(default_factory=lambda: GptSize(layers=5, width=48, ffn=384, heads=3))
-    context: int = 64
-    batch: int = 8
-    steps: int = 6400
-    warm_up: int = 640
-    init_std: float = 0.08
-
-    @property
-    def tokens(self) -> int:
-        """Bytes of the windows that a run is trained on."""
-        return self.steps * self.batch * self.context
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class GptTrial(Trial):
-    """The highest rate falls to zero; `ramp` is the share of the run over which the distillation comes in.
-
-    With `sampled`, one of the sub-models K = 0 ... N-1 is trained along at each step, and all are judged. `longer` is
-    how many times the setting's steps are made.
-    """
-
-    ramp: float = 0.2
-    place: Place = "even"
-    sampled: bool = False
-    longer: int = 1
-
-    def told_ramp(self) -> str:
-        return f", ramp {self.ramp:g}"
-
-
-def _arm(name: str, title: str, method: Method, optimizer: str, rates: tuple[float, float, float]) -> Arm:
-    """The rates lie around the best that the search found for a baseline, a step higher for a pair (docs/log.md)."""
-    trials = tuple(GptTrial(method=method, optimizer=optimizer, lr=lr) for lr in rates)
-    return Arm(name=name, title=title, trials=trials)
-
-
-ARMS: Final = (
-    _arm(BASELINE, "baseline alone, AdamW", "baseline", "adamw", (0.0035, 0.005, 0.0075)),
-    _arm(MATTA, "MatTA, AdamW", "matta", "adamw", (0.005, 0.0075, 0.011)),
-    _arm(SHAMPOO, "baseline alone, Shampoo", "baseline", "shampoo", (0.0075, 0.011, 0.016)),
-    _arm(BOTH, "MatTA, Shampoo", "matta", "shampoo", (0.011, 0.016, 0.022)),
-)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class LanguagePlan(Plan):
-    """What `LanguageSettings` asks for, spelled out.
-
-    `num_family` is how many fresh seeds the family has, `num_further` the places in depth and the longer runs.
-    """
-
-    arms: tuple[Arm, ...] = ARMS
-    setting: Setting = field(default_factory=Setting)
-    first_seed: int = FIRST_FRESH_SEED
-    search: Search | None = SEARCH
-    num_family: int = 5
-    num_further: int = 3
-
-    @property
-    def num_runs(self) -> int:
-        """Training runs in all."""
-        num_further = len(LONGER) + len(PLACES) - 1  # one place is the arm's own
-        return (
-            self.num_arm_runs + len(self.seeds[: self.num_family]) + num_further * len(self.seeds[: self.num_further])
-        )
-
-    def further(self, trainings: Mapping[str, Training]) -> Further:
-        """The three further questions: other places in depth, a family trained along, and a longer run alone."""
-
-        def changed(name: str, **changes: Any) -> Training:
-            return replace(trainings[name], trial=replace(trainings[name].trial, **changes))
-
-        places = {place: changed(BOTH, place=place) for place in PLACES if place != trainings[BOTH].trial.place}
-        longer = {further: changed(name, longer=TIMES_LONGER) for name, further in LONGER.items()}
-        asked = {name: (each, self.num_further) for name, each in (places | longer).items()}
-        return asked | {FAMILY: (changed(BOTH, sampled=True), self.num_family)}
-
-
-def plan_of(settings: LanguageSettings) -> LanguagePlan:
-    """The plan behind the settings of the command line."""
-    plan = LanguagePlan(num_seeds=settings.num_seeds)
-    if not settings.quick:
-        return plan
-    small = Setting(steps=200, warm_up=20)
-    return replace(plan, num_family=2, num_further=2, search=QUICK_SEARCH, setting=small)
 
 
 def run_job(job: Job, text: Text) -> Measured:
@@ -403,18 +289,6 @@ def run_study(plan: LanguagePlan, source: str, run_jobs: RunJobs, folder: Path, 
     return results
 
 
-# figure: (arm, model), and the arm whose Student it is compared with, seed by seed
-CHANGES: Final[Mapping[str, tuple[str, str, str]]] = {
-    "student_vs_baseline": (MATTA, STUDENT, BASELINE),
-    "ta_vs_baseline": (MATTA, TA, BASELINE),
-    "shampoo_student_vs_shampoo_baseline": (BOTH, STUDENT, SHAMPOO),
-    "shampoo_ta_vs_shampoo_baseline": (BOTH, TA, SHAMPOO),
-    "shampoo_baseline_vs_baseline": (SHAMPOO, STUDENT, BASELINE),
-    "shampoo_student_vs_baseline": (BOTH, STUDENT, BASELINE),
-}
-SAME_OPTIMIZER: Final = tuple(CHANGES)[:4]
-
-
 def against(found: Found, values: Sequence[float], reference: str) -> dict[str, Any]:
     """The mean, and the difference from an arm's Student with the same seeds, in bits per byte and in percent."""
     others = found.losses(reference)[: len(values)]
@@ -488,151 +362,3 @@ def _family(found: Found) -> dict[str, Any]:
         "family_ahead_of_baseline": all(row["interval"][1] < 0 for row in rows),
         "family_num_seeds": len(runs),
     }
-
-
-def told_change(change: Mapping[str, Any]) -> str:
-    """A difference in bits per byte with its interval."""
-    low, high = change["interval"]
-    return f"{change['bpb']:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def change_of(results: Mapping[str, Any], figure: str) -> dict[str, Any]:
-    """A comparison of the results."""
-    return {key: results[f"{figure}_{key}"] for key in ("bpb", "interval", "percent", "percent_interval")}
-
-
-def told(results: Mapping[str, Any]) -> list[Part]:
-    """The tables as they stand in the documentation."""
-    places = [
-        (place, *(cell for model in (STUDENT, TA) for cell in (f"{each[model]['mean']:.4f}", told_change(each[model]))))
-        for place, each in results["places"].items()
-    ]
-    return [
-        "## Language models: bits per byte",
-        _what_was_run(results),
-        Table(
-            title="Bits per byte of held-out text (less is better)",
-            columns=("arm", "model", "parameters", "bits per byte", "change against the baseline, same optimizer", "%"),
-            rows=_rows(results),
-        ),
-        Notes(notes(results)),
-        Table(
-            columns=("arm", "settings, chosen on the validation part"),
-            rows=[(each["title"], each["chosen"]["told"]) for each in results["arms"].values()],
-        ),
-        "### Where the Student sits in depth",
-        f"MatTA with Shampoo, against the baseline with Shampoo; {results['places_num_seeds']} fresh seeds.",
-        Table(
-            title="Where the Student sits in depth (Shampoo)",
-            columns=("Student's blocks", "Student", "change", "TA", "change"),
-            rows=places,
-        ),
-        "### The family (Fig. 5)",
-        "MatTA with Shampoo once more, with one of the sub-models K = 0 … N−1 trained along at each step "
-        "(`CoTraining(sample=...)`); the baseline is the one with Shampoo. K = 0 has all the TA's blocks, each of the "
-        "Student's width.",
-        Table(
-            title="One run, every size (Shampoo)",
-            columns=("sub-model", "parameters", "bits per byte", "change against the baseline", "%"),
-            rows=_family_rows(results),
-        ),
-        Notes(family_notes(results)),
-        "![Bits per byte against parameters of the Student and every sub-model, the baseline marked](language.png)",
-    ]
-
-
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table of arms."""
-    figure_of = {CHANGES[name][:2]: name for name in SAME_OPTIMIZER}
-    found: list[tuple[str, ...]] = []
-    for arm, each in results["arms"].items():
-        for model, bits in each["models"].items():
-            change = change_of(results, figure_of[arm, model]) if (arm, model) in figure_of else None
-            cells = (told_change(change), f"{change['percent']:+.2f}%") if change else ("–", "–")
-            found.append((each["title"], model, f"{bits['parameters']:,}", f"{bits['mean']:.4f}", *cells))
-    return found
-
-
-def _family_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table of sub-models, after the baseline and the Student."""
-    size = results["arms"][SHAMPOO]["models"][STUDENT]["parameters"]
-    named = [(STUDENT, results["family_student"] | {"parameters": size})]
-    last = len(results["family"]) - 1
-    named += [(f"K = {each['k']}{' (TA)' * (each['k'] == last)}", each) for each in results["family"]]
-    return [
-        ("baseline alone", f"{size:,}", f"{results['family_baseline']:.4f}", "–", "–"),
-        *(
-            (name, f"{each['parameters']:,}", f"{each['mean']:.4f}", told_change(each), f"{each['percent']:+.2f}%")
-            for name, each in named
-        ),
-    ]
-
-
-def notes(results: Mapping[str, Any]) -> list[str]:
-    """What the table says in words."""
-    found = [
-        f"Intervals: 95%, paired over {results['num_seeds']} fresh seeds (the same windows of bytes for all arms).",
-        f"{_verdict(results, 'student_vs_baseline', 'AdamW')} "
-        f"{_verdict(results, 'shampoo_student_vs_shampoo_baseline', 'Shampoo')}",
-        f"Shampoo alone against AdamW alone: {told_change(change_of(results, 'shampoo_baseline_vs_baseline'))}; MatTA "
-        f"with Shampoo against AdamW alone: {told_change(change_of(results, 'shampoo_student_vs_baseline'))}.",
-    ]
-    for name, label in ((BASELINE, "AdamW"), (SHAMPOO, "Shampoo")):
-        room = results["room"][name]
-        found.append(
-            f"Room: the same Student alone, {room['times_longer']} times as many steps with {label}, has "
-            f"{room['mean']:.4f}: {told_change(room)}."
-        )
-    return found
-
-
-def _verdict(results: Mapping[str, Any], figure: str, label: str) -> str:
-    low, high = change_of(results, figure)["interval"]
-    if high < 0:
-        return f"With {label} the Student's gain is beyond its interval."
-    if low > 0:
-        return f"With {label} the Student is worse than the baseline."
-    return f"With {label} these seeds cannot tell the Student's change from nothing."
-
-
-def family_notes(results: Mapping[str, Any]) -> list[str]:
-    """Whether the family is in order."""
-    rank, by_seed = results["family_rank_correlation"], results["family_rank_correlation_by_seed"]
-    ahead = "Every" if results["family_ahead_of_baseline"] else "Not every"
-    return [
-        f"{ahead} sub-model is ahead of the baseline by more than its interval ({results['family_num_seeds']} seeds).",
-        f"Rank correlation of K with fewer bits: {rank:.2f} (by seed: {', '.join(f'{each:.2f}' for each in by_seed)}).",
-    ]
-
-
-def _what_was_run(results: Mapping[str, Any]) -> str:
-    """The command, and what it ran."""
-    setting = results["setting"]
-    student, ta = (GptSize(**setting[name]) for name in ("student", "ta"))
-    num_seeds = [len(each["validation_bpb"]) for each in results["tried"][BASELINE]]
-    best = f", the best {sum(each > 1 for each in num_seeds)} with {max(num_seeds)} seeds" if max(num_seeds) > 1 else ""
-    return (
-        f"`matta study language --seeds {results['num_seeds']}`: GPT-2 of Transformers on the bytes of CPython's "
-        f"`pydoc_data.topics` ({setting['source']}). Student: {student}; TA: {ta}. {setting['steps']:,} steps of "
-        f"{setting['batch']} × {setting['context']} bytes, rates falling to zero; {len(num_seeds)} trials for each arm"
-        f"{best}, judged by the Student's bits per byte of a validation part; figures are of a test part."
-    )
-
-
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Quality against size (the paper's Fig. 5): the Student and every sub-model with their intervals."""
-    size = results["arms"][SHAMPOO]["models"][STUDENT]["parameters"]
-    points = [
-        Point(
-            name=name,
-            parameters=each.get("parameters", size),
-            loss=each["mean"],
-            reach=(each["bpb"] - each["interval"][0], each["interval"][1] - each["bpb"]),
-        )
-        for name, each in [
-            (STUDENT, results["family_student"]),
-            *((f"K = {each['k']}", each) for each in results["family"]),
-        ]
-    ]
-    baseline = Point(name="baseline alone", parameters=size, loss=results["family_baseline"])
-    draw_family(path, "One co-training run: a family of GPT-2s", "bits per byte", points, baseline)

@@ -106,7 +106,7 @@ def _markdown(part: Part) -> str:
 
 
 def show(parts: Sequence[Part], console: Console) -> None:
-    """The same for the terminal."""
+    """Print a section to the terminal."""
     for part in parts:
         if isinstance(part, Notes):
             for line in part.lines:

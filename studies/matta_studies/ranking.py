@@ -133,7 +133,7 @@ class ListTrial(Trial):
 
 
 def _arm(name: str, title: str, method: Method) -> Arm:
-    """The same grid of rates, weight decays and passes for each arm; ω₃ is 1."""
+    """An arm: each has one grid of rates, weight decays and passes; ω₃ is 1."""
     grid = product((0.001, 0.003, 0.01), (1.0, 3.0, 10.0, 15.0), (3, 10))
     return Arm(
         name=name,
@@ -188,7 +188,7 @@ def make_data() -> ListData:
 
 
 def _features(ratings: Ratings, gain: Tensor, seen: Tensor, own: bool) -> Float[Tensor, "ratings features"]:
-    """Of each rating's film: its genres, and the mean gain and number of what was `seen`, without its `own` rating."""
+    """Each rating's film: its genres, the mean gain and the number of ratings `seen`, without its `own` one."""
     film, mean = ratings.film, gain[seen].mean()
     count = torch.bincount(film[seen], minlength=ratings.num_films)[film].float() - float(own)
     total = torch.bincount(film[seen], weights=gain[seen], minlength=ratings.num_films)[film].float() - own * gain

@@ -58,7 +58,7 @@ class Trial:
 
 
 Step = Callable[[Batch], tuple[Tensor, Callable[[], list[Tensor]]]]
-"""From a batch to the loss, and to what reads the logits of Student and TA while the weights are those of the loss."""
+"""Maps a batch to the loss, and to what reads the logits of both models while the weights are those of the loss."""
 
 
 def step_of(

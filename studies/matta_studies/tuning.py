@@ -25,7 +25,7 @@ class Search:
     num_trials: int | None = None  # of each arm; None: all
 
     def chosen(self, trials: Sequence[TrialT]) -> tuple[TrialT, ...]:
-        """Those of an arm's trials that are run; fewer are spread evenly over all."""
+        """The trials of an arm that are run; fewer than all are spread evenly over them."""
         if self.num_trials is None:
             return tuple(trials)
         return tuple(trials[i * len(trials) // self.num_trials] for i in range(self.num_trials))

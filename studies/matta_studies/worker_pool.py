@@ -38,7 +38,7 @@ def worker_processes(
 
 @contextmanager
 def counted(run_jobs: Run[Job, Result], total: int, console: Console) -> Iterator[Run[Job, Result]]:
-    """The same with a bar that shows how many of all the jobs of a study are done."""
+    """`run_jobs` with a bar that shows how many of all the jobs of a study are done."""
     with progress_bar(console) as progress:
         task = progress.add_task("training runs", total=total)
 

@@ -72,6 +72,12 @@ CASES = [
     _text("Parquet is none", "text.parquet", write("data/text.parquet", "PAR1"), r"cannot be read to its end"),
     _text("Parquet is cut off", "text.parquet", cut("data/text.parquet"), r"cannot be read to its end"),
     _text(
+        "Parquet with a name that is no text",
+        "text.parquet",
+        lambda w: _misnamed(w / "data/text.parquet", text=["a"]),
+        r"cannot be read to its end",
+    ),
+    _text(
         "Parquet without text", "text.parquet", lambda w: _parquet(w / "data/text.parquet", body=["a"]), r"without text"
     ),
     _text(
@@ -107,7 +113,14 @@ CASES = [
     _events("events without labels", "1.jsonl", '{"x": 1}\n', r"1.jsonl"),
     _events("events beyond all numbers", "1.jsonl", '{"x": 1e999, "label": 0}\n', r"1.jsonl"),
     _events("events of many digits", "1.jsonl", '{"x": ' + "9" * 5000 + ', "label": 0}\n', r"1.jsonl"),
+    _events("a carriage return in a row", "1.csv", b"x,label\n1,0\r2,0\n", r"a carriage return in a line"),
     _events("events in no Parquet", "1.parquet", "PAR1", r"not a whole Parquet file"),
+    Case(
+        "events with a name that is no text",
+        lambda w: ((w / "data/events/1.csv").unlink(), _misnamed(w / "data/events/1.parquet", text=[1])),
+        events,
+        r"not a whole Parquet file: 'utf-8' codec",
+    ),
     Case("no folder of events", nothing, lambda w: Folder(w / "none"), r"is not a folder"),
     Case(
         "no event in a batch",
@@ -126,3 +139,9 @@ def _parquet(file: Path, **columns: list[object]) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table(columns), file)
+
+
+def _misnamed(file: Path, **columns: list[object]) -> None:
+    """A file in which the column `text` has a name that is not UTF-8."""
+    _parquet(file, **columns)
+    file.write_bytes(file.read_bytes().replace(b"text", b"\xf4ext"))

@@ -15,7 +15,7 @@ from matta.ab_testing import AnswerLog
 from matta.choosing.family import Size
 from matta.lm import teacher_labels
 from matta.lm.folders import export
-from matta.lm.recipe import NESTED, read_recipe
+from matta.lm.recipe_files import NESTED, read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.lm.trained_runs import RESULTS, write_run
 from matta.objectives.labels import TopK

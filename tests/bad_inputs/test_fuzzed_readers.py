@@ -18,7 +18,7 @@ import matta
 from matta.ab_testing.joining import read_logs
 from matta.errors import MattaError
 from matta.lm.documents import TextSource, held_out_documents
-from matta.lm.recipe import read_recipe
+from matta.lm.recipe_files import read_recipe
 from matta.serving.inference_protocol import ProtocolError, TensorSpec, read_request
 from matta.streams import Categorical, Folder, Numeric, Schema, Stream
 
@@ -63,20 +63,18 @@ def changed(draw: st.DrawFn, good: bytes) -> bytes:
 @st.composite
 def changed_json(draw: st.DrawFn, good: bytes) -> bytes:
     """A JSON text in which some values are others, or gone."""
-    values = json.loads(good)
+    root = {"": json.loads(good)}
     for _ in range(draw(st.integers(1, 3))):
-        node, path = {"": values}, ""
+        node: Any = root
+        path: Any = ""
         while isinstance(node[path], dict | list) and node[path] and draw(st.booleans()):
             node = node[path]
             path = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if draw(st.booleans()) and node is not values:
-            node[path] = draw(ANY_JSON)
-        elif isinstance(node, dict) and path:
+        if isinstance(node, dict) and node is not root and draw(st.booleans()):
             del node[path]
         else:
             node[path] = draw(ANY_JSON)
-        values = node[""] if "" in node and len(node) == 1 else values
-    return json.dumps(values).encode()
+    return json.dumps(root[""]).encode()
 
 
 def fuzzed(good: bytes) -> st.SearchStrategy[bytes]:

@@ -96,7 +96,7 @@ class AbReport:
 
 
 def compare(
-    logs: Sequence[str | os.PathLike[str]],
+    logs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     outcomes: str | os.PathLike[str] | None = None,
     metric: str = "log_loss",
@@ -113,7 +113,7 @@ def compare(
     With several arms against the control, alpha is divided by their number (Bonferroni).
 
     Args:
-        logs: Files of JSON lines or Parquet, or folders of them.
+        logs: Files of JSON lines or Parquet, or folders of them; one or several.
         outcomes: A file or folder of outcomes, if they are not in the logs.
         metric: "log_loss" (nats), "auc_loss" (1 − AUROC), "calibration" (mean prediction less mean outcome; nearer to
             zero is better), "rate" (mean outcome; higher is better) or "squared_error".
@@ -144,7 +144,8 @@ def compare(
         'new is better: stop'
     """
     check_choices(metric, predictions, alpha, margin, tuned_for)
-    joined = read_logs([Path(each) for each in logs], None if outcomes is None else Path(outcomes))
+    paths = [logs] if isinstance(logs, str | os.PathLike) else logs
+    joined = read_logs([Path(each) for each in paths], None if outcomes is None else Path(outcomes))
     declared = _declared(joined, shares)
     control = control or joined.arms[0]
     if control not in joined.arms or len(joined.arms) < 2:
@@ -174,14 +175,17 @@ def compare(
 def _declared(joined: Joined, given: Mapping[str, float] | None) -> Mapping[str, float]:
     shares = Split(given or joined.shares or dict.fromkeys(joined.arms, 1.0)).shares
     if set(shares) != set(joined.arms):
-        raise AbError(f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}")
+        raise AbError(
+            f"shares are declared for {', '.join(shares)}, and the logs have {', '.join(joined.arms)}; expected the "
+            f"same arms"
+        )
     return shares
 
 
 @final
 @dataclass(frozen=True)
 class _Interval:
-    """Of a difference between two arms; the half-width is infinite while there are too few units."""
+    """The interval of a difference between two arms; its half-width is infinite while there are too few units."""
 
     centre: float = math.nan
     half_width: float = math.inf
@@ -197,7 +201,7 @@ class _Interval:
 
     @property
     def sign(self) -> int:
-        """Of all numbers in the interval; 0 where it holds both signs."""
+        """The sign of all numbers in the interval; 0 where it holds both signs."""
         return int(self.low > 0) - int(self.high < 0)
 
 

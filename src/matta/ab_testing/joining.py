@@ -232,7 +232,7 @@ def _median(values: NDArray[np.float64]) -> float:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Each row with its number, some thousand at a time in memory."""
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError:
         raise AbError(f"{path} needs pyarrow, which is not installed; pip install 'matta[stream]'") from None
@@ -242,5 +242,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except ArrowInvalid as error:
-        raise AbError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from None
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise AbError(
+            f"{path} is no Parquet file: {str(error).splitlines()[0]}; expected one, or JSON lines in a .jsonl file"
+        ) from None

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Self, final
 
-from matta.errors import AbError
+from matta.errors import AbError, require_kind
 
 try:
     import fcntl
@@ -39,6 +39,7 @@ class Split:
 
     Raises:
         AbError: no arm, or a share that is not over zero.
+        MattaError: shares that are no mapping.
 
     Example:
         >>> from matta.ab_testing import Split
@@ -53,6 +54,7 @@ class Split:
     salt: str = ""
 
     def __post_init__(self) -> None:
+        require_kind("shares", self.shares, Mapping, "a share for each arm, such as {'Student': 0.5, 'TA': 0.5}")
         if not self.shares:
             raise AbError("received no shares; expected at least one arm, such as {'Student': 0.5, 'TA': 0.5}")
         bad = {arm: share for arm, share in self.shares.items() if not (math.isfinite(share) and share > 0)}
@@ -62,7 +64,12 @@ class Split:
         object.__setattr__(self, "shares", {arm: float(share / total) for arm, share in sorted(self.shares.items())})
 
     def arm(self, request_id: str) -> str:
-        """The arm of a request."""
+        """The arm of a request.
+
+        Raises:
+            MattaError: the id is no text.
+        """
+        require_kind("the id", request_id, str, "text, such as str(id): it is hashed, here and on other servers")
         salt = self.salt.encode()
         digest = blake2b(b"%d:%b" % (len(salt), salt) + request_id.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / _HASHES
@@ -100,7 +107,7 @@ class AnswerLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, split: Split | None = None) -> None:
-        self._path = Path(path)
+        self._path, self._split = Path(path), split
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 - open as long as the log
@@ -136,8 +143,11 @@ class AnswerLog:
             time_s: Seconds since 1970 (default: now).
 
         Raises:
-            AbError: no predictions, one that is not finite, or the log is closed.
+            AbError: no predictions, one that is not finite, an arm that the split lacks, or the log is closed.
+            MattaError: an id that is no text.
         """
+        if self._split is not None and arm not in self._split.shares:
+            raise AbError(f"received the arm {arm!r}; expected one of the split: {', '.join(self._split.shares)}")
         values = self._numbers("predictions", request_id, predictions)
         line = {"kind": "answer", "id": request_id, "arm": arm, "model": model, "version": version}
         self._write(line | {"predictions": values, "latency_ms": float(latency_ms), "time_s": _or_now(time_s)})
@@ -147,6 +157,7 @@ class AnswerLog:
 
         Raises:
             AbError: no outcomes, one that is not finite, or the log is closed.
+            MattaError: an id that is no text.
         """
         values = self._numbers("outcomes", request_id, outcomes)
         self._write({"kind": "outcome", "id": request_id, "outcomes": values, "time_s": _or_now(time_s)})
@@ -163,7 +174,11 @@ class AnswerLog:
         self.close()
 
     def _numbers(self, name: str, request_id: str, values: Sequence[float]) -> list[float]:
-        numbers = [float(each) for each in values]
+        require_kind("the id", request_id, str, "text, as Split.arm was asked with")
+        try:
+            numbers = [float(each) for each in values]
+        except TypeError:
+            raise AbError(f"received {name}={values!r:.100}; expected a number for each row, in a list") from None
         if not numbers or not all(map(math.isfinite, numbers)):
             raise AbError(f"received {name}={numbers} for {request_id!r}; expected one finite number or more")
         return numbers

@@ -66,7 +66,7 @@ class Auc:
 
     @property
     def variance(self) -> float:
-        """Of the loss: DeLong's (1988), over units instead of rows as in Obuchowski (1997)."""
+        """The variance of the loss: DeLong's (1988), over units instead of rows as in Obuchowski (1997)."""
         return float(np.square(self.influences).sum())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,8 @@ from matta.sizes.submodels import SubModel
 FILE: Final = "family.json"
 FORMAT, VERSION = "matta.family", 1
 MEGABYTE: Final = 2**20
-COSTS: Final = ("parameters", "flops", "memory_mb", "latency_ms")
+COUNTED: Final = ("parameters", "flops", "memory_mb")
+COSTS: Final = (*COUNTED, "latency_ms")
 
 
 @final
@@ -57,7 +59,7 @@ class Size:
         return (self.bytes + batch * self.activation_bytes) / MEGABYTE
 
     def of_batch(self, batch_size: int) -> Size:
-        """The same with the latency for a batch size first.
+        """This size with the latency for a batch size first.
 
         Raises:
             ChoiceError: it was not measured.
@@ -100,6 +102,9 @@ class Family:
     def pareto(self, by: str = "parameters") -> tuple[Size, ...]:
         """The sizes that nothing at most as costly is as good as, from the cheapest.
 
+        By latency, a size is left out too if another is as good with no more of parameters, FLOPs and memory: that
+        it was faster is noise of the measurement.
+
         Args:
             by: "parameters", "flops", "memory_mb" or "latency_ms".
 
@@ -108,7 +113,7 @@ class Family:
         """
         _require_cost(by)
         kept: list[Size] = []
-        for size in sorted(self.sizes, key=lambda each: (_value(each, by), self._loss(each))):
+        for size in sorted(self._unbeaten(self.sizes), key=lambda each: (_value(each, by), self._loss(each))):
             if not kept or self._loss(size) < self._loss(kept[-1]):
                 kept.append(size)
         return tuple(kept)
@@ -130,15 +135,18 @@ class Family:
             memory_mb: The most memory of weights and activations of a batch, in 2^20 bytes.
             parameters: The most parameters.
             flops: The most FLOPs of an example.
-            quality: What it must reach; cheapest is by latency if it was measured, else by parameters.
+            quality: What it must reach; cheapest is by latency if it was measured, else by parameters. A size that
+                another beats in all but latency is not taken.
             batch_size: The batch of the two first; None: the first that was measured.
 
         Raises:
-            ChoiceError: nothing fits (the nearest is named), nothing is asked, or what is asked was not measured.
+            ChoiceError: nothing fits (the nearest is named), nothing is asked, what is asked was not measured, or a
+                budget is no number over zero.
         """
         sizes = self.sizes if batch_size is None else tuple(each.of_batch(batch_size) for each in self.sizes)
         asked = {"latency_ms": latency_ms, "memory_mb": memory_mb, "parameters": parameters, "flops": flops}
-        budget = {name: value for name, value in asked.items() if value is not None}
+        budget = {name: _number(name, value, least=0.0) for name, value in asked.items() if value is not None}
+        quality = None if quality is None else _number("quality", quality, least=-math.inf)
         if not budget and quality is None:
             raise ChoiceError("received no budget; expected latency_ms, memory_mb, parameters, flops or quality")
         if "latency_ms" in budget and math.isnan(sizes[0].latency_ms):
@@ -147,6 +155,7 @@ class Family:
         good = [each for each in fitting if quality is None or self._loss(each) <= self._signed(quality)]
         if not good:
             raise ChoiceError(self._nothing_fits(sizes, budget, quality))
+        good = self._unbeaten(good)
         cost = "parameters" if math.isnan(good[0].latency_ms) else "latency_ms"
         if quality is None:
             return min(good, key=lambda each: (self._loss(each), _value(each, cost)))
@@ -269,6 +278,16 @@ class Family:
         timed = f" Latencies were measured on {self.device}{threads}." if is_timed else ""
         return f"{number} of {reach} parameters, judged by {metric} ({better} is better).{searched}{timed}"
 
+    def _unbeaten(self, sizes: Sequence[Size]) -> list[Size]:
+        """The sizes that none of the others is as good as with no more of what is counted and not timed."""
+        values = {each.name: (self._loss(each), *(_value(each, name) for name in COUNTED)) for each in sizes}
+
+        def is_beaten(size: Size) -> bool:
+            own = values[size.name]
+            return any(each != own and all(map(operator.le, each, own)) for each in values.values())
+
+        return [each for each in sizes if not is_beaten(each)]
+
     def _signed(self, quality: float) -> float:
         return -quality if self.higher_is_better else quality
 
@@ -279,7 +298,7 @@ class Family:
         """Which size is nearest, and by how much it misses what."""
 
         def misses(size: Size) -> dict[str, float]:
-            found = {name: _value(size, name) / most if most else math.inf for name, most in budget.items()}
+            found = {name: _value(size, name) / most for name, most in budget.items()}
             if quality is not None and self._loss(size) > self._signed(quality):
                 apart = abs(size.quality - quality) / max(abs(quality), 1e-12)
                 found["quality"] = 1.0 + apart
@@ -301,6 +320,15 @@ COLUMNS: Final = ("size", "parameters", "memory MB", "FLOPs", "ms", "ms p95", "q
 def _require_cost(name: str) -> None:
     if name not in COSTS:
         raise ChoiceError(f"by={name!r}; expected one of: {', '.join(COSTS)}")
+
+
+def _number(name: str, value: Any, *, least: float) -> float:
+    """A budget or a quality as a number; NaN is none."""
+    is_number = hasattr(value, "__float__") and not isinstance(value, bool)
+    if not (is_number and float(value) > least):
+        expected = "a number over 0" if least == 0 else "a finite number"
+        raise ChoiceError(f"received {name}={value!r}; expected {expected}")
+    return float(value)
 
 
 def _value(size: Size, name: str) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from matta.errors import MattaError
+from matta.errors import MattaError, first_line
 from matta.nesting.batches import call, map_tensors, tensors_of
 
 WARM_UP_CALLS = 5
@@ -115,17 +115,58 @@ class _Held(TorchDispatchMode):
             self.now -= size
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        MattaError: this machine, or this PyTorch, has none.
+
+    Example:
+        >>> usable_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise MattaError(
+            f"received device={device!r}: {first_line(error)}; expected a device of this machine, such as 'cpu'"
+        ) from None
+
+
+@torch.no_grad()
+def run_example(module: nn.Module, inputs: Any) -> Any:
+    """What a module returns on the inputs of an example.
+
+    Raises:
+        MattaError: it does not run on them, or they have no rows.
+    """
+    num_examples(inputs)
+    try:
+        return call(module, inputs)
+    except MattaError:
+        raise
+    except Exception as error:  # of the user's module: any kind
+        raise MattaError(
+            f"the module does not run on the example: {type(error).__name__}: {first_line(error)}; expected a batch as "
+            f"in training, on the module's device, with what its forward takes and nothing else (such as the weights "
+            f"of events)"
+        ) from error
+
+
 def num_examples(inputs: Any) -> int:
     """The length of the first axis of the first tensor.
 
     Raises:
-        MattaError: there is no tensor with an axis.
+        MattaError: there is no tensor with an axis, or no row in it.
 
     Example:
         >>> num_examples({"flag": True, "x": torch.zeros(3, 2)})
         3
     """
     for each in tensors_of(inputs):
+        if each.ndim and not len(each):
+            raise MattaError("the example has no rows; expected at least one")
         if each.ndim:
             return len(each)
     raise MattaError("the example has no tensor with a batch axis; expected a batch of inputs")

@@ -9,17 +9,17 @@ from dataclasses import asdict, replace
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from matta.choosing.family import Family, Size
-from matta.choosing.measuring import measure_cost, measure_latency, resized
+from matta.choosing.measuring import measure_cost, measure_latency, resized, run_example, usable_device
 from matta.choosing.searching import Choice, search
-from matta.errors import ChoiceError
+from matta.errors import ChoiceError, require_kind
 from matta.nesting.batches import Batch, map_tensors, split_labels
-from matta.nesting.nested import Nested
+from matta.nesting.nested import Nested, require_nested
 from matta.sizes.extraction import extract
-from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names
-from matta.sizes.units import HIDDEN, find_units
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, is_one_width, layer_names
+from matta.sizes.units import find_units
 
 STUDENT, TA = "Student", "TA"
 TIMED_TOGETHER: Final = 8  # modules whose calls take turns; more would be in memory at once
@@ -46,7 +46,8 @@ def family(
 
     Args:
         nested: The pair, after training.
-        evaluate: The quality of a plain module in eval mode, such as a held-out loss.
+        evaluate: The quality of a plain module in eval mode, such as a held-out loss; one number. A
+            `matta.Evaluation` gives several: `lambda module: evaluation(module)["loss"]`.
         example: A batch, as in training; its inputs are what costs are measured on.
         higher_is_better: Whether quality is to be high (an accuracy) and not low (a loss).
         batch_sizes: Of the latencies; the first is what `choose` compares with.
@@ -57,8 +58,9 @@ def family(
         progress: Whether to show a bar (needs `rich`).
 
     Raises:
-        ChoiceError: too few evaluations, a quality that is not a finite number, or Student and TA share no layer.
-        MattaError: the example has no batch axis.
+        ChoiceError: settings that cannot work, a quality that is not a finite number, or Student and TA share no
+            layer.
+        MattaError: no nesting, a device that is not there, or an example without rows or on which the modules fail.
 
     Example:
         >>> import matta
@@ -69,12 +71,16 @@ def family(
         >>> len(family(nested, evaluate=loss, example=(x, y), progress=False).sizes)
         2
     """
-    if max_evaluations < 2 or calls < 0 or not batch_sizes or min(batch_sizes) < 1:
+    require_nested(nested)
+    require_kind("evaluate", evaluate, Callable, "a function that takes a module and gives its quality, a number")
+    require_kind("batch_sizes", batch_sizes, Sequence, "a tuple, such as (1, 64)")
+    if max_evaluations < 2 or calls < 0 or not batch_sizes or min(batch_sizes) < 1 or threads == 0:
         raise ChoiceError(
-            f"received max_evaluations={max_evaluations}, calls={calls}, batch_sizes={tuple(batch_sizes)}; expected at "
-            f"least 2 evaluations, no negative number of calls, and batch sizes from 1 up"
+            f"received max_evaluations={max_evaluations}, calls={calls}, batch_sizes={tuple(batch_sizes)}, "
+            f"threads={threads}; expected at least 2 evaluations, no negative number of calls, and batch sizes and "
+            f"threads from 1 up"
         )
-    place = torch.device(device) if device is not None else next(nested.ta.parameters()).device
+    place = usable_device(device) if device is not None else next(nested.ta.parameters()).device
     inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
     judge = _Judge(nested, evaluate, inputs, place)
     layers = _layers(nested)
@@ -117,8 +123,9 @@ class _Judge:
         if spec not in self.found:
             module = self.module(spec)
             with torch.no_grad():
+                run_example(module, self.inputs)
                 cost = measure_cost(module, self.inputs)
-                quality = float(self.evaluate(module))
+                quality = quality_of(self.evaluate, module)
             if not math.isfinite(quality):
                 raise ChoiceError(
                     f"evaluate gave {quality} for {size_name(self.nested, spec)!r}; expected a finite number: such as "
@@ -132,6 +139,21 @@ class _Judge:
                 **asdict(cost),
             )
         return self.found[spec]
+
+
+def quality_of(evaluate: Callable[[nn.Module], Any], module: nn.Module) -> float:
+    """What `evaluate` gives for a module, as a number.
+
+    Raises:
+        ChoiceError: it is none.
+    """
+    with torch.no_grad():
+        found = evaluate(module)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        told = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.100}"
+        raise ChoiceError(f"evaluate gave {told}; expected one number, such as a mean loss on held-out data") from None
 
 
 def _additive_cost(judge: _Judge, layers: Sequence[Sequence[str]]) -> Callable[[Choice], float]:
@@ -180,7 +202,7 @@ def _layers(nested: Nested) -> list[tuple[str, ...]]:
     names = layer_names(nested)
     if not names:
         raise ChoiceError("the Student shares no layer with the TA, so there are no sizes between to choose from")
-    return [names] if HIDDEN in names else [(name,) for name in names]
+    return [names] if is_one_width(nested) else [(name,) for name in names]
 
 
 def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:

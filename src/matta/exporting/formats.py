@@ -19,10 +19,21 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from matta.choosing.measuring import num_examples, resized
-from matta.errors import ExportError, MattaError
+from matta.choosing.measuring import num_examples, resized, run_example
+from matta.choosing.survey import quality_of
+from matta.errors import ExportError, MattaError, require_kind
 from matta.exporting.onnx_runtime import OnnxModule
-from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels, tensor_names, tensors_of
+from matta.nesting.batches import (
+    Batch,
+    call,
+    eval_mode,
+    map_tensors,
+    outputs_by_name,
+    split_labels,
+    tensor_names,
+    tensors_of,
+)
+from matta.nesting.nested import Nested
 from matta.sizes.storage import whole_file
 
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
@@ -60,18 +71,20 @@ def export(
     int8: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
     tolerance: float | None = None,
+    logits: str | Callable[[Any], Any] | None = None,
 ) -> Exported:
     """Write a module for another runtime: with a batch axis of any length, and compared with the module afterwards.
 
     | format | what is written | read by |
     |---|---|---|
     | "onnx" | a file of operators and weights | ONNX Runtime and others (`matta.OnnxModule(path)`) |
-    | "torch_export" | a file of torch's own graph | `torch.export.load(path).module()` |
+    | "torch_export" | a file of torch's own graph, `.pt2` | `torch.export.load(path).module()` |
     | "safetensors" | a file of weights by name | `safetensors.torch.load_model(module, path)`, a module of your class |
     | "transformers" | a folder | `from_pretrained(path)` |
 
     Args:
-        module: A plain module, such as `matta.extract` gives, on the CPU.
+        module: A plain module, such as `matta.extract` gives, on the CPU. One of several heads, which returns a
+            mapping of tensors, has an output for each.
         path: The file or folder to be; a file that is there is replaced, when all went well.
         format: See the table.
         example: A batch as in training, for "onnx" and "torch_export".
@@ -81,11 +94,14 @@ def export(
             are off is told; `tolerance` is not asked, since only `evaluate` can judge it.
         evaluate: The quality of a module, which is measured on what was written ("onnx" and "torch_export").
         tolerance: The most that logits may differ, over the largest logit; None: 1e-3.
+        logits: Where the logits are in what the module returns, as in `CoTraining`; a function may give a mapping of
+            several outputs.
 
     Raises:
-        ExportError: an unknown format, an operator that the format lacks, logits that differ by more than the
-            tolerance, or a package of the extra `export` is missing.
-        MattaError: for "transformers", what the folder cannot hold.
+        ExportError: an unknown format, a path that cannot be written, an operator that the format lacks, logits that
+            differ by more than the tolerance, or a package of the extra `export` is missing.
+        MattaError: what is no plain module, an example on which it does not run; for "transformers", what the folder
+            cannot hold.
 
     Example:
         >>> import matta, tempfile
@@ -94,11 +110,16 @@ def export(
         ...     done.format, done.error, done.path.name
         ('safetensors', 0.0, 'ranker.safetensors')
     """
+    require_kind("module", module, nn.Module, "a plain module, such as matta.extract(nested, size.spec)")
+    if isinstance(module, Nested):
+        raise ExportError(
+            "received a nesting; expected one of its sizes: matta.extract(nested, size.spec) or nested.ta"
+        )
     if format not in FORMATS:
         raise ExportError(f"format={format!r}; expected one of: {', '.join(FORMATS)}")
     if int8 and format != "onnx":
         raise ExportError(f"int8=True with format={format!r}; expected 'onnx': it is ONNX Runtime's quantisation")
-    target = Path(path)
+    target = _target(path, is_folder=format == "transformers")
     with eval_mode(module):
         if format == "safetensors":
             return _safetensors(module, target)
@@ -106,22 +127,23 @@ def export(
             return _transformers(module, target)
         if example is None:
             raise ExportError(f"format={format!r} without an example; expected a batch to trace the module with")
-        inputs = split_labels(example)[0]
-        inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
+        inputs, axes = split_labels(example)[0], _axes(open_axes)
         if format == "onnx":
             _require_one_file(module)
-        write = partial(_onnx, int8=int8) if format == "onnx" else _torch_export
+        names = tuple(outputs_by_name(run_example(module, inputs), logits))
+        inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
+        write = partial(_onnx, int8=int8, names=names, logits=logits) if format == "onnx" else _torch_export
         allowed = TOLERANCE if tolerance is None else tolerance
         with whole_file(target) as made:
             with _in_a_line(format), _quiet():
-                read = write(module, made, inputs, open_axes)
-                error = _largest_difference(module, read, inputs, open_axes)
+                read = write(module, made, inputs, axes)
+                error = _largest_difference(module, read, inputs, axes, logits)
             if not int8 and not error <= allowed:
                 raise ExportError(
                     f"the logits of the exported file differ by {error:.2g} of the largest one, more than the "
                     f"tolerance {allowed:g}; nothing is written: raise tolerance= if that will do"
                 )
-            quality = None if evaluate is None else _quality(evaluate, read)
+            quality = None if evaluate is None else quality_of(evaluate, read)
             size = made.stat().st_size
     return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
 
@@ -135,27 +157,53 @@ def _require_one_file(module: nn.Module) -> None:
         )
 
 
-def _quality(evaluate: Callable[[nn.Module], float], module: nn.Module) -> float:
-    with torch.no_grad():
-        return float(evaluate(module))
+def _target(path: str | os.PathLike[str], *, is_folder: bool) -> Path:
+    """Where to write; its folder is made.
+
+    Raises:
+        ExportError: a file is to be where a folder is, or the folder cannot be made.
+    """
+    target = Path(path)
+    if not is_folder and target.is_dir():
+        raise ExportError(f"{target} is a folder; expected the name of a file in it, such as {target / 'model.onnx'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be written: {error.strerror}: {error.filename}; take another path"
+        ) from None
+    return target
+
+
+def _axes(open_axes: Any) -> tuple[int, ...]:
+    if isinstance(open_axes, Sequence) and all(isinstance(axis, int) and axis >= 0 for axis in open_axes):
+        return tuple(sorted({0, *open_axes}))
+    raise ExportError(f"received open_axes={open_axes!r}; expected axes from 0 up, such as (0, 1)")
 
 
 @torch.no_grad()
-def _largest_difference(module: nn.Module, other: nn.Module, inputs: Any, open_axes: Sequence[int]) -> float:
+def _largest_difference(
+    module: nn.Module, other: nn.Module, inputs: Any, open_axes: Sequence[int], logits: Any
+) -> float:
     """Of the logits, relative to the largest, on the inputs and on a batch of another size, shorter on open axes."""
     found = 0.0
     size = num_examples(inputs)
+    in_output = None if isinstance(other, OnnxModule) else logits  # an ONNX file gives the logits alone
     for batch in (inputs, _shorter(resized(inputs, size + OTHER_BATCH), size + OTHER_BATCH, open_axes)):
-        expected = logits_of(call(module, batch)).float()
-        got = logits_of(call(other, batch)).float()
-        if got.shape != expected.shape:
-            raise ExportError(
-                f"the exported file gives logits of shape {tuple(got.shape)}, and the module {tuple(expected.shape)}, "
-                f"for a batch of another size: an operation of the module has taken a length for a constant"
-            )
-        scale = expected.abs().max().clamp(min=1e-12)
-        found = max(found, float(((got - expected).abs().max() / scale).nan_to_num(nan=float("inf"))))
+        outputs = outputs_by_name(call(module, batch), logits)
+        others = outputs_by_name(call(other, batch), in_output)
+        found = max(found, *(_difference(each.float(), others[name].float()) for name, each in outputs.items()))
     return found
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    if got.shape != expected.shape:
+        raise ExportError(
+            f"the exported file gives logits of shape {tuple(got.shape)}, and the module {tuple(expected.shape)}, "
+            f"for a batch of another size: an operation of the module has taken a length for a constant"
+        )
+    scale = expected.abs().max().clamp(min=1e-12)
+    return float(((got - expected).abs().max() / scale).nan_to_num(nan=float("inf")))
 
 
 def _safetensors(module: nn.Module, target: Path) -> Exported:
@@ -192,13 +240,14 @@ def _transformers(module: nn.Module, target: Path) -> Exported:
 class _Positional(nn.Module):
     """A module that takes the tensors of a batch one by one, and returns its logits alone."""
 
-    def __init__(self, module: nn.Module, inputs: Any) -> None:
+    def __init__(self, module: nn.Module, inputs: Any, logits: Any) -> None:
         super().__init__()
-        self.module, self.inputs = module, inputs
+        self.module, self.inputs, self.logits = module, inputs, logits
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         left = iter(values)
-        return logits_of(call(self.module, map_tensors(self.inputs, lambda _: next(left))))
+        output = call(self.module, map_tensors(self.inputs, lambda _: next(left)))
+        return tuple(outputs_by_name(output, self.logits).values())
 
 
 def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[int, Any], ...]:
@@ -222,7 +271,16 @@ def _shorter(inputs: Any, count: int, axes: Sequence[int]) -> Any:
     return map_tensors(inputs, cut)
 
 
-def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int], *, int8: bool) -> nn.Module:
+def _onnx(
+    module: nn.Module,
+    made: Path,
+    inputs: Any,
+    open_axes: Sequence[int],
+    *,
+    int8: bool,
+    names: Sequence[str],
+    logits: Any,
+) -> nn.Module:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
@@ -230,10 +288,10 @@ def _onnx(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int], 
             raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
     values = tensors_of(inputs)
     program = torch.onnx.export(
-        _Positional(module, inputs),
+        _Positional(module, inputs, logits),
         tuple(values),
         input_names=tensor_names(inputs),
-        output_names=["logits"],
+        output_names=list(names),
         dynamic_shapes=(_open(values, num_examples(inputs), open_axes),),
         dynamo=True,
         verbose=False,
@@ -278,9 +336,11 @@ def _in_a_line(format: Format) -> Iterator[None]:
         yield
     except MattaError:
         raise
+    except OSError as error:
+        raise ExportError(f"{error.filename} cannot be written: {error.strerror}; take another path") from None
     except Exception as error:
         raise ExportError(
-            f"the module cannot be exported as {format}: {_reason(error)}. Replace that operation, or export "
+            f"the module cannot be exported as {format}: {_reason(error)}; replace that operation, or export "
             f"format='safetensors' and load it into your class where it is served"
         ) from error
 
@@ -290,20 +350,17 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300].rstrip(".:")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' messages about themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Without the exporters' messages about themselves, and the graphs that they print when they fail."""
+    printed, before = io.StringIO(), logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+            logging.disable(before)

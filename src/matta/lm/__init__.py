@@ -2,7 +2,8 @@
 
 Read in this order:
 
-- `recipe`, checked by `typed_tables`: what a run trains, on what, and how. `command_settings`: options of the commands.
+- `recipe`, checked by `typed_tables`: what a run trains, on what, and how. `recipe_files`: read from TOML, with values
+  replaced. `command_settings`: options of the commands.
 - `text_files`, `documents`, `tokens`, `corpora`: text from files or the hub, as documents, as token ids, kept.
 - `packing`, `permutations`: batches of packed blocks in a shuffled order. `text_streaming`, `lanes`: text too large for
   the memory.

@@ -34,7 +34,8 @@ from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import family_of
 from matta.lm.folders import CODE, export, shipped_code
 from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_of
-from matta.lm.recipe import SourcePart, is_run
+from matta.lm.recipe import SourcePart
+from matta.lm.recipe_files import is_run
 from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, load_run
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify_weights, write_json
@@ -142,7 +143,7 @@ def _of_folder(given: str, path: Path, trust: bool) -> Contestant:
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except DAMAGE as error:
-        raise RunError(f"{file} is damaged: {error}") from None
+        raise RunError(f"{file} is damaged: {error}; take another copy of the folder") from None
     verify_weights(path)
     has_code = any(True for _ in path.rglob("*.py"))
     if has_code and not trust and not is_own_code(path, config):

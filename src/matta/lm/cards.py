@@ -121,7 +121,7 @@ def render(card: ModelCard, model: PreTrainedModel, *, auto_class: str, own_code
     parts = [
         f"---\n{_front_matter(card, model)}\n# license: choose one before you publish\n---",
         f"# {card.title or type(model).__name__}",
-        _summary(card, model, own_code),
+        _summary(model, own_code),
         "## Load\n\n" + _code(loading_lines(".", auto_class, own_code=own_code, has_tokenizer=has_tokenizer)),
         _nesting(card, model),
         _quality(card.scores),
@@ -170,7 +170,7 @@ def _front_matter(card: ModelCard, model: PreTrainedModel) -> str:
     return str(data.to_yaml()).rstrip()
 
 
-def _summary(card: ModelCard, model: PreTrainedModel, own_code: bool) -> str:
+def _summary(model: PreTrainedModel, own_code: bool) -> str:
     architecture = type(model).__name__.removeprefix("Matta")
     count = _millions(model.num_parameters())
     code = (

@@ -15,7 +15,7 @@ from matta.choosing.family import COLUMNS, FILE, Family
 from matta.choosing.survey import family
 from matta.errors import RunError
 from matta.lm.command_settings import ChooseSettings
-from matta.lm.recipe import NESTED, is_run
+from matta.lm.recipe_files import NESTED, is_run
 from matta.training.reporting import rich_table
 
 

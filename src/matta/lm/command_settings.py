@@ -239,7 +239,7 @@ class ExportSettings:
         if self.format not in ("onnx", "torch_export", "safetensors", "transformers"):
             raise RunError(f"--format {self.format}; expected onnx, torch_export, safetensors or transformers")
         if self.int8 and self.format != "onnx":
-            raise RunError("--int8 is for --format onnx alone")
+            raise RunError("--int8 is for --format onnx alone; leave one of them out")
 
 
 def _require_two(evaluations: int) -> None:

@@ -248,7 +248,7 @@ class _Search:
         )
 
     def _kinds(self, config: PreTrainedConfig, path: str, index: int) -> list[Values]:
-        """For a block of another kind than its place has (sliding or full attention): lists that say so."""
+        """Lists that change a block's kind (sliding or full attention), where it is not the kind of its place."""
         wrong = self.differences(config, f"{path}.{index}.")
         kinds = {value for key in wrong if isinstance(value := self.target.get(key), str | bool)}
         found: list[Values] = []

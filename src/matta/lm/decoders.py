@@ -31,8 +31,7 @@ from matta.objectives.classification import CausalLM
 from matta.optim.parameter_groups import shampoo_groups
 from matta.optim.shampoo import Shampoo
 from matta.sizes.storage import verify_weights
-from matta.sizes.submodels import layer_names
-from matta.sizes.units import HIDDEN
+from matta.sizes.submodels import is_one_width, layer_names
 
 EXAMPLE_LENGTH: Final = 8  # tokens
 
@@ -167,7 +166,7 @@ def require_family(nested: Nested, ks: Sequence[int]) -> None:
             )
         if k > len(names):
             raise RunError(f"family.k: {k} layers are to be wide; expected at most {len(names)}, those of the TA")
-        if HIDDEN in names and 0 < k < len(names):
+        if is_one_width(nested) and 0 < k < len(names):
             raise RunError(
                 f"family.k: {k} layers are to be wide, but the hidden width itself grows from Student to TA, so that "
                 f"wide and narrow layers do not fit together; expected 0 at most, or a TA of the Student's hidden width"

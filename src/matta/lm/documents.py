@@ -181,7 +181,7 @@ class Documents:
             raise RunError(f"{self._names()} {describe_empty(self.counts)}")
 
     def of_part(self, index: int) -> Iterator[Document]:
-        """Those of one part, such as a file."""
+        """The documents of one part, such as a file."""
         for item in self.shards.items(index):
             if (document := self.checked(item, index)) is not None:
                 yield document

@@ -150,7 +150,7 @@ def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _rebuilt(model: PreTrainedModel, fit: Fit) -> tuple[PreTrainedModel, str | None]:
-    """The same weights in the class that will load them, and that class's code where it is not stock."""
+    """The model's weights in the class that will load them, and that class's code where it is not stock."""
     config = copy.deepcopy(fit.config)
     kind, code = type(model), None
     if not fit.is_uniform:

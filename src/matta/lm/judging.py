@@ -182,7 +182,7 @@ def _check(file: Path, forms: Sequence[frozenset[str]]) -> None:
             try:
                 item = json.loads(line)
             except DAMAGE as error:
-                raise RunError(f"{file}, line {number} is not JSON: {error}") from None
+                raise RunError(f"{file}, line {number} is not JSON: {error}; expected an item on each line") from None
             if not isinstance(item, dict) or not any(form <= item.keys() for form in forms):
                 wanted = ", or ".join(" ".join(sorted(form)) for form in forms)
                 raise RunError(f"{file}, line {number} lacks the fields of the hub's format; expected {wanted}")

@@ -72,7 +72,7 @@ class PackedTokens:
 
     Local files are tokenised once, when this is made. A pass takes every sample once; where a pass ends within a
     batch, the next one fills it. Several processes (`shard`; `matta.fit` calls it) have equally many batches and
-    share each out between them. Place and order take no memory, and going on costs nothing.
+    share each out between them. Place and order take no memory, and resuming costs nothing.
 
     With `stream`, and from the hub, documents are tokenised while training continues, on threads of their own. The
     order of the files is shuffled, and so are samples, in windows. The text is read in lanes, from which the samples

@@ -13,7 +13,8 @@ from matta.lm.command_settings import PlanSettings
 from matta.lm.costs import Cost, cost_of, family_costs, step_memory
 from matta.lm.decoders import build_pair, nest_pair, require_context, require_family
 from matta.lm.gpu_memory import Choice, choices, fitting, rows_of
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
 from matta.nesting.plan import kinds

@@ -26,7 +26,8 @@ from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_p
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import DataPart, Recipe, TrainPart, is_run, read_recipe, recipe_to_values
+from matta.lm.recipe import DataPart, Recipe, TrainPart
+from matta.lm.recipe_files import is_run, read_recipe, recipe_to_values
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
@@ -109,7 +110,7 @@ def _agreed_path(out: Path | None, name: str, accelerator: Accelerator) -> Path:
 
 
 def _require_free(path: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds something else, or a run that is not to go on.
+    """Refuse a folder that holds something else, or a run that is not to be resumed.
 
     Raises:
         RunError: it does.
@@ -248,7 +249,7 @@ def make_cotraining(
 
 
 def _turns(part: TrainPart, context: int) -> Turns | None:
-    """Whose turn it is in each step, if not everybody's."""
+    """The turns that the recipe asks for; None: each step trains all models."""
     if part.turns is None:
         return None
     alone = part.steps_alone(part.num_steps(context))
@@ -275,7 +276,7 @@ class Judge:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, batch: int) -> Judge | None:
-        """That of a recipe, if it names a text for it.
+        """The judge of a recipe, if it names held-out text.
 
         Raises:
             RunError: the text is not there.

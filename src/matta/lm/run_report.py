@@ -13,7 +13,7 @@ from typing import Any, Final
 from matta.choosing.report_page import HeatMap, Points
 from matta.lm.choosing_sizes import family_of_run
 from matta.lm.command_settings import ReportSettings
-from matta.lm.recipe import NESTED, is_run, recipe_to_values
+from matta.lm.recipe_files import NESTED, is_run, recipe_to_values
 from matta.lm.trained_runs import read_run_recipe
 from matta.nesting.plan import Plan
 from matta.sizes.saving import DESCRIPTION, saved_plans

@@ -22,7 +22,8 @@ from matta.lm.command_settings import TeachSettings
 from matta.lm.decoders import load_decoder, require_context
 from matta.lm.documents import text_source
 from matta.lm.packing import PackedTokens
-from matta.lm.recipe import Recipe, read_recipe
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import read_recipe
 from matta.lm.teacher_labels import About, begin, samples_per_shard, shard_file, write_shard
 from matta.lm.tokens import load_tokenizer, require_agreement, tokenizer_fingerprint
 from matta.nesting.batches import eval_mode

@@ -208,10 +208,11 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
 
     try:
         opened = pq.ParquetFile(file)
-    except pa.ArrowException as error:
+        there = opened.schema_arrow.names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise OSError(short(error)) from None
     with opened:
-        if field not in (there := opened.schema_arrow.names):
+        if field not in there:
             yield Bad(f"without {field}", opened.metadata.num_rows, f"it has {', '.join(there)[:80]}")
             return
         for group in range(opened.num_row_groups):

@@ -57,7 +57,7 @@ class StreamedSamples:
 
     @property
     def num_lanes(self) -> int:
-        """Those given, or of the run that is resumed, or one for each process."""
+        """The number given, or that of the run that is resumed, or one lane for each process."""
         return self._num_lanes or self._num_ranks
 
     @property

@@ -106,7 +106,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 @final
 class TextEncoder:
-    """From texts to ids, for training, held-out text and benchmarks alike: no text is a special token.
+    """Turns texts into ids, for training, held-out text and benchmarks alike: no text is a special token.
 
     Nothing is added, cut or padded. A document that says `<|endoftext|>` does not end there, unless the tokenizer's
     model has the name as an ordinary piece too (Unigram). The tokenizer itself is left as it is.
@@ -213,7 +213,7 @@ def token_blocks(
 
 
 def document_groups(documents: Iterable[Document], chars: int) -> Iterator[list[Document]]:
-    """As many documents as have `chars` characters together, and again."""
+    """Groups of documents, each with at least `chars` characters in all, but for the last."""
     texts: list[Document] = []
     size = 0
     for document in documents:

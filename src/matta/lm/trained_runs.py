@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.lm.configurations import without_weights
 from matta.lm.decoders import first_sentence, from_config
-from matta.lm.recipe import NESTED, RECIPE, Recipe, recipe_from_values, recipe_to_values
+from matta.lm.recipe import Recipe
+from matta.lm.recipe_files import NESTED, RECIPE, recipe_from_values, recipe_to_values
 from matta.nesting.nested import Nested
 from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
@@ -147,7 +148,7 @@ def read_run_recipe(path: Path) -> Recipe:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except DAMAGE as error:
-        raise RunError(f"{file} is damaged: {error}") from None
+        raise RunError(f"{file} is damaged: {error}; take another copy of the run") from None
     return recipe_from_values(values, str(file))
 
 

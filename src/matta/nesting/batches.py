@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from matta.errors import LabelError
 
+LOGITS = "logits"
 Batch = Mapping[str, Any] | tuple[Any, Any] | list[Any]
 
 
@@ -49,7 +50,7 @@ def call(module: nn.Module, inputs: Any) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same tuples, lists and mappings with every tensor changed.
+    """Changes every tensor in tuples, lists and mappings.
 
     Example:
         >>> import torch
@@ -149,9 +150,32 @@ def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, name
     fields = [each for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
     raise LabelError(
         f"the module returned {type(output).__name__} without {name}; its tensors are: {', '.join(fields) or 'none'}; "
-        f"expected a tensor of logits, or an object with .logits; say where they are by CoTraining(logits=...), the "
-        f"name of a field or a function of the output, or wrap the module in one that returns its logits"
+        f"expected a tensor of logits, or an object with .logits; say where they are by logits=..., the name of a "
+        f"field or a function of the output, or wrap the module in one that returns its logits"
     )
+
+
+def outputs_by_name(output: Any, where: str | Callable[[Any], Any] | None = None) -> dict[str, Tensor]:
+    """The logits in what a module returned, by name: `logits`, or what a mapping without them holds.
+
+    Args:
+        output: What the module returned.
+        where: As in `logits_of`; a function may give a mapping.
+
+    Raises:
+        LabelError: there are none.
+
+    Example:
+        >>> import torch
+        >>> outputs_by_name({"click": torch.ones(1), "minutes": torch.zeros(1)})
+        {'click': tensor([1.]), 'minutes': tensor([0.])}
+    """
+    if where is None and isinstance(output, Mapping) and not has_logits(output):
+        found: Any = {str(name): value for name, value in output.items() if isinstance(value, Tensor)}
+    else:
+        found = None
+    found = found or logits_of(output, where)
+    return dict(found) if isinstance(found, Mapping) else {LOGITS: found}
 
 
 def _fields_of(output: Any) -> Mapping[str, Any]:

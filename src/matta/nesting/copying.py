@@ -53,7 +53,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 @contextmanager
 def _without_fsdp(module: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
-    """For a while, modules of FSDP2 as they were before: of the user's class, without its hooks; parameters whole."""
+    """Within it FSDP2's modules are as before it: of the user's class, without its hooks, with whole parameters."""
     held: list[Any] = [each for part in module.modules() for each in part._parameters.values()]
     for parameter in held:
         if hasattr(parameter, "full_tensor") and id(parameter) not in memo:

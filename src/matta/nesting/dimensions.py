@@ -111,7 +111,7 @@ class Atlas:
         return self._channels.classes(row)
 
     def _chains(self) -> tuple[Row, Row]:
-        """For each class the first of its chain, and its place in it."""
+        """The first class of the chain of each class, and the place of each in its chain."""
         steps, heads, tails = self._steps()
         before = torch.arange(self._count)
         source, target = steps[:, 0], steps[:, 1]
@@ -209,7 +209,7 @@ class Atlas:
                     yield (*place, axis), self.parts(row)
 
     def own_axes(self, seen: dict[str, Rows], own: dict[str, list[Row]]) -> Iterator[tuple[str, Row]]:
-        """Of each module's output the one axis that its own parameters span, if there is just one."""
+        """The one axis of each module's output that its own parameters span, if there is just one."""
         for name, rows in seen.items():
             mine = {dimension for row in own[name] for dimension in self._of(row)}
             axes = [row for row in rows.values() if mine & set(self._of(row))]

@@ -65,7 +65,7 @@ class Segment:
         return self.student != self.ta
 
     def widened(self) -> Segment:
-        """The same stretch with all of the Teaching Assistant's indices."""
+        """This segment with all of the Teaching Assistant's indices."""
         return Segment(self.ta, self.ta)
 
     def positions(self) -> list[int]:

@@ -1,9 +1,4 @@
-"""Nest Students into a Teaching Assistant: find, for every Student parameter, where it lives.
-
-A nesting is a map (the paper's section 3.2, Algorithm 2): each Student parameter is a block of one
-TA parameter, of which it takes some indices of each axis. Layer, depth and d_model M-nesting are
-the same map with other sizes and other names; no layer type needs to be known.
-"""
+"""`nest` finds where every Student parameter lives in the TA, `Nested` holds the pair, `probe` checks it by running."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from matta.errors import NestingError
+from matta.errors import NestingError, require_kind
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
 from matta.nesting.copying import copy_module
@@ -73,6 +68,15 @@ class Nested(nn.Module):
         return "\n\n".join(describe(self.ta, student, plan) for student, plan in plans)
 
     __repr__ = __str__
+
+
+def require_nested(found: object) -> None:
+    """Refuse what is no nesting.
+
+    Raises:
+        MattaError: it is something else.
+    """
+    require_kind("nested", found, Nested, "what matta.nest gives")
 
 
 def probe(nested: Nested, example: Batch) -> None:

@@ -207,7 +207,7 @@ def _grouped_product(known: Known, call: Call) -> None:
 
 
 def _restride(known: Known, call: Call) -> None:
-    """The same shape in another order of memory."""
+    """A shape that stays, in another order of memory."""
     (_keep if call.result.shape == call.shape else _unknown)(known, call)
 
 

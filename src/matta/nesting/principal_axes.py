@@ -26,7 +26,7 @@ def principal_axes(
     batches: Iterable[Batch],
     loss: Loss | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each group the axes onto which to turn it, as columns from the most important one, and their scores.
+    """The axes onto which to turn each group, as columns from the most important one, and their scores.
 
     The axes are the eigenvectors of a sum of logarithms of second moments, the scores its eigenvalues. Along the
     channels' own axes this is the logarithm of the product that `channel_scores` takes, squared.

@@ -6,7 +6,7 @@ its own: here they become the TA's slices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,24 @@ def start_from_ta(student: nn.Module, ta: nn.Module, plan: Plan, private: Mappin
     """
     for name, placement in private.items():
         student.get_parameter(name).copy_(_taken(ta.get_parameter(placement.ta), placement.axes))
+    for own, source, axes in norm_statistics(student, ta, plan, private):
+        own.copy_(_taken(source, axes))
+
+
+def norm_statistics(
+    student: nn.Module, ta: nn.Module, plan: Plan, private: Mapping[str, Placement]
+) -> Iterator[tuple[Tensor, Tensor, tuple[Axis, ...]]]:
+    """The running statistics of the Student's norms, those of the TA, and where the former lie in the latter."""
+    theirs = dict(ta.named_buffers(remove_duplicate=False))
     for path, part in student.named_modules():
-        if isinstance(part, _NormBase) and part.running_mean is not None:
-            prefix = f"{path}." if path else ""
-            weight = plan.placements.get(f"{prefix}weight", private.get(f"{prefix}weight"))
-            for key, buffer in part.named_buffers(recurse=False):
-                source = ta.get_buffer(translate(f"{prefix}{key}", plan.layers))
-                axes = weight.axes if weight is not None and buffer.ndim else _leading(buffer, source)
-                buffer.copy_(_taken(source, axes))
+        if not isinstance(part, _NormBase) or part.running_mean is None:
+            continue
+        prefix = f"{path}." if path else ""
+        weight = plan.placements.get(f"{prefix}weight", private.get(f"{prefix}weight"))
+        for key, buffer in part.named_buffers(recurse=False):
+            source = theirs.get(translate(f"{prefix}{key}", plan.layers))
+            if source is not None:
+                yield buffer, source, weight.axes if weight is not None and buffer.ndim else _leading(buffer, source)
 
 
 def _leading(buffer: Tensor, source: Tensor) -> tuple[Axis, ...]:

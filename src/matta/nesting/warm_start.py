@@ -1,9 +1,9 @@
 """Put a trained Student's weights into the Teaching Assistant, so that both start as good as it.
 
-The Student's weights go into their slices; what the TA has beyond them is silenced where it would
-reach the Student's channels: the weights from extra inputs to the Student's outputs, and the output
-projections of extra blocks, so that those are identities of a residual stream. Everything else of
-the TA keeps its fresh weights, through which it learns.
+The Student's weights, and the running statistics of its norms, go into their slices; what the TA has
+beyond them is silenced where it would reach the Student's channels: the weights from extra inputs to
+the Student's outputs, and the output projections of extra blocks, so that those are identities of a
+residual stream. Everything else of the TA keeps its fresh weights, through which it learns.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.batches import Batch, call, eval_mode, outputs_of, split_labels
-from matta.nesting.declarations import LayerMap
+from matta.nesting.declarations import LayerMap, translate
 from matta.nesting.known_modules import axis_role
 from matta.nesting.matching import Shown
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import write_slice
+from matta.nesting.ta_start import norm_statistics
 
 _OUTPUT_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "down_proj", "wo", "w2", "fc2", "linear2", "fc_out", "proj")
 _TOLERANCE = 1e-4
@@ -39,18 +40,21 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
     """
     if example is None:
         _refuse_unknown_inputs(student, plan)
-    before = None if example is None else [parameter.detach().clone() for parameter in ta.parameters()]
+        _refuse_other_buffers(student, ta, plan)
+    before = None if example is None else [each.detach().clone() for each in (*ta.parameters(), *ta.buffers())]
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in plan.placements.items():
         target = ta.get_parameter(placement.ta)
         inputs = shown.input_axes(placement.ta) or _input_axes(student, name, len(placement.axes))
         _silence_extra_inputs(target, placement, inputs)
         write_slice(target, named[name], placement.axes)
+    for own, statistics, axes in norm_statistics(student, ta, plan, {}):
+        write_slice(statistics, own, axes)
     used = {id(ta.get_parameter(placement.ta)) for placement in plan.placements.values()}
     for layer_map in plan.layers:
         _silence_extra_blocks(ta, layer_map, example, used)
     if before is not None and example is not None:
-        _require_same(student, ta, example, before)
+        _require_same(student, ta, plan, example, before)
 
 
 @torch.no_grad()
@@ -172,8 +176,32 @@ def _refuse_unknown_inputs(student: nn.Module, plan: Plan) -> None:
             )
 
 
+def _refuse_other_buffers(student: nn.Module, ta: nn.Module, plan: Plan) -> None:
+    if others := _other_buffers(student, ta, plan):
+        raise NestingError(
+            f"the warm start does not know whether the TA can start as the Student: {_told(others)}, or pass "
+            f"example=batch to have it checked"
+        )
+
+
+def _other_buffers(student: nn.Module, ta: nn.Module, plan: Plan) -> list[str]:
+    """Buffers of one shape and other values, which a training may have set: the means of the inputs, say."""
+    theirs = dict(ta.named_buffers())
+    pairs = ((name, buffer, theirs.get(translate(name, plan.layers))) for name, buffer in student.named_buffers())
+    norms = {id(own) for own, _, _ in norm_statistics(student, ta, plan, {})}
+    return [
+        name
+        for name, own, other in pairs
+        if id(own) not in norms and other is not None and own.shape == other.shape and not torch.equal(own, other)
+    ]
+
+
+def _told(buffers: list[str]) -> str:
+    return f"the TA's buffer {buffers[0]} has other values than the Student's; copy them if they were learnt"
+
+
 @torch.no_grad()
-def _require_same(student: nn.Module, ta: nn.Module, example: Batch, before: list[Tensor]) -> None:
+def _require_same(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, before: list[Tensor]) -> None:
     """Refuse a TA that does not compute what the Student does; it then has its weights of before."""
     inputs = split_labels(example)[0]
     with eval_mode(student, ta):
@@ -181,13 +209,21 @@ def _require_same(student: nn.Module, ta: nn.Module, example: Batch, before: lis
     error = max([_error(*pair) for pair in zip(*found, strict=True)], default=0.0)
     if error <= _TOLERANCE:
         return
-    for parameter, value in zip(ta.parameters(), before, strict=True):
-        parameter.copy_(value)
+    for each, value in zip((*ta.parameters(), *ta.buffers()), before, strict=True):
+        each.copy_(value)
+    others = _other_buffers(student, ta, plan)
+    reason = (
+        _told(others)
+        if others
+        else (
+            "it has parts that cannot be silenced, such as norms over a wider hidden state, blocks that are not "
+            "residual or a scale of their own width; let widths grow inside the blocks alone"
+        )
+    )
     raise NestingError(
         f"warm_start=True cannot start the TA as the Student: with the Student's weights its logits differ by "
-        f"{error:.2g} (relative), since it has parts that cannot be silenced, such as norms over a wider hidden state, "
-        f"blocks that are not residual or a scale of their own width; let widths grow inside the blocks alone, or nest "
-        f"without it and start the Student alone: nested.student.load_state_dict(student.state_dict())"
+        f"{error:.2g} (relative), since {reason}, or nest without it and start the Student alone: "
+        f"nested.student.load_state_dict(student.state_dict())"
     )
 
 

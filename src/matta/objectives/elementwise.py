@@ -60,7 +60,7 @@ class Elementwise(Objective):
         return self.soft(self.scores(logits, labels))
 
     def taught(self, labels: Tensor) -> Tensor:
-        """For which elements a Teacher makes labels."""
+        """Which elements a Teacher makes labels for."""
         return self.known(labels)
 
     def scores(self, logits: Tensor, labels: Labels | None) -> Tensor:

@@ -76,7 +76,7 @@ class Weighted(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """That of the labels."""
+        """The shape of the labels."""
         return self.labels.shape
 
 

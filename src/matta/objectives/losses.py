@@ -94,21 +94,3 @@ def binary_cross_entropy(
     `shares` are the weights of the rows in the mean: one over the number of rows kept, and zero.
     """
     return functional.binary_cross_entropy_with_logits(logits, probs, weight=shares, reduction="sum")
-
-
-def distillation_loss(
-    student_logits: Float[Tensor, "batch classes"],
-    ta_logits: Float[Tensor, "batch classes"],
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the Student against the TA, in nats.
-
-    Eq. 3, averaged over the batch. The TA side is detached (section 3.1); weights shared with the
-    Student still move.
-
-    Example:
-        >>> import torch
-        >>> z = torch.zeros(1, 2)
-        >>> round(distillation_loss(z, z).item(), 4)
-        0.6931
-    """
-    return soft_cross_entropy(log_probabilities(student_logits), log_probabilities(ta_logits).exp().detach())

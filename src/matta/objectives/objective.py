@@ -96,7 +96,7 @@ class Objective(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     def least_deferred(self, labels: Labels) -> int | None:
-        """From how many classes on `joint` takes deferred logits of linear heads; None: never."""
+        """The least number of classes for which `joint` takes deferred logits of linear heads; None: it never does."""
         return None
 
     def joint(self, students: Sequence[Tensor], ta: Tensor, labels: Labels, weights: LossWeights) -> Joint:

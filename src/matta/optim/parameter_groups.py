@@ -19,11 +19,18 @@ def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
     `Shampoo(module)` uses them by itself. Call this to give the groups their own settings; a table that is no
     `nn.Embedding` belongs in a group with `"precondition": False` too.
 
+    Raises:
+        OptimizerError: the module's weights are slices of another's, as those of a live Student are.
+
     Example:
         >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
         >>> [(len(group["params"]), group["precondition"]) for group in shampoo_groups(module)]
         [(2, True), (1, False)]
     """
+    if not all(parameter.is_leaf for parameter in module.parameters()):
+        raise OptimizerError(
+            "received a live Student, whose weights are slices of the TA's; expected the whole nesting"
+        )
     tables = {
         id(parameter)
         for each in module.modules()

@@ -69,7 +69,7 @@ class Stack:
 
     @property
     def factors(self) -> list[Factors]:
-        """Those of sides longer than 1: the root of a 1x1 factor is a number, which grafting takes out."""
+        """L and R, of sides longer than 1: the root of a 1x1 factor is a number, which grafting takes out."""
         return [each for each in (self.left, self.right) if each is not None]
 
     def load_gradients(self) -> None:

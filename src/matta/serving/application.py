@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,7 +21,7 @@ from starlette.routing import Route
 
 from matta import __version__
 from matta.ab_testing.traffic import AnswerLog, Split
-from matta.errors import AbError, ServeError
+from matta.errors import AbError, ServeError, first_line
 from matta.serving.batching import Answer, Batcher, QueueFull
 from matta.serving.inference_protocol import (
     HEADER_LENGTH,
@@ -30,7 +31,7 @@ from matta.serving.inference_protocol import (
     write_answer,
 )
 from matta.serving.serve_settings import ServeSettings
-from matta.serving.served_models import OUTPUT, ServedModels, VersionWatch
+from matta.serving.served_models import ServedModels, VersionWatch
 from matta.serving.serving_metrics import ServingMetrics
 from matta.serving.size_policy import SizePolicy
 
@@ -38,6 +39,7 @@ LOG: Final = logging.getLogger("matta.serve")
 LINGER_S: Final = 2.0
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MEGABYTE: Final = 2**20
+OUT_OF_RANGE: Final = re.compile("out of (data )?bounds|out of range|valid range")  # of ids, in tables of embeddings
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -77,11 +79,10 @@ class Application:
             raise ServeError(f"received the size {size!r}; expected one of: {'; '.join(self.models.sizes)}")
 
     def _require_one_value(self) -> None:
-        shape = self.models.outputs[0].shape
-        if self.settings.log is not None and math.prod(shape[1:]) != 1:
-            raise ServeError(
-                f"the model gives logits of shape {list(shape)}; expected one for each row, for a log of predictions"
-            )
+        outputs = self.models.outputs
+        if self.settings.log is not None and (len(outputs) > 1 or math.prod(outputs[0].shape[1:]) != 1):
+            told = ", ".join(f"{each.name} of shape {list(each.shape)}" for each in outputs)
+            raise ServeError(f"the model gives {told}; expected one logit for each row, for a log of predictions")
 
     def _arm(self, arm: str) -> tuple[str, str | None]:
         """Size and pinned version of an arm; the version is loaded."""
@@ -220,7 +221,7 @@ class Application:
             "id": identity,
             "parameters": {"size": answer.size, **({} if arm is None else {"arm": arm})},
         }
-        content, headers = write_answer({OUTPUT: answer.logits}, asked.binary, head)
+        content, headers = write_answer(answer.outputs, asked.binary, head)
         self.metrics.answered(answer.size, 200, seconds)
         return Response(content, headers=headers)
 
@@ -246,9 +247,9 @@ class Application:
             raise ProtocolError(503, str(full), retry_after_s=max(1, math.ceil(full.retry_after_s))) from None
         except TimeoutError:
             raise ProtocolError(504, f"no answer within {self.settings.timeout_s:g} s") from None
-        except IndexError as error:
-            raise ProtocolError(400, f"the model does not take these inputs: {error}") from None
         except Exception as error:  # of the user's model: any kind
+            if isinstance(error, IndexError) or OUT_OF_RANGE.search(str(error)):
+                raise ProtocolError(400, f"the model does not take these inputs: {first_line(error)}") from None
             LOG.exception("the model failed")
             raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
 
@@ -261,7 +262,7 @@ class Application:
                 arm=arm,
                 model=answer.size,
                 version=answer.version,
-                predictions=answer.logits.flatten().tolist(),
+                predictions=[value for each in answer.outputs.values() for value in each.flatten().tolist()],
                 latency_ms=1e3 * seconds,
             )
         except (AbError, OSError) as error:

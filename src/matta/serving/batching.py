@@ -24,7 +24,7 @@ from matta.serving.size_policy import SizePolicy
 
 @final
 class QueueFull(Exception):
-    """So much waits that a request is turned away: it may come again after so many seconds."""
+    """A request is turned away, since too much waits; it may come again after `retry_after_s`."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s:.1f} s")
@@ -36,7 +36,7 @@ class QueueFull(Exception):
 class Answer:
     """The rows of one request, and which size and version gave them."""
 
-    logits: Tensor
+    outputs: Mapping[str, Tensor]
     size: str
     version: str
 
@@ -203,13 +203,14 @@ class Batcher:
             inputs = batch[0].inputs
             if len(batch) > 1:
                 inputs = {name: torch.cat([each.inputs[name] for each in batch]) for name in inputs}
-            logits, version = self.models.run(size, inputs, batch[0].version)
+            outputs, version = self.models.run(size, inputs, batch[0].version)
+            rows = [each.rows for each in batch]
+            parts = list(zip(*(each.split(rows) for each in outputs.values()), strict=True))
         except Exception as error:  # of the user's model: any kind
             if len(batch) == 1:
                 return [error]
             return [answer for each in batch for answer in self._compute([each], size)]
-        parts = logits.split([each.rows for each in batch])
-        return [Answer(logits=part, size=size, version=version) for part in parts]
+        return [Answer(outputs=dict(zip(outputs, part, strict=True)), size=size, version=version) for part in parts]
 
     def _deliver(self, batch: list[_Waiting], answers: list[Answer | Exception], ran: Ran) -> None:
         if batch:

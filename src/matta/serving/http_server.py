@@ -62,7 +62,7 @@ def _to_stderr() -> logging.Handler:
 
 @final
 class _DrainingServer(uvicorn.Server):
-    """After a signal it is not ready and goes on serving for a while; then it takes no more and works off the rest."""
+    """After a signal it is not ready and keeps serving for a while; then it takes no more and works off the rest."""
 
     def __init__(self, config: uvicorn.Config, application: Application) -> None:
         super().__init__(config)

@@ -58,7 +58,7 @@ class TensorSpec:
         return NAMES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a model's metadata."""
+        """The tensor as a model's metadata describe it."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
@@ -219,7 +219,10 @@ def _from_json(data: Any, spec: TensorSpec, shape: list[int]) -> Tensor:
             _refuse(f"{spec.name}: received numbers beyond {spec.datatype}")
     if values.dtype == np.uint64:
         values = values.astype(np.float64 if spec.dtype.is_floating_point else np.int64)
-    return torch.from_numpy(np.ascontiguousarray(values)).to(spec.dtype).view(shape)
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(spec.dtype)
+    if spec.dtype.is_floating_point and not bool(tensor.isfinite().all()):  # JSON itself has no infinity
+        _refuse(f"{spec.name}: received numbers beyond {spec.datatype}")
+    return tensor.view(shape)
 
 
 def _identity(values: Mapping[str, Any]) -> str:

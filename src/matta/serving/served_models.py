@@ -16,18 +16,28 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Final, final
+from types import NoneType
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from matta.choosing.family import Family
-from matta.choosing.measuring import num_examples, resized
+from matta.choosing.measuring import num_examples, resized, run_example, usable_device
 from matta.choosing.survey import STUDENT, TA, size_name, student_spec
-from matta.errors import CheckpointError, MattaError, ServeError
+from matta.errors import CheckpointError, MattaError, ServeError, require_kind
 from matta.exporting.formats import export
 from matta.exporting.onnx_runtime import OnnxModule
-from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels, tensor_names, tensors_of
+from matta.nesting.batches import (
+    Batch,
+    call,
+    eval_mode,
+    map_tensors,
+    outputs_by_name,
+    split_labels,
+    tensor_names,
+    tensors_of,
+)
 from matta.nesting.copying import copy_module
 from matta.nesting.nested import Nested
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
@@ -36,7 +46,7 @@ from matta.sizes.extraction import share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
-OUTPUT, MODEL = "logits", "model"
+MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
 TIMED_CALLS: Final = 5
@@ -65,9 +75,11 @@ class ServedModels:
         threads: Of an operation on a CPU; it holds for the process.
         device: Where the modules compute.
         runtime: "torch", views of one copy of the weights; or "onnx", a session of ONNX Runtime for each size.
+        logits: Where they are in what the modules return, as in `CoTraining`.
 
     Raises:
         ServeError: the example or the module cannot be served.
+        MattaError: arguments of other kinds, a device that is not there, or an example on which the module fails.
         SubModelError: the family is of another nesting.
     """
 
@@ -82,9 +94,12 @@ class ServedModels:
         threads: int = 1,
         device: str | torch.device = "cpu",
         runtime: str = TORCH,
+        logits: str | Callable[[Any], Any] | None = None,
     ) -> None:
-        self.device = torch.device(device)
-        self._runtime, self._threads, self._open_axes = runtime, threads, tuple(open_axes)
+        require_kind("nested", nested, nn.Module, "what matta.nest gives, or a plain module")
+        require_kind("family", family, (Family, NoneType), "what matta.family gives: matta.Family.load(path)")
+        self.device = usable_device(device)
+        self._runtime, self._threads, self._open_axes, self._logits = runtime, threads, tuple(open_axes), logits
         torch.set_num_threads(threads)
         is_there = all(each.device == self.device for each in nested.parameters())
         self._source = nested if is_there else copy.deepcopy(nested).to(self.device)
@@ -94,13 +109,21 @@ class ServedModels:
         has_rows = {name: bool(each.ndim) and len(each) == count for name, each in tensors.items()}
         self.inputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in tensors.items() if has_rows[name])
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
+        self._require_runs()
         self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
-            answer = self._checked(self.current)
-        self.outputs = (_spec(OUTPUT, answer, {0, *open_axes} if answer.ndim > 1 else {0}),)
+            answers = self._checked(self.current)
+        self.outputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in answers.items())
         self.times = self._measure(max_rows)
+
+    def _require_runs(self) -> None:
+        """Refuse an example that the module does not run on, before it is exported or timed."""
+        module = self._source.ta if isinstance(self._source, Nested) else self._source
+        values = map_tensors(self._inputs, lambda each: each.to(self.device))
+        with eval_mode(module):
+            run_example(module, values)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -108,10 +131,11 @@ class ServedModels:
         return tuple(self.specs)
 
     @torch.inference_mode()
-    def run(self, size: str, inputs: Mapping[str, Tensor], version: str | None = None) -> tuple[Tensor, str]:
-        """The logits of a size, on the CPU, and the version that gave them; `version` is a pinned one."""
+    def run(self, size: str, inputs: Mapping[str, Tensor], version: str | None = None) -> tuple[dict[str, Tensor], str]:
+        """The outputs of a size by name, on the CPU, and the version that gave them; `version` is a pinned one."""
         of_version = self.current if version is None else self.pinned[version]
-        return self._call(of_version.modules[size], inputs).cpu(), of_version.name
+        outputs = self._call(of_version.modules[size], inputs)
+        return {name: each.cpu() for name, each in outputs.items()}, of_version.name
 
     def load(self, folder: Path, number: int | None = None) -> Version:
         """A version of a folder of `matta.Snapshots`, tried on the example; by default the newest.
@@ -159,14 +183,22 @@ class ServedModels:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{index}.onnx") for index, name in enumerate(modules)}
             for name, module in modules.items():
-                export(module, files[name], format="onnx", example=example, open_axes=self._open_axes)
+                export(
+                    module,
+                    files[name],
+                    format="onnx",
+                    example=example,
+                    open_axes=self._open_axes,
+                    logits=self._logits,
+                )
             return {name: OnnxModule(file, threads=self._threads) for name, file in files.items()}
 
-    def _call(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _call(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = iter([{**self._constants, **inputs}[name].to(self.device) for name in self._names])
-        return logits_of(call(module, map_tensors(self._inputs, lambda _: next(values))))
+        output = call(module, map_tensors(self._inputs, lambda _: next(values)))
+        return outputs_by_name(output, self._logits if self._runtime == TORCH else None)
 
-    def _checked(self, version: Version) -> Tensor:
+    def _checked(self, version: Version) -> dict[str, Tensor]:
         """The answers of all sizes to the example, the last of them.
 
         Raises:
@@ -175,15 +207,12 @@ class ServedModels:
         count = num_examples(self._inputs)
         inputs = dict(zip(self._names, tensors_of(self._inputs), strict=True))
         for name, module in version.modules.items():
-            answer = self._call(module, inputs)
-            if not answer.ndim or len(answer) != count or answer.dtype not in NAMES:
-                raise ServeError(
-                    f"{name} answers {count} examples with {answer.dtype} of shape {tuple(answer.shape)}; expected a "
-                    f"row for each example: batches of several requests must come apart again"
-                )
-            if not bool(answer.isfinite().all()):
+            answers = self._call(module, inputs)
+            for answer in answers.values():
+                _require_rows(name, answer, count)
+            if not all(bool(answer.isfinite().all()) for answer in answers.values()):
                 raise ServeError(f"{name} of version {version.name} gives values that are not finite on the example")
-        return answer.cpu()
+        return answers
 
     def _measure(self, max_rows: int) -> dict[str, BatchTime]:
         """What batches of one row and of the most rows take, sizes in turn."""
@@ -203,6 +232,14 @@ class ServedModels:
             row_s = max(most - one, 0.0) / (counts[1] - counts[0])
             found[size] = BatchTime(max(one - row_s, 0.0), row_s)
         return found
+
+
+def _require_rows(name: str, answer: Tensor, count: int) -> None:
+    if not answer.ndim or len(answer) != count or answer.dtype not in NAMES:
+        raise ServeError(
+            f"{name} answers {count} examples with {answer.dtype} of shape {tuple(answer.shape)}; expected a "
+            f"row for each example: batches of several requests must come apart again"
+        )
 
 
 def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class Serving:
         example: A batch as in training; its inputs tell names, dtypes and shapes.
         family: The table of sizes, whose front is served; None: Student, TA, and some between.
         open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
+        logits: Where the logits are in what the modules return, as in `CoTraining`. A mapping of tensors (several
+            heads) is answered with an output for each.
 
     Example:
         >>> import matta, torch
@@ -37,6 +40,7 @@ class Serving:
     example: Batch
     family: Family | None = None
     open_axes: tuple[int, ...] = (0,)
+    logits: str | Callable[[Any], Any] | None = None
 
 
 def serve(serving: Serving, settings: ServeSettings | None = None) -> None:
@@ -64,6 +68,7 @@ def serve(serving: Serving, settings: ServeSettings | None = None) -> None:
         example=serving.example,
         family=serving.family,
         open_axes=serving.open_axes,
+        logits=serving.logits,
         max_rows=settings.max_batch,
         threads=settings.threads,
         device=settings.device,
@@ -94,7 +99,10 @@ def named_serving(source: str) -> Serving:
         return _of_run(Path(source))
     module, _, name = source.partition(":")
     if not module or not name:
-        raise ServeError(f"received {source!r}; expected a folder of a run of matta train, or module:name")
+        raise ServeError(
+            f"received {source!r}; expected a folder of a run of matta train, or module:name, such as "
+            f"my_ranker:serving for a matta.Serving in my_ranker.py"
+        )
     sys.path.insert(0, "")  # as `python -m` does: modules of the present folder
     try:
         found = getattr(import_module(module), name)

@@ -33,7 +33,7 @@ class BatchTime:
     row_s: float
 
     def seconds(self, rows: int) -> float:
-        """Of a batch of so many rows."""
+        """The seconds of a batch of so many rows."""
         return self.fixed_s + self.row_s * rows
 
 
@@ -47,7 +47,7 @@ class FittedTime:
         self._learnt, self._learnt_at = [0.0] * len(self._prior), -math.inf
 
     def learn(self, rows: int, seconds: float, now: float) -> None:
-        """Of a batch."""
+        """Take in what a batch took."""
         keep = self._kept(now)
         self._learnt = [keep * old + new for old, new in zip(self._learnt, _moments(rows, seconds), strict=True)]
         self._learnt_at = now
@@ -64,7 +64,7 @@ class FittedTime:
 
 
 def _moments(rows: int, seconds: float) -> tuple[float, ...]:
-    """Of a point for a straight line through points of equal relative error."""
+    """The moments of a point, for a straight line through points of equal relative error."""
     weight = 1.0 / max(seconds, 1e-9) ** 2
     return weight, weight * rows, weight * rows * rows, weight * seconds, weight * rows * seconds
 

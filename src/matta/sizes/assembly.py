@@ -16,7 +16,7 @@ from matta.nesting.known_modules import DEPTHS, LAYER_INDICES, size_attributes
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import LiveSlice, bind, skeleton, slices_of
-from matta.sizes.units import HIDDEN, Unit, block_lists
+from matta.sizes.units import Unit, block_lists
 
 Choices = Mapping[str, str]
 
@@ -27,9 +27,8 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     Raises:
         SubModelError: blocks cannot be mixed, or a narrow layer is not shared with the Student.
     """
-    hidden = next((unit for unit in units if unit.name == HIDDEN), None)
-    if hidden is not None:
-        choices = _follow_hidden(units, choices)
+    if any(unit.runs_through for unit in units):
+        _refuse_mixture(choices)
     widths = [choices[unit.name] for unit in units if not unit.is_block]
     narrow = bool(widths) and set(widths) == {"narrow"}
     made, sources = _student_base(student) if narrow else _ta_base(ta)
@@ -41,7 +40,7 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
             path = layers.student if narrow else layers.ta
             _fill_blocks(made, sources, path, (ta, student, plan, layers), [c for c in chosen if c[1] != "skip"])
     if not narrow:
-        _narrow_widths(made, sources, ta, student, plan, units, choices)
+        _narrow_widths(made, sources, student, plan, units, choices)
     if {choices[unit.name] for unit in units} - {"skip"} == {"narrow"}:
         _take_sizes(made, student)
     _share_configs(made)
@@ -49,8 +48,12 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     return made
 
 
-def _follow_hidden(units: Sequence[Unit], choices: Choices) -> Choices:
-    """Where one width runs through everything, blocks are as wide as it is, or skipped."""
+def _refuse_mixture(choices: Choices) -> None:
+    """Where one width runs through everything, blocks are as wide as it is, or skipped.
+
+    Raises:
+        SubModelError: some are wide and some narrow.
+    """
     wanted = {choice for choice in choices.values() if choice != "skip"}
     if len(wanted) > 1:
         mixed = ", ".join(f"{name}: {choice}" for name, choice in list(choices.items())[:4])
@@ -58,7 +61,6 @@ def _follow_hidden(units: Sequence[Unit], choices: Choices) -> Choices:
             f"received a mixture ({mixed}, …), but the hidden width itself grows from Student to TA, so that wide and "
             f"narrow layers do not fit together; expected all wide or all narrow; nest with equal d_model to mix"
         )
-    return choices
 
 
 def _ta_base(ta: nn.Module) -> tuple[nn.Module, dict[str, LiveSlice]]:
@@ -104,7 +106,7 @@ def _fill_blocks(
         elif key not in built:
             built[key] = _narrow_block(ta, student, plan, layers, index)
         block, found = built[key]
-        _renumber(block, index, position)
+        _renumber(block, position)
         entries.append(block)
         sources.update({f"{prefix}{position}.{name}": live for name, live in found.items()})
     for position in reversed(range(len(blocks))):  # type: ignore[arg-type]
@@ -218,12 +220,12 @@ def _has_sizes(plan: Plan, path: str, block: nn.Module, names: set[str]) -> bool
     )
 
 
-def _renumber(block: nn.Module, old: int, new: int) -> None:
+def _renumber(block: nn.Module, position: int) -> None:
     """Blocks that know their place (for the cache of keys and values) learn the new one."""
     for part in block.modules():
         for name in LAYER_INDICES:
             if isinstance(vars(part).get(name), int):
-                setattr(part, name, new)
+                setattr(part, name, position)
 
 
 def _set_depth(made: nn.Module, ta: nn.Module, layers: LayerMap, kept: Sequence[int]) -> None:
@@ -272,7 +274,6 @@ def _share_configs(made: nn.Module) -> None:
 def _narrow_widths(
     made: nn.Module,
     sources: dict[str, LiveSlice],
-    ta: nn.Module,
     student: nn.Module,
     plan: Plan,
     units: Sequence[Unit],

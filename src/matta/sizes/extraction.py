@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
-from matta.nesting.nested import Nested
+from matta.nesting.nested import Nested, require_nested
 from matta.nesting.slicing import materialize, show
 from matta.sizes.submodels import SubModel, live
 
@@ -32,6 +32,7 @@ def extract(nested: Nested, spec: SubModel | None = None) -> nn.Module:
         >>> extract(nested)
         Linear(in_features=3, out_features=1, bias=True)
     """
+    require_nested(nested)
     return materialize(nested.student if spec is None else live(nested, spec))
 
 

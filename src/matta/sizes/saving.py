@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import get_rank
 
-from matta.errors import DAMAGE, CheckpointError, NestingError
+from matta.errors import DAMAGE, CheckpointError, NestingError, require_kind
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
-from matta.nesting.nested import Nested, nested_from_plans
+from matta.nesting.nested import Nested, nested_from_plans, require_nested
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.sharded_slices import gathered, is_sharded, placed
 from matta.sizes.storage import enter_checksum, has_checksums, verify, whole_folder
@@ -51,6 +51,7 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         ...     sorted(file.name for file in path.iterdir())
         ['CRC32SUMS', 'nested.json', 'nested.safetensors']
     """
+    require_nested(nested)
     target = Path(path)
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
@@ -108,6 +109,7 @@ def load(path: str | os.PathLike[str], *modules: nn.Module) -> Nested:
         >>> bool((loaded.student.weight == nested.student.weight).all())
         True
     """
+    require_kind("path", path, (str, os.PathLike), "the folder that matta.save wrote; the modules follow it")
     folder = Path(path)
     verify(folder)
     description = _read_description(folder)

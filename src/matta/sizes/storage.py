@@ -148,7 +148,7 @@ class Checksum:
         self._value = zlib.crc32(data, self._value)
 
     def hexdigest(self) -> str:
-        """Of the bytes so far."""
+        """The checksum of the bytes so far, in hexadecimal digits."""
         return f"{self._value:08x}"
 
 

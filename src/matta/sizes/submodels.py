@@ -19,9 +19,9 @@ from typing import final
 from torch import nn
 
 from matta.errors import SubModelError
-from matta.nesting.nested import Nested
+from matta.nesting.nested import Nested, require_nested
 from matta.sizes.assembly import assemble
-from matta.sizes.units import HIDDEN, Unit, find_units
+from matta.sizes.units import Unit, find_units
 
 NARROW, WIDE, SKIP = "narrow", "wide", "skip"
 _MOST_LISTED = 64
@@ -46,6 +46,8 @@ class SubModel:
     def __post_init__(self) -> None:
         if self.default not in (NARROW, WIDE):
             raise SubModelError(f"received default={self.default!r}; expected 'narrow' or 'wide'")
+        if not isinstance(self.choices, Mapping):
+            raise SubModelError(f"received choices={self.choices!r}; expected a mapping, such as {{'0': 'wide'}}")
         for name, choice in self.choices.items():
             if choice not in (NARROW, WIDE, SKIP):
                 raise SubModelError(f"received {choice!r} for {name!r}; expected 'wide', 'narrow' or 'skip'")
@@ -63,7 +65,13 @@ def layer_names(nested: Nested) -> tuple[str, ...]:
         >>> layer_names(matta.nest(tower(4), tower(8)))
         ('0',)
     """
+    require_nested(nested)
     return tuple(unit.name for unit in find_units(nested.student, nested.ta, nested.plan))
+
+
+def is_one_width(nested: Nested) -> bool:
+    """Whether one hidden width runs through all layers, so that they are all wide or all narrow."""
+    return any(unit.runs_through for unit in find_units(nested.student, nested.ta, nested.plan))
 
 
 def narrow(nested: Nested) -> SubModel:
@@ -149,7 +157,7 @@ def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) ->
             _choices(nested, spec)
         return lambda random: random.choice(specs)
     names = layer_names(nested)
-    if HIDDEN in names:
+    if is_one_width(nested):
         return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
     return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
 
@@ -164,7 +172,7 @@ def sizes_between(nested: Nested) -> list[SubModel] | None:
         []
     """
     names = layer_names(nested)
-    if HIDDEN in names:
+    if is_one_width(nested):
         return []
     if 2 ** len(names) > _MOST_LISTED:
         return None
@@ -205,8 +213,12 @@ def live(nested: Nested, spec: SubModel) -> nn.Module:
 
 def _choices(nested: Nested, spec: SubModel) -> tuple[tuple[Unit, ...], dict[str, str]]:
     """The layers of a nesting, and what a sub-model takes of each."""
+    require_nested(nested)
     if not isinstance(spec, SubModel):
-        raise SubModelError(f"received {spec!r}; expected a matta.SubModel, such as matta.SubModel({{'0': 'wide'}})")
+        raise SubModelError(
+            f"received {type(spec).__name__} as the sub-model; expected such as matta.SubModel({{'0': 'wide'}}), "
+            f"matta.wide(nested), or the spec of a size that was chosen: size.spec"
+        )
     units = find_units(nested.student, nested.ta, nested.plan)
     names = [unit.name for unit in units]
     for name in spec.choices:

@@ -1,4 +1,7 @@
-"""The layers of a nesting that can be wide or narrow each for itself."""
+"""The layers of a nesting that can be wide or narrow each for itself.
+
+What users call a layer (`layer_names`) is a `Unit` here, since `layers` are the module lists that they declare.
+"""
 
 from __future__ import annotations
 
@@ -35,34 +38,44 @@ class Unit:
         """Whether it is an entry of a module list."""
         return self.layers is not None
 
+    @property
+    def runs_through(self) -> bool:
+        """Whether it is the hidden width that runs through all blocks, which are then as wide as it is."""
+        return self.layers is None and not self.spots
 
-HIDDEN = "hidden"
+
+HIDDEN = "hidden"  # the name of the width that runs through all blocks; a user's module may have it too
 
 
 def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...]:
     """The layers in the order in which the TA defines them."""
     lists = block_lists(student, plan)
     inside = {name for each in lists for name in plan.placements if name.startswith(_prefix(each.student))}
-    widths = _widths(plan)
-    crossing = {growth: spots for growth, spots in widths.items() if any(spot[0] not in inside for spot in spots)}
-    open_in_blocks = any(spot[0] in inside for spots in crossing.values() for spot in spots)
-    patchable = all(
-        is_patchable(student.get_submodule(spot[0].rpartition(".")[0])) for spots in crossing.values() for spot in spots
-    )
-    spans = any(name in inside for name in plan.spanning)
-    is_split = any(
-        spot[0] in plan.products or _is_cut(student, plan.placements[spot[0]], spot[1])
-        for spots in crossing.values()
-        for spot in spots
-    )
-    joined = spans or (crossing and (open_in_blocks or not patchable or is_split))
-    if joined or _has_wide_buffers(student, ta, plan, lists):
+    outside = {growth: spots for growth, spots in _widths(plan).items() if any(spot[0] not in inside for spot in spots)}
+    is_one_width = _is_one_width(student, plan, outside, inside) or _has_wide_buffers(student, ta, plan, lists)
+    if is_one_width:
         units = [Unit(HIDDEN)]
     else:
-        units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, crossing)]
-    if not any(unit.name == HIDDEN for unit in units) or any(each.num_ta != len(each.indices) for each in lists):
+        units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, outside)]
+    if not is_one_width or any(each.num_ta != len(each.indices) for each in lists):
         units += [Unit(f"{_prefix(each.ta)}{i}", each, i) for each in lists for i in range(each.num_ta)]
     return tuple(sorted(units, key=_position(ta)))
+
+
+def _is_one_width(student: nn.Module, plan: Plan, widths: dict[Growth, list[Spot]], inside: set[str]) -> bool:
+    """Whether layers cannot be chosen each for itself, since one width runs through all of them.
+
+    So it is where a width outside of the blocks also occurs `inside` of them, where code splits one (into heads) or
+    cuts it up, where a module that has one cannot be cut, and where several blocks share one.
+    """
+    return any(name in inside for name in plan.spanning) or any(
+        spot[0] in inside
+        or spot[0] in plan.products
+        or not is_patchable(student.get_submodule(spot[0].rpartition(".")[0]))
+        or _is_cut(student, plan.placements[spot[0]], spot[1])
+        for spots in widths.values()
+        for spot in spots
+    )
 
 
 def block_lists(student: nn.Module, plan: Plan) -> list[LayerMap]:

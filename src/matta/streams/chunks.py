@@ -189,7 +189,7 @@ class Quarantine:
 
 
 def _plain(value: Any) -> Any:
-    """In JSON types; what has none is text."""
+    """A value in JSON types; what has none is text."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""From checked columns to tensors: ids of categories, and numbers normalised by running statistics."""
+"""Checked columns become tensors: ids of categories, and numbers normalised by running statistics."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Statistics:
 
     @staticmethod
     def of_nothing(num_columns: int) -> Statistics:
-        """Those of no rows."""
+        """The statistics of no rows."""
         return Statistics(count=np.zeros(num_columns), mean=np.zeros(num_columns), squares=np.zeros(num_columns))
 
     def with_rows(self, values: NDArray[np.float64], present: NDArray[np.bool_]) -> Statistics:
-        """Those with some more rows, whose values are 0 where they are not present."""
+        """The statistics with some more rows, whose values are 0 where they are not present."""
         count = np.add.reduce(present, 0, dtype=np.float64)
         mean = np.add.reduce(values, 0) / np.maximum(count, 1)
         deviations = (values - mean) * present
@@ -206,9 +206,12 @@ class Encoder:
         """A batch to predict, without labels; nothing is learned from it.
 
         Raises:
-            RunError: a row does not fit the schema.
+            RunError: no rows, or one that does not fit the schema.
         """
-        table, wrong = table_of([dict(each) for each in rows], tuple(self.schema.columns))
+        given = list(rows)
+        if isinstance(rows, Mapping) or not given:
+            raise RunError(f"received {rows!r:.100}; expected a list of rows, such as [{{'price': 1.0}}]")
+        table, wrong = table_of([dict(each) for each in given], tuple(self.schema.columns))
         checked = check(Schema(columns=self.schema.columns, label=_NO_LABEL), table)
         reasons = {index: [each] for index, each in wrong.items()}
         for index, found in checked.reasons.items():

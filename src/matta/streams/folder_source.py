@@ -144,14 +144,15 @@ class Folder:
     def _open_parquet(self, entry: os.DirEntry[str], place: Place, size: int, is_settled: bool) -> Chunk | bool:
         try:
             file = pq.ParquetFile(entry.path)
-        except (pa.ArrowException, OSError) as error:
+            there = file.schema_arrow.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if not is_settled:
                 return True
             reason = "the file is empty" if not size else f"not a whole Parquet file: {first_line(error)}"
             return refused(entry.name, reason, size=size, retry=True)
-        missing = [name for name in self._names if name not in file.schema_arrow.names]
+        missing = [name for name in self._names if name not in there]
         if missing:
-            return refused(entry.name, _missing(missing, file.schema_arrow.names), size=size)
+            return refused(entry.name, _missing(missing, there), size=size)
         self._parquet = _Parquet(entry.name, file, place[2])
         return self._parquet_chunk(self._parquet)
 

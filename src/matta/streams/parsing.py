@@ -52,7 +52,10 @@ def _is_text(data: bytes) -> bool:
 def parse_csv(lines: list[bytes], header: list[str], names: tuple[str, ...]) -> Parsed:
     """Lines of CSV; all cells are still text, null where they are missing."""
     bad = {index: "unbalanced quotes" for index, line in enumerate(lines) if line.count(b'"') % 2}
-    if not _is_text(b"\n".join(lines)):
+    whole = b"\n".join(lines)
+    if b"\r" in whole:  # Arrow would begin a row there
+        bad |= {index: "a carriage return in a line" for index, line in enumerate(lines) if b"\r" in line[:-1]}
+    if not _is_text(whole):
         bad |= {index: "not text in UTF-8" for index, line in enumerate(lines) if not _is_text(line)}
     kept = [index for index in range(len(lines)) if index not in bad]
     wrong: dict[int, str] = {}
@@ -61,7 +64,7 @@ def parse_csv(lines: list[bytes], header: list[str], names: tuple[str, ...]) -> 
         wrong[kept[row.number - 1]] = f"{row.actual_columns} cells; expected {row.expected_columns}"
         return "skip"
 
-    text = b"\n".join(lines[index] for index in kept) if bad else b"\n".join(lines)
+    text = b"\n".join(lines[index] for index in kept) if bad else whole
     if not kept:
         return Parsed(table=table_of([], names)[0], bad=bad)
     table = pyarrow.csv.read_csv(

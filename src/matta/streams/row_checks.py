@@ -63,6 +63,7 @@ def _category(table: pa.Table, name: str, column: Categorical, reasons: Reasons)
     encoded = given.dictionary_encode()
     values = _converted(encoded.dictionary, _to_text, pa.string(), lambda _: None)
     bad = pc.and_(pc.is_valid(encoded.dictionary), pc.is_null(values)).to_numpy(zero_copy_only=False)
+    bad = np.append(bad, False)  # something to point at where all are missing, and the dictionary is empty
     _note(reasons, given, bad[_indices(encoded)] & _valid(given), name, "text in UTF-8 or a whole number")
     text = pa.DictionaryArray.from_arrays(encoded.indices, pc.fill_null(values, "")).dictionary_decode()
     text = pc.if_else(pc.equal(text, ""), None, text)

@@ -231,7 +231,7 @@ class _Block:
         return ids[rows], numbers[rows], labels[rows], None if times is None else times[rows]
 
     def place(self) -> Place:
-        """Where reading would go on."""
+        """Where reading would continue."""
         if not self.num_left:
             return self.chunk.end
         return (*self.chunk.start[:2], int(self._rows[self.num_taken - 1]) + 1)

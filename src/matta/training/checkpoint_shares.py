@@ -113,7 +113,7 @@ class ShareWriter:
 
 
 def name_of(rank: int) -> str:
-    """Of what a process keeps for itself.
+    """The name of the file that a process writes for itself, without its ending.
 
     Example:
         >>> name_of(3)

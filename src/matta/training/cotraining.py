@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from matta.errors import MattaError
+from matta.errors import MattaError, require_kind
 from matta.nesting.batches import Batch, call, logits_of
-from matta.nesting.nested import Nested
+from matta.nesting.nested import Nested, require_nested
 from matta.nesting.sharded_slices import follow_shards
 from matta.objectives.heads import deferring
 from matta.objectives.labels import Labels
@@ -121,11 +121,8 @@ class CoTraining(nn.Module):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        for argument, value, kind in (("nested", nested, Nested), ("objective", objective, Objective)):
-            if not isinstance(value, kind):
-                what = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-                remedy = "what matta.nest gives" if kind is Nested else "such as matta.objectives.Binary()"
-                raise MattaError(f"received {what} as {argument}; expected {remedy}")
+        require_nested(nested)
+        require_kind("objective", objective, Objective, "such as matta.objectives.Binary()")
         if not isinstance(accumulate, int) or accumulate < 1:
             raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
         if temperature != 1.0 and not objective.makes_probabilities:

@@ -72,7 +72,8 @@ class Evaluation:
 
     Called with a nesting, it gives a dict of `<model>_<metric>`, such as `student_loss` or `ta_auroc`. The
     models are `student` (with several, `student_1` is the second), `ta`, and the sub-models named here. In a run of
-    several processes they share the batches.
+    several processes they share the batches. Called with a plain module it gives that module's, such as `loss`:
+    `matta.family(evaluate=lambda module: f(module)["loss"])`.
 
     Args:
         data: Batches that can be passed over again and again: in several processes all of them in each.
@@ -111,8 +112,8 @@ class Evaluation:
                 f"DataLoader or a list"
             )
 
-    def __call__(self, nested: Nested) -> dict[str, float]:
-        """The values of every model, in this process alone."""
+    def __call__(self, nested: nn.Module) -> dict[str, float]:
+        """The values of every model of a nesting, in this process alone; of a plain module those of itself."""
         return self._values(nested, together=False)
 
     def together(self, nested: Nested) -> dict[str, float]:
@@ -124,18 +125,18 @@ class Evaluation:
         with _buffers_of_main(nested):
             return of_main(self._values(nested, together=True))
 
-    def _values(self, nested: Nested, *, together: bool) -> dict[str, float]:
+    def _values(self, nested: nn.Module, *, together: bool) -> dict[str, float]:
         if is_shared_out(self.data):
             raise RunError(
                 "received evaluation data that gives each process its share; expected all of it, which Evaluation "
                 "shares out itself: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
             )
-        students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
-        mixed = {name: live(nested, spec).eval() for name, spec in self.models.items()}
-        modules = {**students, "ta": nested.ta, **mixed}
-        tallies = {name: _Tally(module, self, together=together) for name, module in modules.items()}
-        device = next(nested.parameters()).device
-        if together:
+        modules = self._models(nested) if isinstance(nested, Nested) else {"": nested}
+        tallies = {
+            f"{name}_" if name else "": _Tally(module, self, together=together) for name, module in modules.items()
+        }
+        device = next((each.device for each in nested.parameters()), torch.device("cpu"))
+        if together and isinstance(nested, Nested):
             follow_shards(list(modules.values()), nested.ta)
         with evaluating(nested):
             for batch, counts in dealt(self.data, together=together):
@@ -143,7 +144,11 @@ class Evaluation:
                 inputs, labels = weighted_batch(batch, self.objective) if self.objective else split_labels(batch)
                 for tally in tallies.values():
                     tally.add(inputs, labels, counts=counts)
-        return {f"{model}_{name}": value for model, tally in tallies.items() for name, value in tally.values()}
+        return {f"{model}{name}": value for model, tally in tallies.items() for name, value in tally.values()}
+
+    def _models(self, nested: Nested) -> dict[str, nn.Module]:
+        students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
+        return {**students, "ta": nested.ta, **{name: live(nested, spec).eval() for name, spec in self.models.items()}}
 
 
 @contextmanager

@@ -281,7 +281,7 @@ class Feed:
         return islice(self._even(batches, 0), num_skipped, None)
 
     def _even(self, batches: Iterator[Batch], num_skipped: int) -> Iterator[Batch]:
-        """As many batches as every process has; to the end in any case, where Accelerate counts the pass."""
+        """As many batches as every process has; the others are read too: Accelerate counts the pass at its end."""
         for index, batch in enumerate(batches, num_skipped):
             if self._share is None or index < self._share:
                 yield batch

@@ -7,12 +7,14 @@ the distillation loss counts optimizer steps, as everything here does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from matta.errors import RunError
+from matta.errors import RunError, require_kind
 from matta.nesting.batches import Batch
 from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate
@@ -26,7 +28,6 @@ from matta.training.spikes import Rollback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.optim.lr_scheduler import LRScheduler
 
 
 def fit(
@@ -110,6 +111,7 @@ def fit(
         RunError: settings that cannot work, a run folder that exists or was begun with other arguments, data
             without batches, losses that stay non-finite, or a package of the `fit` extra that is missing.
         CheckpointError: the checkpoint to resume from is damaged, or is that of other models.
+        MattaError: arguments of other kinds.
 
     Example:
         >>> import matta
@@ -120,6 +122,7 @@ def fit(
         >>> matta.fit(cotrain, data, optimizer, steps=5, progress=False).steps
         5
     """
+    _require_kinds(cotrain, optimizer, scheduler, evaluate, observers)
     require_installed("accelerate")
     accelerator = make_accelerator() if accelerator is None else accelerator
     require_all(accelerator)
@@ -144,6 +147,22 @@ def fit(
     feed = Feed(data, accelerator, settings.num_passes)
     training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
     return training.run(progress=progress, has_tensorboard=tensorboard)
+
+
+def _require_kinds(cotrain: object, optimizer: object, scheduler: object, evaluate: object, observers: object) -> None:
+    """Refuse arguments in another order, classes in place of objects, and what needs more than the loop gives it."""
+    require_kind("cotrain", cotrain, CoTraining, "matta.CoTraining(nested, objective)")
+    require_kind("optimizer", optimizer, torch.optim.Optimizer, "an optimizer of nested.parameters()")
+    require_kind("scheduler", scheduler, (LRScheduler, NoneType), "a torch.optim.lr_scheduler.LRScheduler")
+    require_kind("evaluate", evaluate, (Callable, NoneType), "a matta.Evaluation, or a function of the nesting")
+    require_kind("observers", observers, Sequence, "a list of observers, such as [validation]")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise RunError("received LBFGS, which needs the loss again and again; expected an optimizer without a closure")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise RunError(
+            "received ReduceLROnPlateau, which needs a metric in each step; expected a schedule over the steps, such "
+            "as torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
 
 
 def _accumulate(cotrain: CoTraining, accumulate: int | None) -> int:

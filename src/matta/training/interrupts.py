@@ -57,5 +57,5 @@ def ended_by(number: int, message: str) -> BaseException:
 
 
 def restated(ended: BaseException, message: str) -> BaseException:
-    """The same end with another message."""
+    """The exception that ends a run, with another message."""
     return ended_by(getattr(ended, "signal_number", signal.SIGINT), message)

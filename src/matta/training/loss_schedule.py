@@ -64,7 +64,7 @@ class Ramp:
         return min((step - self.start) / self.steps, 1.0) if self.steps else 1.0
 
     def at_tensor(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same for a step counted on a device, without waiting for the device."""
+        """`at` for a step that is counted on a device, without waiting for the device."""
         if not self.steps:
             return (step >= self.start).to(dtype)
         return ((step - self.start).to(dtype) / self.steps).clamp(0.0, 1.0)

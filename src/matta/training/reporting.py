@@ -164,7 +164,7 @@ def rich_table(
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same in markdown.
+    """A table in markdown.
 
     Example:
         >>> print(markdown_table(["a", "b"], [["1", "2"]]))

@@ -100,4 +100,16 @@ class RunEvaluation:
 
 def _judged(evaluate: Callable[[Nested], Mapping[str, float]], nested: Nested) -> dict[str, float]:
     with evaluating(nested):
-        return {name: float(value) for name, value in evaluate(nested).items()}
+        return _as_numbers(evaluate(nested))
+
+
+def _as_numbers(values: Any) -> dict[str, float]:
+    """What `evaluate` gave, as numbers by name.
+
+    Raises:
+        RunError: it is no mapping, or a value is no number.
+    """
+    try:
+        return {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise RunError(f"evaluate gave {values!r:.100}; expected numbers by name, such as {{'loss': 0.3}}") from None

@@ -26,10 +26,10 @@ class Observer(Protocol):
         """The optimizer has moved the weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on, of tensors and plain types."""
+        """What a run needs to continue, of tensors and plain types."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
 
 
 @final

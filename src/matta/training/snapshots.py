@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from matta.errors import DAMAGE, CheckpointError, RunError
+from matta.errors import DAMAGE, CheckpointError, MattaError, RunError
 from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded
@@ -45,7 +45,7 @@ class HasState(Protocol):
     """What is published beside the modules, such as a stream's `encoder`."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Its state, in JSON types."""
+        """The state to be published, in JSON types."""
 
 
 @final
@@ -199,6 +199,7 @@ def read_snapshot(
 
     Raises:
         CheckpointError: there is no (such) version, it has no such model, it does not fit the module, or it is damaged.
+        MattaError: `build` is a module and not a function that builds one.
 
     Example:
         >>> import matta, tempfile
@@ -209,6 +210,9 @@ def read_snapshot(
         >>> bool((snapshot.module.weight == nested.student.weight).all())
         True
     """
+    if isinstance(build, nn.Module):
+        kind = type(build).__name__
+        raise MattaError(f"received a {kind} as build; expected a function that builds one: lambda: {kind}(...)")
     if version is not None:
         chosen = Path(folder) / f"{version:08d}"
         if not chosen.is_dir():
