@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def _changed_values(values: Any, random: Random) -> bytes:
         more = random.choice(VALUES)
         node[key] = [*node[key], more] if isinstance(node[key], list) else {**node[key], random.choice("ab$"): more}
     else:
-        node[key] = random.choice((*VALUES, values))
+        node[key] = random.choice((*VALUES, copy.deepcopy(values)))
     return json.dumps(outer[""]).encode()
 
 
