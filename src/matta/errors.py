@@ -14,6 +14,8 @@ Example:
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
@@ -230,7 +232,7 @@ DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 """What Python raises where values that were read (JSON, TOML) are of another form than expected, whatever that is."""
 
 
-def require_kind(name: str, found: object, kind: type | tuple[type, ...], expected: str) -> None:
+def require_kind(name: str, found: object, kind: Any, expected: str) -> None:
     """Refuse an argument of another kind: arguments in another order, a class in place of an object.
 
     Raises:
