@@ -539,7 +539,7 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
     results = run(TrainSettings(recipe=write(tmp_path, first), out=tmp_path / "first"))
     assert results is not None
     folders = {each["name"]: Path(each["folder"]) for each in results["models"]}
-    loaded = load_run(tmp_path / "first")
+    loaded = load_run(str(tmp_path / "first"))
     ids = torch.arange(16)[None]
     for name, module in (("student", loaded.nested.student), ("ta", loaded.nested.ta)):
         stock = AutoModelForCausalLM.from_pretrained(folders[name])

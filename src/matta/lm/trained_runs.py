@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,14 @@ class MappedRun:
     step: int | None
 
 
-def load_run(path: Path) -> LanguageRun:
+def load_run(path: str | os.PathLike[str]) -> LanguageRun:
     """The run in a folder of `matta train`, in eval mode, on the CPU.
 
     Raises:
         RunError: the folder is none, or the run has not ended.
         CheckpointError: weights, configurations or tokenizer are damaged.
     """
+    path = Path(path)
     recipe = read_run_recipe(path)
     if not (path / NESTED).is_dir():
         raise RunError(f"the run in {path} has not ended; resume it: matta train RECIPE --resume --out {path}")
