@@ -121,7 +121,7 @@ def _of_the_students(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
 
     def widen(tensor: Tensor) -> Tensor:
         grown = next(outs, {})
-        if dim in first and tensor.dtype == torch.long:
+        if dim is not None and dim in first and tensor.dtype == torch.long:
             tensor = _positions(first[dim], tensor)[tensor]
         for axis, each in grown.items():
             if tensor.shape[axis] == each.student_size:

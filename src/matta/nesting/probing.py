@@ -92,9 +92,9 @@ def _has_weights(ta: nn.Module) -> bool:
 
 
 def _is_told(placement: Placement, shown: Shown, declares: Callable[[str], bool]) -> bool:
-    """Whether each axis that grows is declared, or was followed."""
+    """Whether each axis that grows is declared, or was followed and is not in an order that data give it."""
     grown = {axis for axis, each in enumerate(placement.axes) if each.grows}
-    layout = shown.parameters.get(placement.ta)
+    layout = None if placement.ta in shown.reordered else shown.parameters.get(placement.ta)
     return declares(placement.student) or (layout is not None and grown <= set(layout.axes))
 
 
