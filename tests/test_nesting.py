@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "depth-unsaid": (
         lambda: matta.nest(Embedded(4, 2), Embedded(6, 3)),
-        r"blocks has 2 blocks in the Student and 3 in the TA; say which.*layers=\{'blocks': 'first' \| 'last'",
+        r"blocks has 2 blocks in the Student and 3 in the TA; say which.*layers=\{'blocks': 'first'\}",
     ),
     "layers-no-mapping": (lambda: matta.nest(_tower(4), _tower(6), layers="first"), r"layers='first'; expected a map"),
     "layouts-no-mapping": (lambda: matta.nest(_tower(4), _tower(6), layouts=[1]), r"layouts=\[1\]; expected a mapping"),

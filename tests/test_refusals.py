@@ -99,7 +99,7 @@ class Failing(Fixed):
     """Channels in an order that the trace does not see, and a test that silenced weights fail."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if float(self.up.weight.detach().abs().sum(1).min()) < 1e-12:
+        if min(sum(map(abs, row)) for row in self.up.weight.tolist()) < 1e-12:
             raise ValueError("a channel is silent")
         order = torch.arange(self.up.out_features).unsqueeze(0).expand(len(x), -1)
         return self.down(self.up(x).gather(1, order))

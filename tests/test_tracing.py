@@ -79,6 +79,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "resampling": lambda x: F.interpolate(x[:, :, None], scale_factor=2.0).sum(-1),
     "attention over rows": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "distance": lambda x: x * (x * x).sum(-1, keepdim=True) + (x @ x.T) @ x,
+    "largest of all": lambda x: x / x.max() + x * x.min(),
+    "solved": lambda x: torch.linalg.solve_triangular(torch.eye(2), x, upper=False),
+    "solved from the right": lambda x: torch.linalg.solve_triangular(torch.eye(2), x.T, upper=False, left=False).T,
 }
 
 
@@ -122,6 +125,7 @@ def test_channels_lost_from_sight_are_said_to_be(name: str) -> None:
         (lambda x: x[:, :6], 6, [(6, 1), (2, 1)]),
         (lambda x: x.repeat_interleave(3, 1), 24, [(8, 1)]),
         (lambda x: torch.stack([x, x], -1).flatten(1), 16, [(8, 1)]),
+        (lambda x: x[:, [-1]] * x[:, :-1], 7, [(7, 1), (1, 1)]),
     ],
 )
 def test_an_axis_is_cut_where_its_channels_part(
@@ -151,6 +155,16 @@ def test_groups_places_and_views_into_the_batch_are_products(
     dimension = found.dimensions[part.dimension]
     assert [sum(each.size * each.repeat for each in factor) for factor in dimension.factors] == factors
     assert not dimension.is_lost
+
+
+def test_what_repeats_along_a_product_is_one_of_its_factors() -> None:
+    channels = Channels()
+    one, two = channels.new(2), channels.new(3)
+    whole = channels.merge((one, two))
+    inner = channels.new(3)
+    assert channels.tie(inner.repeat(2), whole) is whole
+    assert torch.equal(channels.classes(inner), channels.classes(two))
+    assert len(channels.classes(whole).unique()) == 6
 
 
 def test_products_agree_in_the_finest_shape_of_both() -> None:

@@ -6,7 +6,9 @@ its arguments by name, and how rows of channels go through an operator that only
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any, final
@@ -59,6 +61,36 @@ Row = Tensor
 Rows = dict[int, Row]
 """The rows of a tensor's axes, by axis; an axis of length 1, or an unknown one, has none."""
 
+Place = tuple[str, int]
+"""A module that is running, by name, and which of its calls it is."""
+
+
+@final
+class Steps:
+    """Counts the operators of a run by module and call, so that two runs of one class can be told the same step.
+
+    Changes of type are left out, which depend on that of the weights, and what leaves the numbers as they are.
+    """
+
+    def __init__(self) -> None:
+        self.place: list[Place] = [("", 0)]
+        self._calls, self._steps = Counter[str](), Counter[Place]()
+
+    def enter(self, name: str) -> None:
+        """A module begins to run."""
+        self.place.append((name, self._calls[name]))
+        self._calls[name] += 1
+
+    def leave(self) -> Place:
+        """It has run."""
+        return self.place.pop()
+
+    def next(self, operator: str) -> tuple[Place, int]:
+        """The step that an operator is."""
+        if operator not in ("_to_copy", "detach"):
+            self._steps[self.place[-1]] += 1
+        return self.place[-1], self._steps[self.place[-1]]
+
 
 @final
 class Channels:
@@ -80,6 +112,7 @@ class Channels:
         self.products: list[tuple[Row, tuple[Row, ...]]] = []
         self._splits: dict[tuple[bytes, tuple[int, ...]], tuple[Row, ...]] = {}
         self._merges: dict[tuple[bytes, ...], Row] = {}
+        self._factors: dict[bytes, list[tuple[Row, ...]]] = {}
 
     def __len__(self) -> int:
         """Number of channels, that of the unknown one included."""
@@ -102,7 +135,16 @@ class Channels:
             row = above
 
     def tie(self, first: Row, second: Row) -> Row:
-        """Make the channels of two rows the same, index by index; the row of both."""
+        """Make the channels of two rows the same, index by index; the row of both.
+
+        What repeats itself along all but one factor of a product is that factor.
+        """
+        for whole, other in ((first, second), (second, first)):
+            for factors in self._factors.get(_key(whole), ()):
+                place = _only_varying(other.view([len(factor) for factor in factors]))
+                if place is not None:
+                    self.tie(factors[place[0]], place[1])
+                    return whole
         both = (first != 0) & (second != 0)
         one, other = first[both], second[both]
         while True:
@@ -122,7 +164,7 @@ class Channels:
         return self._is_input.nonzero().flatten()
 
     def blame(self, row: Row, problem: str, kind: str) -> None:
-        """Leave a problem of a kind ("split", "picked" or "lost") at the channels of a row."""
+        """Leave a problem of a kind ("split", "picked", "reordered" or "lost") at the channels of a row."""
         self.problems.append((row[row != 0], problem, kind))
 
     def split(self, row: Row, sizes: tuple[int, ...]) -> tuple[Row, ...]:
@@ -141,6 +183,7 @@ class Channels:
 
     def _multiply(self, whole: Row, factors: tuple[Row, ...]) -> None:
         self.products.append((whole, factors))
+        self._factors.setdefault(_key(whole), []).append(factors)
         self._splits[_key(whole), tuple(map(len, factors))] = factors
         self._merges.setdefault(tuple(map(_key, factors)), whole)
 
@@ -200,16 +243,40 @@ def _key(row: Row) -> bytes:
     return row.numpy().tobytes()
 
 
+def _only_varying(grid: Tensor) -> tuple[int, Row] | None:
+    """The one axis along which different known channels lie, and the row along it; None if there is no single one."""
+    if not bool((grid != 0).all()):
+        return None
+    for axis in range(grid.ndim):
+        line = grid.movedim(axis, -1).reshape(-1, grid.shape[axis])
+        if grid.shape[axis] < grid.numel() and torch.equal(line, line[:1].expand_as(line)):
+            return axis, line[0]
+    return None
+
+
+@final
+@dataclass(frozen=True)
+class Noted:
+    """One step of a run: its operator, and the rows of each tensor that it took and that it made."""
+
+    operator: str
+    taken: tuple[Rows, ...]
+    made: tuple[Rows, ...]
+
+
 @final
 class Known:
-    """The rows of tensors that are known so far; `place`, the modules that are running; `read`, what operators got.
+    """The rows of tensors that are known so far; `steps`, where the run is; `read`, what operators got.
 
-    `summed` are rows of weights that a product with data has summed over: the inputs of a layer.
+    `summed` are rows of weights that a product with data has summed over: the inputs of a layer. `noted` are the rows
+    of what some steps took and made, `shaped` those that code of a module has cut or split, by the module's name.
     """
 
     def __init__(self) -> None:
         self.channels = Channels()
-        self.place: list[str] = []
+        self.steps = Steps()
+        self.noted: dict[tuple[Place, int], Noted] = {}
+        self.shaped: list[tuple[str, Row]] = []
         self.read: set[int] = set()
         self.summed: list[Row] = []
         self._rows: Any = WeakTensorKeyDictionary()
@@ -256,7 +323,8 @@ class Known:
 
     def blame(self, rows: Iterable[Row], problem: str, kind: str = "lost") -> None:
         """Leave a problem, with the place where it arose, at rows of channels."""
-        place = f" in {self.place[-1]!r}" if self.place and self.place[-1] else ""
+        name = self.steps.place[-1][0]
+        place = f" in {name!r}" if name else ""
         for row in rows:
             self.channels.blame(row, f"{problem}{place}", kind)
 
@@ -321,8 +389,10 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
         found = moved.amax(others) if others else moved
         if not torch.equal(found, row):
             known.channels.cuts.append(found)
+            known.shaped.append((known.steps.place[-1][0], row))
         slot.setdefault(varying[0], []).append((axis, found))
     elif len(varying) > 1:
+        known.shaped.append((known.steps.place[-1][0], row))
         sizes = " x ".join(str(moved.shape[i]) for i in varying)
         problem = f"{call.name!r} splits {len(row)} of them into {sizes}"
         flat = moved.amax([i for i in range(moved.ndim) if i not in varying]) if len(varying) < moved.ndim else moved
@@ -331,7 +401,7 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
         known.blame([row, *(factors or ())[:-1]], problem, "split" if factors else "lost")
         for n, i in enumerate(varying):
             slot.setdefault(i, []).append((axis, factors[n] if factors else known.lose(whole[i], problem)))
-    elif call.name in _CUTTING and whole[axis] == 1 and bool((moved != 0).any()):
+    elif call.name in _STRETCHES and whole[axis] == 1 and bool((moved != 0).any()):
         known.channels.cuts.append(found := moved.flatten()[:1])
         slot.setdefault(axis, []).append((axis, found))  # a stretch of one channel, such as half of two
     elif (repeated := _beside(call, axis, row)) is not None:
@@ -340,7 +410,7 @@ def _land(known: Known, call: Call, slot: dict[int, list[tuple[int, Row]]], axis
         known.blame([row], f"{call.name!r} picks one of {len(row)} of them by its index", "picked")
 
 
-_CUTTING = frozenset("slice narrow split split_with_sizes chunk unsafe_split unsafe_split_with_sizes".split())
+_STRETCHES = frozenset("slice narrow split split_with_sizes chunk unsafe_split unsafe_split_with_sizes index".split())
 
 
 def _beside(call: Call, axis: int, row: Row) -> int | None:

@@ -96,6 +96,7 @@ def map_layers(
     prefixes = {".".join(name.split(".")[:i]) for name in shared for i in range(name.count(".") + 1)}
     maps: list[LayerMap] = []
     matched: set[str] = set()
+    open_lists: dict[str, tuple[int, int]] = {}
     for path, module in student.named_modules():
         if not is_module_list(module):
             continue
@@ -106,8 +107,29 @@ def map_layers(
             continue
         rule = layers[patterns[0]] if patterns else None
         num_student, num_ta = len(module), len(other)
-        maps.append(LayerMap(path, translate(path, maps), _indices(path, rule, num_student, num_ta), num_ta))
+        if rule is None and num_student < num_ta:
+            open_lists.setdefault(_with_stars(path), (num_student, num_ta))
+        indices = _indices(path, "first" if rule is None else rule, num_student, num_ta)
+        maps.append(LayerMap(path, translate(path, maps), indices, num_ta))
+    if open_lists:
+        raise NestingError(_which_blocks(open_lists))
     return maps, matched
+
+
+def _with_stars(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _which_blocks(open_lists: Mapping[str, tuple[int, int]]) -> str:
+    """What to declare for all lists that the TA has more blocks of."""
+    counts = ", ".join(
+        f"{path or 'the module'} has {student} blocks in the Student and {ta} in the TA"
+        for path, (student, ta) in open_lists.items()
+    )
+    remedy = ", ".join(f"{path!r}: 'first'" for path in open_lists)
+    return (
+        f"{counts}; say which of the TA's hold the Student's: layers={{{remedy}}}, or 'last', 'even', 'ends' or indices"
+    )
 
 
 def is_module_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
@@ -125,14 +147,9 @@ def _counterpart(ta: nn.Module, path: str) -> nn.ModuleList | nn.Sequential | No
     return other if is_module_list(other) else None
 
 
-def _indices(path: str, rule: str | Sequence[int] | None, num_student: int, num_ta: int) -> tuple[int, ...]:
-    if rule is None and num_student != num_ta:
-        raise NestingError(
-            f"{path or 'the module'} has {num_student} blocks in the Student and {num_ta} in the TA; say which "
-            f"of the TA's hold the Student's: layers={{{path!r}: 'first' | 'last' | 'even' | 'ends' | [indices]}}"
-        )
+def _indices(path: str, rule: str | Sequence[int], num_student: int, num_ta: int) -> tuple[int, ...]:
     try:
-        return place_layers("first" if rule is None else rule, num_student, num_ta)
+        return place_layers(rule, num_student, num_ta)
     except NestingError as error:
         raise NestingError(f"layers={{{path!r}: {rule!r}}}: {error}") from None
 

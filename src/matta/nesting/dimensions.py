@@ -7,14 +7,14 @@ head_dim) is a product, and has *factors*, each of them again a row of parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
-from matta.nesting.channels import Channels, Row, Rows
+from matta.nesting.channels import Channels, Noted, Place, Row, Rows
 
 
 @final
@@ -35,8 +35,8 @@ class Dimension:
     Legend: `size` is the width; `members` are (parameter or buffer, axis); `is_input` and `is_output`
     say that it is an axis of a tensor that the module receives or returns; `problem`, if any, says why it is
     ambiguous how the dimension alone would grow: it is a product or a factor of one, one of its channels is picked
-    by its index (`is_picked`), or its channels were lost from sight (`is_lost`). `factors` are the parts of each
-    factor of a product, from the slowest index to the fastest.
+    by its index (`is_picked`), data order its channels (`is_reordered`), or they were lost from sight (`is_lost`).
+    `factors` are the parts of each factor of a product, from the slowest index to the fastest.
     """
 
     size: int
@@ -46,6 +46,7 @@ class Dimension:
     problem: str | None
     is_lost: bool = False
     is_picked: bool = False
+    is_reordered: bool = False
     factors: tuple[tuple[Part, ...], ...] = ()
 
 
@@ -59,7 +60,9 @@ class Trace:
     `outputs` the parts of what each module computes; `inputs` those of what each receives, by (module, which of its
     tensors, axis), where all of the axis is known; `output_shapes` the shapes that the whole
     module returned; `unread` the parameters that the run did not come to, and
-    `summed` the axes of parameters that products with data sum over: the inputs of layers.
+    `summed` the axes of parameters that products with data sum over: the inputs of layers. `noted` are the rows of
+    what steps took and made, and `parts_of` gives the parts of such a row, None if not all of it is known. `shaped`
+    names the modules whose code has cut a dimension, or split it into factors.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -70,6 +73,9 @@ class Trace:
     output_shapes: tuple[torch.Size, ...]
     unread: frozenset[str] = frozenset()
     summed: frozenset[tuple[str, int]] = frozenset()
+    noted: Mapping[tuple[Place, int], Noted] = field(default_factory=dict)
+    parts_of: Callable[[Row], tuple[Part, ...] | None] = lambda row: None
+    shaped: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
     def describe(self, dimension: int) -> str:
         """The axes of a dimension, for a message."""
@@ -175,6 +181,7 @@ class Atlas:
                 problem=problems.get(i),
                 is_lost="lost" in kinds.get(i, ()) or i in broken,
                 is_picked="picked" in kinds.get(i, ()),
+                is_reordered="reordered" in kinds.get(i, ()),
                 factors=factors.get(i, ()),
             )
             for i, size in enumerate(self._sizes)
@@ -205,8 +212,22 @@ class Atlas:
         """The axes of tensors that modules receive of which every channel is of a dimension."""
         for place, rows in taken.items():
             for axis, row in rows.items():
-                if bool((self._index[self._start[self._classes(row)]] >= 0).all()):
-                    yield (*place, axis), self.parts(row)
+                parts = self.parts_of(row)
+                if parts is not None:
+                    yield (*place, axis), parts
+
+    def parts_of(self, row: Row) -> tuple[Part, ...] | None:
+        """An axis as parts, if each of its channels is of a dimension."""
+        is_whole = bool((row != 0).all()) and bool((self._index[self._start[self._classes(row)]] >= 0).all())
+        return self.parts(row) if is_whole else None
+
+    def places(self, shaped: Sequence[tuple[str, Row]]) -> dict[int, frozenset[str]]:
+        """The modules that have cut each dimension."""
+        found: dict[int, set[str]] = {}
+        for name, row in shaped:
+            for dimension in self._of(row):
+                found.setdefault(dimension, set()).add(name)
+        return {dimension: frozenset(names) for dimension, names in found.items()}
 
     def own_axes(self, seen: dict[str, Rows], own: dict[str, list[Row]]) -> Iterator[tuple[str, Row]]:
         """The one axis of each module's output that its own parameters span, if there is just one."""

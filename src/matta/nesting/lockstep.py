@@ -2,26 +2,43 @@
 
 A scale of attention, a mean over features, the base of a rotary table: models compute them from their widths. They
 differ between a Student and its TA by design, and hide whether weights lie in the right places. So the Student's run
-is recorded operator by operator, and the TA's run takes its numbers where the two run the same operators.
+is recorded operator by operator, and the TA's run takes its numbers where the two run the same operators. Where the
+flow of the data has shown which channels are the Student's, the others stay silent, though an operator makes ones of
+zeros (a sigmoid, a bias over all), and what looks at all channels at once (a softmax over experts, a norm) sees the
+Student's alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from matta.nesting.channels import name_of
-from matta.nesting.operators import plain_kernels
+from matta.nesting.channels import Place, Steps, name_of
+from matta.nesting.layout import Axis
+from matta.nesting.operators import is_whole, may_fill, plain_kernels
 
 Step = tuple[str, tuple[Any, ...], Any]
 """An operator, its numbers, and what it made that depends on numbers alone or averages over so many."""
+
+
+@final
+@dataclass(frozen=True)
+class Spread:
+    """The axes that grow, with where the Student's channels are, of each tensor that a step takes and makes."""
+
+    taken: tuple[Mapping[int, Axis], ...]
+    made: tuple[Mapping[int, Axis], ...]
+
+
+Spreads = Callable[[Place, int, str], Spread | None]
+"""Gives the spread of a step: the module that runs and which of its calls, the number of the step, the operator."""
 
 
 @final
@@ -30,41 +47,112 @@ class Recording:
 
     def __init__(self) -> None:
         self.read: set[int] = set()
-        self.steps: dict[tuple[str, int], list[Step]] = {}
-        self.outputs: dict[tuple[str, int], Tensor] = {}
+        self.steps: dict[Place, list[Step]] = {}
+        self.outputs: dict[Place, Tensor] = {}
 
 
 @final
 class Lockstep(TorchDispatchMode):
-    """While it is active, operators are recorded; those that a `model` recording has too take its numbers."""
+    """While it is active, operators are recorded; those that a `model` recording has too take its numbers.
 
-    def __init__(self, made: Recording, model: Recording | None) -> None:
+    `spreads` says where the channels of the model are.
+    """
+
+    def __init__(self, made: Recording, model: Recording | None, spreads: Spreads | None) -> None:
         super().__init__()
-        self.made, self.model = made, model
-        self.place: list[tuple[str, int]] = [("", 0)]
+        self.made, self.model, self.spreads = made, model, spreads
+        self.counted = Steps()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, with the other run's numbers if there are any."""
         self.made.read.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
-        steps = self.made.steps.setdefault(self.place[-1], [])
-        step = _step(func, args)
-        steps.append(step)
-        model = [] if self.model is None else self.model.steps.get(self.place[-1], [])
+        place, count = self.counted.next(name_of(func))
+        steps = self.made.steps.setdefault(place, [])
+        steps.append(_step(func, args))
+        model = [] if self.model is None else self.model.steps.get(place, [])
         other = model[len(steps) - 1] if len(model) >= len(steps) else None
-        out = func(*args, **(kwargs or {}))
-        if other is None or other == step or other[0] != step[0] or len(other[1]) != len(step[1]):
-            return out
-        if not (isinstance(out, Tensor) and out.is_floating_point()):
-            return out
-        if name_of(func) == "lift_fresh":
-            return out if other[2] is None else torch.full_like(out, other[2])
-        numbers = iter(other[1])
-        args = tuple(next(numbers) if _is_number(each) else each for each in args)
-        if name_of(func) == "mean":
-            return out * (step[2] / other[2])
-        return out if func._schema.is_mutable else func(*args, **(kwargs or {}))
+        spread = None
+        if self.spreads is not None and (is_whole(func) or may_fill(func)):
+            spread = self.spreads(place, count, name_of(func))
+        if spread is not None and is_whole(func) and other is not None and other[0] == steps[-1][0]:
+            return _of_the_students(func, args, kwargs or {}, spread, other)
+        out = _with_numbers(func, args, kwargs or {}, steps[-1], other)
+        if spread is not None and may_fill(func) and isinstance(out, Tensor):
+            _silence(out, spread.made[0])
+        return out
+
+
+def _with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, other: Step | None) -> Any:
+    """What an operator makes with the numbers of the other step."""
+    if other is None or other == step or other[0] != step[0] or len(other[1]) != len(step[1]):
+        return func(*args, **kwargs)
+    numbers = iter(other[1])
+    theirs = tuple(next(numbers) if other[1] and _is_number(each) else each for each in args)
+    if func._schema.is_mutable:
+        is_of_numbers = isinstance(args[0], Tensor) and args[0].is_floating_point()
+        return func(*(theirs if is_of_numbers else args), **kwargs)
+    out = func(*args, **kwargs)
+    if not (isinstance(out, Tensor) and out.is_floating_point()):
+        return out
+    if name_of(func) == "lift_fresh":
+        return out if other[2] is None else torch.full_like(out, other[2])
+    if name_of(func) == "mean":
+        return out * (step[2] / other[2])
+    return func(*theirs, **kwargs)
+
+
+def _of_the_students(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spread: Spread, other: Step) -> Any:
+    """What an operator makes of the Student's channels alone; zeros in the others, places among all of them."""
+    axes, settings = iter(spread.taken), iter(other[1])
+    first = spread.taken[0]
+
+    def narrow(tensor: Tensor) -> Tensor:
+        for dim, axis in next(axes, {}).items():
+            if tensor.shape[dim] == axis.ta_size:
+                tensor = tensor.index_select(dim, _positions(axis, tensor))
+        return tensor
+
+    taken = [narrow(each) if isinstance(each, Tensor) else next(settings) for each in args]
+    made = func(*taken, **kwargs)
+    dim = _dim(func, args, kwargs)
+    outs = iter(spread.made)
+
+    def widen(tensor: Tensor) -> Tensor:
+        grown = next(outs, {})
+        if dim is not None and dim in first and tensor.dtype == torch.long:
+            tensor = _positions(first[dim], tensor)[tensor]
+        for axis, each in grown.items():
+            if tensor.shape[axis] == each.student_size:
+                shape = [each.ta_size if i == axis else size for i, size in enumerate(tensor.shape)]
+                tensor = tensor.new_zeros(shape).index_copy(axis, _positions(each, tensor), tensor)
+        return tensor
+
+    return tree_map_only(Tensor, widen, made)
+
+
+def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The axis along which an operator looks, if it is one."""
+    bound = {argument.name: argument.default_value for argument in func._schema.arguments}
+    bound |= {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    dim = {**bound, **kwargs}.get("dim")
+    return dim % args[0].ndim if isinstance(dim, int) else None
+
+
+def _positions(axis: Axis, like: Tensor) -> Tensor:
+    return torch.tensor(axis.positions(), device=like.device)
+
+
+def _silence(out: Tensor, axes: Mapping[int, Axis]) -> None:
+    """Zeros in the channels that are not the Student's."""
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        return
+    for dim, axis in axes.items():
+        if out.shape[dim] == axis.ta_size:
+            others = torch.ones(axis.ta_size, dtype=torch.bool)
+            others[axis.positions()] = False
+            out.index_fill_(dim, others.nonzero().flatten().to(out.device), 0)
 
 
 def _step(func: Any, args: tuple[Any, ...]) -> Step:
@@ -75,6 +163,8 @@ def _step(func: Any, args: tuple[Any, ...]) -> Step:
     if name == "mean":
         dims = args[1] if len(args) > 1 and args[1] else range(args[0].ndim)
         return name, (), float(torch.Size(args[0].shape[dim] for dim in dims).numel())
+    if is_whole(func):
+        return name, tuple(each for each in args if not isinstance(each, Tensor)), None
     return name, tuple(each for each in args if _is_number(each)) if name in _COMPUTING else (), None
 
 
@@ -86,20 +176,19 @@ def _is_number(value: Any) -> bool:
 
 
 @contextmanager
-def recorded(module: nn.Module, model: Recording | None = None) -> Iterator[Recording]:
+def recorded(module: nn.Module, model: Recording | None = None, spreads: Spreads | None = None) -> Iterator[Recording]:
     """What a module does while this is active; with a `model`, in lockstep with that run."""
-    made, calls = Recording(), Counter[str]()
-    lockstep = Lockstep(made, model)
+    made = Recording()
+    lockstep = Lockstep(made, model, spreads)
 
     def enter(name: str) -> Any:
         def hook(_: nn.Module, __: Any) -> None:
-            lockstep.place.append((name, calls[name]))
-            calls[name] += 1
+            lockstep.counted.enter(name)
 
         return hook
 
     def leave(part: nn.Module, args: Any, output: Any) -> None:
-        place = lockstep.place.pop()
+        place = lockstep.counted.leave()
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if next(part.parameters(recurse=False), None) is not None and first is not None and first.is_floating_point():
             made.outputs[place] = first.detach()

@@ -6,17 +6,21 @@ where both join several parts (embeddings, the halves of a gate), it is the lead
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import starmap
 from typing import final
 
 from torch import nn
 
-from matta.errors import TracingError
+from matta.errors import LayoutError, TracingError
 from matta.nesting.batches import Batch
-from matta.nesting.dimensions import Part, Trace
+from matta.nesting.channels import Place, Rows
+from matta.nesting.dimensions import Dimension, Part, Trace
 from matta.nesting.layout import Axis, Layout, Segment
+from matta.nesting.lockstep import Spread
 from matta.nesting.tracing import trace
 
 
@@ -49,7 +53,8 @@ class Shown:
     """What running both models has shown: the layouts of parameters and of buffers, and which axes are inputs.
 
     Legend: `norms` are those of what norms without weights return, by module; `lost` are the axes whose channels were
-    lost from sight, with where.
+    lost from sight, with where; `reordered` are parameters with a growing axis that data order; `spread` says where
+    the Student's channels are in the tensors of a step of the run.
     """
 
     parameters: Mapping[str, Layout] = field(default_factory=dict)
@@ -60,6 +65,8 @@ class Shown:
     products: frozenset[str] = frozenset()
     spanning: frozenset[str] = frozenset()
     lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    reordered: frozenset[str] = frozenset()
+    spread: Callable[[Place, int, str], Spread | None] = lambda place, step, operator: None
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -84,6 +91,8 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
         products=_Overlay(one, other).products(),
         spanning=_Overlay(one, other).spanning(),
         lost={**one.lost(), **other.lost()},
+        reordered=_Overlay(one, other).reordered(),
+        spread=cache(_Overlay(one, other).spread),
     )
 
 
@@ -182,33 +191,67 @@ class _Overlay:
                 found |= {} if segments is None else {name: Layout({0: segments})}
         return found
 
+    def spread(self, place: Place, step: int, operator: str) -> Spread | None:
+        """Where the Student's channels are in what a step of the TA's run takes and makes."""
+        one, other = (each.noted.get((place, step)) for each in (self.student, self.ta))
+        if one is None or other is None or {one.operator, other.operator} != {operator}:
+            return None
+        taken, made = zip(one.taken, other.taken, strict=False), zip(one.made, other.made, strict=False)
+        return Spread(tuple(starmap(self._grown, taken)), tuple(starmap(self._grown, made)))
+
+    def _grown(self, rows: Rows, others: Rows) -> dict[int, Axis]:
+        """The axes of a tensor of which the Student's channels are known, and are not all of them."""
+        found = {}
+        for axis in rows.keys() & others.keys():
+            parts, wider = self.student.parts_of(rows[axis]), self.ta.parts_of(others[axis])
+            with suppress(_Misfit, LayoutError):
+                segments = self._placed(parts or (), wider or ())
+                if segments is not None and len(rows[axis]) < len(others[axis]):
+                    layout = Layout({0: segments})
+                    found[axis] = layout.resolve(0, len(rows[axis]), len(others[axis]))
+        return found
+
     def _placed(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...] | None:
         return None if not parts or self._is_lost(parts, others) else self._parts(parts, others)
 
     def products(self) -> frozenset[str]:
         """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
+        return self._with_growing(lambda dimension: bool(dimension.factors))
+
+    def reordered(self) -> frozenset[str]:
+        """The parameters with a growing axis whose channels data order."""
+        return self._with_growing(lambda dimension: dimension.is_reordered)
+
+    def _with_growing(self, has: Callable[[Dimension], bool]) -> frozenset[str]:
         return frozenset(
             name
             for name, axes in _growing(self.student, self.ta, buffers=False).items()
             if any(
-                self.student.dimensions[part.dimension].factors
+                has(self.student.dimensions[part.dimension])
                 for axis in axes
                 for part in self.student.axes.get((name, axis), ())
             )
         )
 
     def spanning(self) -> frozenset[str]:
-        """The parameters of blocks with a growing width that other blocks of their list have as well."""
+        """The parameters of blocks with a growing width that other blocks have too, or that code outside of them cuts.
+
+        Where such code cuts is a number of its own, which a mixture of widths does not change.
+        """
         homes: dict[int, set[tuple[str, str]]] = {}
         members: dict[int, set[str]] = {}
+        cut_outside: set[str] = set()
         for name, axes in _growing(self.student, self.ta, buffers=False).items():
             listed, _, rest = family(name).partition(".*.")
+            block = ".".join(name.split(".")[: listed.count(".") + 2])
             for dimension in self._dimensions([self.student.axes.get((name, axis), ()) for axis in axes]):
                 members.setdefault(dimension, set()).add(name)
+                if not all(f"{place}.".startswith(f"{block}.") for place in self.student.shaped.get(dimension, ())):
+                    cut_outside.add(name)
                 if rest:
                     homes.setdefault(dimension, set()).add((listed, name.removeprefix(f"{listed}.").partition(".")[0]))
         several = [each for each, found in homes.items() if len({listed for listed, _ in found}) < len(found)]
-        return frozenset(name for each in several for name in members[each])
+        return frozenset(name for each in several for name in members[each]) | cut_outside
 
     def _dimensions(self, rows: Iterable[tuple[Part, ...]]) -> Iterator[int]:
         """The dimensions of axes, and those of their factors."""
@@ -235,6 +278,8 @@ class _Overlay:
     def _parts(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...]:
         if len(parts) != len(others):
             parts, others = _singly(parts), _singly(others)
+        if len(parts) < len(others) == _length(parts):  # the TA's parts are of one channel each in the Student
+            parts = tuple(replace(part, size=1, repeat=1) for part in parts for _ in range(part.size * part.repeat))
         if len(parts) != len(others):
             raise _Misfit
         return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))

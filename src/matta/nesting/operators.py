@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Rows, move, name_of, view
+from matta.nesting.channels import Call, Known, Noted, Row, Rows, move, name_of, view
 from matta.nesting.convolutions import convolution, gathered, spatial, spread
 
 
@@ -46,10 +46,18 @@ class Flow(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.known.read.update(map(id, tensors))
         shape = tensors[0].shape if tensors else torch.Size()  # some operators change it in place
+        step = self.known.steps.next(name_of(func))
+        taken = tuple(map(self.known.rows, tensors))
         out = func(*args, **(kwargs or {}))
-        if any(self.known.rows(tensor) for tensor in tensors):
+        if any(taken):
             call = Call(func, args, kwargs or {}, out, shape)
-            _rule(func)(self.known, call)
+            try:
+                _rule(func)(self.known, call)
+            except (AssertionError, IndexError, KeyError, RuntimeError):  # a form of it that its rule does not know
+                _unknown(self.known, call)
+            if is_whole(func) or may_fill(func):
+                made = tuple(self.known.rows(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+                self.known.noted[step] = Noted(call.name, taken, made)
             if all(map(self.known.is_weight, tensors)):
                 self.known.mark_weights(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
@@ -78,7 +86,7 @@ def _rule(func: Any) -> _Rule:
     if name in _RULES:
         return _RULES[name]
     arguments = {argument.name for argument in func._schema.arguments}
-    if torch.Tag.pointwise in {*func.tags, *_tags_out_of_place(name)}:
+    if is_pointwise(func):
         return _pointwise
     if {"dim", "keepdim"} <= arguments or (name in _SUMS and "dim" not in arguments):
         return _reduce
@@ -89,11 +97,25 @@ def _rule(func: Any) -> _Rule:
     return _unknown
 
 
-def _tags_out_of_place(name: str) -> Iterator[torch.Tag]:
+def is_pointwise(func: Any) -> bool:
+    """Whether an operator works element by element."""
+    return torch.Tag.pointwise in {*func.tags, *_tags_out_of_place(func)}
+
+
+def may_fill(func: Any) -> bool:
+    """Whether an operator makes something of zeros, element by element."""
+    return is_pointwise(func) and name_of(func) not in _KEEPING_ZEROS
+
+
+def is_whole(func: Any) -> bool:
+    """Whether what an operator makes of one channel depends on the others, other than by a sum."""
+    return name_of(func) in _WHOLE
+
+
+def _tags_out_of_place(func: Any) -> Sequence[torch.Tag]:
     """What torch says of the kind of an operator that it has not marked where it works in place."""
-    packet = getattr(torch.ops.aten, name, None)
-    for overload in packet.overloads() if packet is not None else ():
-        yield from getattr(packet, overload).tags
+    overload = getattr(getattr(torch.ops.aten, name_of(func), None), func._overloadname, None)
+    return () if overload is None else tuple(overload.tags)
 
 
 def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
@@ -148,7 +170,7 @@ def _order(known: Known, call: Call) -> None:
     dim = call["dim"] % call.first.ndim
     rows = known.rows(call.first)
     problem = f"they are reordered by {call.name!r}"
-    known.blame([row for axis, row in rows.items() if axis == dim], problem)
+    known.blame([row for axis, row in rows.items() if axis == dim], problem, "reordered")
     for out in call.out:
         lost = {dim: known.lose(out.shape[dim], problem)} if dim in rows and out.ndim == call.first.ndim else {}
         known.put(out, {axis: row for axis, row in rows.items() if axis != dim} | lost)
@@ -168,6 +190,18 @@ def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
 
 def _product(known: Known, call: Call) -> None:
     known.put(call.result, _matmul(known, call, *call.args[:2]))
+
+
+def _solved(known: Known, call: Call) -> None:
+    """The solution of A·X = B, or of X·A = B: the columns of A become rows of X."""
+    ndim, is_left = call["B"].ndim, call["left"]
+    given, found = known.rows(call["self"]), list[tuple[int, Row]]()
+    found += [pair for pair in known.rows(call["B"]).items() if pair[0] != (ndim - 2 if is_left else ndim - 1)]
+    found += [(axis, row) for axis, row in given.items() if axis < ndim - 2]
+    across = ndim - 1 if is_left else ndim - 2
+    if across in given:
+        found.append((2 * ndim - 3 - across, given[across]))
+    known.put(call.result, known.tie_all(found))
 
 
 def _add_product(known: Known, call: Call) -> None:
@@ -313,10 +347,17 @@ def _gather(known: Known, call: Call) -> None:
     dim = call["dim"] % call["self"].ndim
     rows = known.rows(call["self"])
     problem, shape = "they are picked by data", call.result.shape
-    known.blame([row for axis, row in rows.items() if axis == dim], problem)
+    known.blame([row for axis, row in rows.items() if axis == dim], problem, "reordered")
     lost = {dim: known.lose(shape[dim], problem)} if dim in rows else {}
     known.put(call.result, {axis: row[: shape[axis]] for axis, row in rows.items() if axis != dim} | lost)
 
+
+_KEEPING_ZEROS: Final = frozenset("mul neg relu silu gelu tanh abs sqrt sin clone".split())
+
+_WHOLE: Final = frozenset(
+    "_softmax _log_softmax _safe_softmax logsumexp topk sort kthvalue max min amax amin argmax argmin var std var_mean "
+    "std_mean native_layer_norm _fused_rms_norm native_group_norm".split()
+)
 
 _SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "var", "std", "argmax", "norm"})
 
@@ -351,6 +392,7 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
     **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    "linalg_solve_triangular": _solved,
     "_trilinear": _trilinear,
     "_grouped_mm": _grouped_product,
     "as_strided": _restride,

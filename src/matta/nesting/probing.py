@@ -72,7 +72,8 @@ def settle_pair(
             raise ProbeError(message) from error
         return _noted(plan, dict(plan.placements), "not probed")
     if found is not None:
-        mend = _mend(pair, plan, found, [name for name in shown.parameters if not declares(name)])
+        told = [name for name in shown.parameters if not declares(name) and name not in shown.reordered]
+        mend = _mend(pair, plan, found, told)
         taken = {name: each for name, each in mend.placements.items() if each != plan.placements[name]}
         if not mend.is_only or any(map(declares, taken)):
             raise ProbeError(_message(plan, found, mend, _hidden(plan, shown)))
@@ -83,7 +84,7 @@ def settle_pair(
 def _pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, shown: Shown) -> SilencedPair:
     if not _has_weights(ta):
         raise ProbeError("the TA is on the meta device and cannot be run; probe it once its weights are there")
-    return silenced_pair(student, ta, plan, split_labels(example)[0], {**shown.buffers, **shown.norms})
+    return silenced_pair(student, ta, plan, split_labels(example)[0], {**shown.buffers, **shown.norms}, shown.spread)
 
 
 def _has_weights(ta: nn.Module) -> bool:
@@ -91,9 +92,9 @@ def _has_weights(ta: nn.Module) -> bool:
 
 
 def _is_told(placement: Placement, shown: Shown, declares: Callable[[str], bool]) -> bool:
-    """Whether each axis that grows is declared, or was followed."""
+    """Whether each axis that grows is declared, or was followed and is not in an order that data give it."""
     grown = {axis for axis, each in enumerate(placement.axes) if each.grows}
-    layout = shown.parameters.get(placement.ta)
+    layout = None if placement.ta in shown.reordered else shown.parameters.get(placement.ta)
     return declares(placement.student) or (layout is not None and grown <= set(layout.axes))
 
 

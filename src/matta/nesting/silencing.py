@@ -23,7 +23,7 @@ from matta.nesting.copying import deep_copy
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
-from matta.nesting.lockstep import Recording, recorded
+from matta.nesting.lockstep import Recording, Spreads, recorded
 from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import is_live, materialize, write_slice
 
@@ -43,7 +43,7 @@ class Difference:
 
 
 def silenced_pair(
-    student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, layouts: Mapping[str, Layout]
+    student: nn.Module, ta: nn.Module, plan: Plan, inputs: Any, layouts: Mapping[str, Layout], spreads: Spreads
 ) -> SilencedPair:
     """The pair in float64; in float32 or in its own types where the Student makes tensors of those itself.
 
@@ -52,7 +52,7 @@ def silenced_pair(
     """
     for dtype in (torch.float64, torch.float32, None):
         try:
-            return SilencedPair(student, ta, plan, inputs, layouts, dtype)
+            return SilencedPair(student, ta, plan, inputs, layouts, spreads, dtype)
         except (LabelError, NestingError):
             raise
         except Exception as error:
@@ -74,9 +74,10 @@ class SilencedPair:
         plan: Plan,
         inputs: Any,
         layouts: Mapping[str, Layout],
+        spreads: Spreads,
         dtype: torch.dtype | None,
     ) -> None:
-        self.inputs, self.layouts = _in_type(inputs, dtype), layouts
+        self.inputs, self.layouts, self.spreads = _in_type(inputs, dtype), layouts, spreads
         self.plan, self.dtype = plan, dtype
         self.student = _random(_cast(materialize(student) if is_live(student) else deep_copy(student), dtype))
         self.ta = _cast(deep_copy(ta), dtype)
@@ -99,7 +100,7 @@ class SilencedPair:
         _narrow_norms(self.student, ta, placements, self.layouts)
         channels = _output_axes(self.student, placements)
         try:
-            output, recording = _run(ta, self.inputs, self.recording)
+            output, recording = _run(ta, self.inputs, self.recording, self.spreads)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CannotRunError(str(error)) from error
         actual = outputs_of(output)
@@ -124,8 +125,10 @@ class CannotRunError(Exception):
     """The silenced copy fails on the example."""
 
 
-def _run(module: nn.Module, inputs: Any, model: Recording | None = None) -> tuple[Any, Recording]:
-    with torch.no_grad(), recorded(module, model) as made:
+def _run(
+    module: nn.Module, inputs: Any, model: Recording | None = None, spreads: Spreads | None = None
+) -> tuple[Any, Recording]:
+    with torch.no_grad(), recorded(module, model, spreads) as made:
         return call(module, inputs), made
 
 

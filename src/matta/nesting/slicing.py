@@ -77,7 +77,10 @@ class LiveSlice:
         value, source = self.read(contiguous=True), getattr(self.owner, self.name)
         if value.requires_grad or not source.requires_grad or self.detach:
             return value
-        return value.detach().requires_grad_()
+        try:
+            return value.detach().requires_grad_()
+        except RuntimeError:  # in torch.vmap nothing can ask for a gradient
+            return value
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:

@@ -64,6 +64,9 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         output_shapes=tuple(tensor.shape for tensor in returned),
         summed=_summed(known, rows),
         unread=frozenset(unread),
+        noted=known.noted,
+        parts_of=atlas.parts_of,
+        shaped=atlas.places(known.shaped),
     )
 
 
@@ -105,7 +108,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows], taken: dict[t
 
     def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            known.place.pop()
+            known.steps.leave()
             tensors = outputs_of(output)
             if tensors:
                 seen.setdefault(name, known.rows(tensors[0]))
@@ -114,7 +117,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows], taken: dict[t
 
     def enter(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            known.place.append(name)
+            known.steps.enter(name)
             for argument, tensor in enumerate(tensors_of((args, kwargs))):
                 taken.setdefault((name, argument), known.rows(tensor))
 
