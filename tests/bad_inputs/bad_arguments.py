@@ -61,7 +61,6 @@ CASES = [
     _case("export in 8 bits", "export {w}/run ta --out {w}/m --format safetensors --int8", r"--int8 is for"),
     _case("export of nothing", "export {w}/none student --out {w}/m", r"holds no run of matta train"),
     _case("export of an unknown model", "export {w}/run big --out {w}/m", r"received 'big'"),
-    _case("export into nothing", "export {w}/run student --format safetensors --out {w}/none/m", r"none"),
     _case("serve of nothing", "serve {w}/none", r"expected a folder of a run"),
     _case("serve of no module", "serve no_such_module:name", r"there is no module 'no_such_module'"),
     _case("serve of no name", "serve json:serving", r"json has no 'serving'"),
