@@ -52,9 +52,6 @@ def test_a_transformers_model_nests_without_declarations_and_the_probe_agrees(na
     nested = matta.nest(_build(kind, small), _build(kind, {**small, **larger}))
     tokens = {"input_ids": torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))}
     matta.probe(nested, tokens)
-    by_run = matta.nest(_build(kind, small), _build(kind, {**small, **larger}), example=tokens).plan
-    cuts = [{name: each.axes for name, each in plan.placements.items()} for plan in (nested.plan, by_run)]
-    assert cuts[0] == cuts[1]
     assert any(placement.grows for placement in nested.plan.placements.values())
 
 
