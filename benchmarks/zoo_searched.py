@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from zoo_cases import Model
 from zoo_handwritten import CLASSES, FEATURES, LENGTH, VOCABULARY
-from zoo_transformers import pixels, transformer
+from zoo_transformers import LATENT, pixels, transformer
 
 _SIZES = {
     "vocab_size": 32,
@@ -36,14 +36,7 @@ def _transformers() -> list[Model]:
         **experts,
         "num_key_value_heads": 4,
         "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 4,
+        **LATENT,
     }
     linear = {
         **_DECODER,

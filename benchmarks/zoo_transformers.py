@@ -12,6 +12,16 @@ from zoo_cases import Model
 
 VOCABULARY, LENGTH, CLASSES = 32, 6, 3
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LATENT = {  # latent attention, and experts in one group, as DeepSeek has them
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
 _LM = {
     **_IDS,
     "hidden_size": 16,
@@ -99,14 +109,7 @@ def _experts() -> list[Model]:
         "moe_intermediate_size": 12,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 4,
+        **LATENT,
     }
     jamba = {**_LM, **local, "num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
     jamba |= {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1}

@@ -10,7 +10,8 @@ Read in this order:
 - `copying`: copies of modules. `slicing`: live modules, whose weights are slices of another module's parameters.
   `sparse_tables`: those of embeddings with sparse gradients. `sharded_slices`: under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
-- `channels`, `operators`, `convolutions`, `dimensions`, `tracing`: channels followed through a run of a model.
+- `channels`, `operators` with `operator_kinds`, `moved_channels` and `convolutions`, `dimensions`, `tracing`: channels
+  followed through a run of a model.
 - `matching`: one traced model over another, which gives the layout of fused axes and of heads.
 - `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from matta.nesting.channels import Place, Steps, name_of
 from matta.nesting.layout import Axis
-from matta.nesting.operators import is_whole, may_fill, plain_kernels
+from matta.nesting.operator_kinds import is_whole, may_fill
+from matta.nesting.operators import plain_kernels
 
 Step = tuple[str, tuple[Any, ...], Any]
 """An operator, its numbers, and what it made that depends on numbers alone or averages over so many."""

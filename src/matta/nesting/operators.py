@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Noted, Row, Rows, move, name_of, view
+from matta.nesting.channels import Call, Known, Noted, Row, Rows, name_of
 from matta.nesting.convolutions import convolution, gathered, spatial, spread
+from matta.nesting.moved_channels import move, view
+from matta.nesting.operator_kinds import is_pointwise, is_whole, may_fill
 
 
 @final
@@ -95,27 +97,6 @@ def _rule(func: Any) -> _Rule:
     if name.endswith("_like") or name.startswith("new_"):
         return _forget
     return _unknown
-
-
-def is_pointwise(func: Any) -> bool:
-    """Whether an operator works element by element."""
-    return torch.Tag.pointwise in {*func.tags, *_tags_out_of_place(func)}
-
-
-def may_fill(func: Any) -> bool:
-    """Whether an operator makes something of zeros, element by element."""
-    return is_pointwise(func) and name_of(func) not in _KEEPING_ZEROS
-
-
-def is_whole(func: Any) -> bool:
-    """Whether what an operator makes of one channel depends on the others, other than by a sum."""
-    return name_of(func) in _WHOLE
-
-
-def _tags_out_of_place(func: Any) -> Sequence[torch.Tag]:
-    """What torch says of the kind of an operator that it has not marked where it works in place."""
-    overload = getattr(getattr(torch.ops.aten, name_of(func), None), func._overloadname, None)
-    return () if overload is None else tuple(overload.tags)
 
 
 def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
@@ -351,13 +332,6 @@ def _gather(known: Known, call: Call) -> None:
     lost = {dim: known.lose(shape[dim], problem)} if dim in rows else {}
     known.put(call.result, {axis: row[: shape[axis]] for axis, row in rows.items() if axis != dim} | lost)
 
-
-_KEEPING_ZEROS: Final = frozenset("mul neg relu silu gelu tanh abs sqrt sin clone".split())
-
-_WHOLE: Final = frozenset(
-    "_softmax _log_softmax _safe_softmax logsumexp topk sort kthvalue max min amax amin argmax argmin var std var_mean "
-    "std_mean native_layer_norm _fused_rms_norm native_group_norm".split()
-)
 
 _SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "var", "std", "argmax", "norm"})
 
