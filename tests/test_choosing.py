@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from random import Random
@@ -258,6 +259,14 @@ def test_a_larger_and_worse_size_is_not_taken_for_a_latency_that_is_noise() -> N
     assert noisy.choose(quality=0.4).name == "small"
     assert [each.name for each in noisy.pareto(by="latency_ms")] == ["small"]
     assert noisy.choose(latency_ms=1.0).name == "large", "it has been measured to fit"
+
+
+def test_a_size_of_fewer_layers_may_be_faster_than_a_smaller_one() -> None:
+    deep = replace(size("deep", 2**18, 0.2, 2.0), layers={"0": "narrow", "1": "narrow"})
+    shallow = replace(size("shallow", 2**20, 0.3, 1.0), layers={"0": "wide", "1": "skip"})
+    both = Family(sizes=(deep, shallow))
+    assert both.choose(quality=0.4).name == "shallow"
+    assert [each.name for each in both.pareto(by="latency_ms")] == ["shallow", "deep"]
 
 
 def test_the_front_leaves_out_what_is_dearer_and_no_better() -> None:

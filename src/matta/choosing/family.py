@@ -16,13 +16,13 @@ from matta.choosing.report_page import HeatMap, Points, ReportPage
 from matta.errors import DAMAGE, ChoiceError
 from matta.nesting.plan import Plan
 from matta.sizes.storage import write_json
-from matta.sizes.submodels import SubModel
+from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel
 
 FILE: Final = "family.json"
 FORMAT, VERSION = "matta.family", 1
 MEGABYTE: Final = 2**20
-COUNTED: Final = ("parameters", "flops", "memory_mb")
-COSTS: Final = (*COUNTED, "latency_ms")
+_WIDTHS: Final = (SKIP, NARROW, WIDE)
+COSTS: Final = ("parameters", "flops", "memory_mb", "latency_ms")
 
 
 @final
@@ -57,6 +57,12 @@ class Size:
         """Weights, buffers and activations of a batch of the first batch size, in 2^20 bytes."""
         batch = self.latencies[0].batch_size if self.latencies else 1
         return (self.bytes + batch * self.activation_bytes) / MEGABYTE
+
+    def is_part_of(self, other: Size) -> bool:
+        """Whether no layer is wider than in the other, and there are no more parameters: it cannot be slower."""
+        names = self.layers.keys() | other.layers.keys()
+        own, theirs = ([_WIDTHS.index(each.layers.get(name, NARROW)) for name in names] for each in (self, other))
+        return self.parameters <= other.parameters and all(map(operator.le, own, theirs))
 
     def of_batch(self, batch_size: int) -> Size:
         """This size with the latency for a batch size first.
@@ -102,8 +108,8 @@ class Family:
     def pareto(self, by: str = "parameters") -> tuple[Size, ...]:
         """The sizes that nothing at most as costly is as good as, from the cheapest.
 
-        By latency, a size is left out too if another is as good with no more of parameters, FLOPs and memory: that
-        it was faster is noise of the measurement.
+        A size is left out too if a part of it, with no layer wider, is as good: that the whole was faster is noise of
+        the measurement.
 
         Args:
             by: "parameters", "flops", "memory_mb" or "latency_ms".
@@ -135,8 +141,8 @@ class Family:
             memory_mb: The most memory of weights and activations of a batch, in 2^20 bytes.
             parameters: The most parameters.
             flops: The most FLOPs of an example.
-            quality: What it must reach; cheapest is by latency if it was measured, else by parameters. A size that
-                another beats in all but latency is not taken.
+            quality: What it must reach; cheapest is by latency if it was measured, else by parameters. A size of
+                which a part that fits is as good is not taken.
             batch_size: The batch of the two first; None: the first that was measured.
 
         Raises:
@@ -279,12 +285,12 @@ class Family:
         return f"{number} of {reach} parameters, judged by {metric} ({better} is better).{searched}{timed}"
 
     def _unbeaten(self, sizes: Sequence[Size]) -> list[Size]:
-        """The sizes that none of the others is as good as with no more of what is counted and not timed."""
-        values = {each.name: (self._loss(each), *(_value(each, name) for name in COUNTED)) for each in sizes}
+        """The sizes of which no part among the others is as good."""
 
         def is_beaten(size: Size) -> bool:
-            own = values[size.name]
-            return any(each != own and all(map(operator.le, each, own)) for each in values.values())
+            own = self._loss(size)
+            as_good = (each for each in sizes if self._loss(each) <= own and each.is_part_of(size))
+            return any(self._loss(each) < own or not size.is_part_of(each) for each in as_good)
 
         return [each for each in sizes if not is_beaten(each)]
 
