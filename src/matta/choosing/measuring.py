@@ -55,6 +55,9 @@ class Cost:
 def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     """The cost of a module on the inputs of a batch.
 
+    Raises:
+        MattaError: it does not run on them, or they have no rows.
+
     Example:
         >>> measure_cost(nn.Linear(4, 2), torch.zeros(3, 4)).flops
         16.0
@@ -62,7 +65,7 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     count = num_examples(inputs)
     parameters = list(module.parameters())
     with FlopCounterMode(display=False) as counter:
-        call(module, inputs)
+        run_example(module, inputs)
     return Cost(
         parameters=sum(each.numel() for each in parameters),
         bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())),

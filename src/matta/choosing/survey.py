@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.choosing.family import Family, Size
-from matta.choosing.measuring import measure_cost, measure_latency, resized, run_example, usable_device
+from matta.choosing.measuring import measure_cost, measure_latency, resized, usable_device
 from matta.choosing.searching import Choice, search
 from matta.errors import ChoiceError, require_kind
 from matta.nesting.batches import Batch, map_tensors, split_labels
@@ -123,7 +123,6 @@ class _Judge:
         if spec not in self.found:
             module = self.module(spec)
             with torch.no_grad():
-                run_example(module, self.inputs)
                 cost = measure_cost(module, self.inputs)
                 quality = quality_of(self.evaluate, module)
             if not math.isfinite(quality):

@@ -356,11 +356,15 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' messages about themselves, and the graphs that they print when they fail."""
-    printed, before = io.StringIO(), logging.root.manager.disable
+    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "root")
+    loggers = [logging.getLogger(name) for name in names]
+    levels, printed = [each.level for each in loggers], io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
+        for each in loggers:
+            each.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logging.disable(before)
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)
