@@ -22,6 +22,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Glm": ("Glm", {"num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}, {"intermediate_size": 20}),
     "Llama": ("Llama", {"num_key_value_heads": 1}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
     "Qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 4}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "Llama of one key head": (
+        "Llama",
+        {"num_key_value_heads": 1},
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4},
+    ),
     "Mistral": ("Mistral", {"num_key_value_heads": 1}, {"intermediate_size": 20}),
     "Gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 4}, {"num_attention_heads": 4, "intermediate_size": 20}),
     "OPT": ("OPT", {"ffn_dim": 12, "word_embed_proj_dim": 8}, {"ffn_dim": 20}),
@@ -46,12 +51,18 @@ def _build(name: str, sizes: dict[str, Any]) -> nn.Module:
     return getattr(transformers, kind)(config).eval()
 
 
+def _cuts(nested: matta.Nested) -> dict[str, list[Any]]:
+    return {name: [axis.positions() for axis in each.axes] for name, each in nested.plan.placements.items()}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_transformers_model_nests_without_declarations_and_the_probe_agrees(name: str) -> None:
     kind, small, larger = CONFIGS[name]
     nested = matta.nest(_build(kind, small), _build(kind, {**small, **larger}))
     tokens = {"input_ids": torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))}
     matta.probe(nested, tokens)
+    by_run = matta.nest(_build(kind, small), _build(kind, {**small, **larger}), example=tokens)
+    assert _cuts(by_run) == _cuts(nested)
     assert any(placement.grows for placement in nested.plan.placements.values())
 
 

@@ -285,6 +285,8 @@ class _Overlay:
         return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))
 
     def _part(self, part: Part, other: Part) -> tuple[Segment, ...]:
+        if self._is_repeated(part, other):
+            return (Segment((1, part.size), (other.size, other.repeat)),)
         if part.size > other.size or part.repeat > other.repeat:
             raise _Misfit
         one, two = self.student.dimensions[part.dimension].factors, self.ta.dimensions[other.dimension].factors
@@ -299,6 +301,26 @@ class _Overlay:
             if part.repeat == other.repeat == 1
             else _product([found, (Segment((part.repeat,), (other.repeat,)),)])
         )
+
+    def _is_repeated(self, part: Part, other: Part) -> bool:
+        """Whether the Student's part is one of those that repeat in the TA, as query heads of a single key head do.
+
+        The Student has one of what repeats, and so no axis for it where the TA has one.
+        """
+        if not part.repeat == 1 < other.repeat or part.size > other.repeat:
+            return False
+        return _homes(self.student, part.dimension) < _homes(self.ta, other.dimension)
+
+
+def _homes(trace: Trace, dimension: int) -> set[tuple[str, int]]:
+    """The axes that a dimension is a part of, or a factor of a part."""
+
+    def holds(parts: Iterable[Part]) -> bool:
+        return any(
+            part.dimension == dimension or any(map(holds, trace.dimensions[part.dimension].factors)) for part in parts
+        )
+
+    return {key for key, parts in trace.axes.items() if holds(parts)}
 
 
 def _singly(parts: tuple[Part, ...]) -> tuple[Part, ...]:
