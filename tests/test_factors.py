@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import matta
@@ -112,3 +113,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         load_factor(tmp_path, "2")
     with pytest.raises(RunError, match="expected 'output' or 'input'"):
         load_factor(tmp_path, "2", "up")
+
+
+def test_a_file_whose_shapes_do_not_fit_is_refused(tmp_path: Path) -> None:
+    layers = {"2.weight": {"shape": [8, 0], "output": [0], "input": [0]}}
+    save_file({"2.weight/input": torch.eye(3)[None]}, tmp_path / FILE, metadata={"layers": json.dumps(layers)})
+    with pytest.raises(RunError, match="cannot be read: shape"):
+        load_factor(tmp_path, "2", "input")

@@ -31,7 +31,7 @@ import matta
 from matta.errors import RunError
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.plain_state import PackedState, read_state
-from matta.training.resuming import arguments_of
+from matta.training.resuming import arguments_of, require_same_arguments
 from test_fitting import Setup, Stopped, assert_equal, batches, examples, seed_all
 
 COUNT, BATCH = 12, 3
@@ -411,3 +411,11 @@ def test_what_cannot_be_prolonged_is_refused(tmp_path: Path) -> None:
         shampooed(block_size=4)().fit(batches(), steps=9, run=tmp_path / "blocks", resume="prolong")
     with pytest.raises(RunError, match="resume='longer'; expected True, False or 'prolong'"):
         Setup().fit([(examples()[0], examples()[1])], run=tmp_path / "run", resume="longer")
+
+
+def test_many_long_differences_are_told_in_few_words() -> None:
+    begun, now = ({f"{name}{i}": name * 5000 for i in range(50)} for name in "ab")
+    state = {"scheduler": None, "arguments": begun, "optimizer": {"param_groups": []}}
+    with pytest.raises(RunError, match=r"the run was begun with a0='aaa.*Expected the same") as told:
+        require_same_arguments(state, now, None)
+    assert len(str(told.value)) < 3000

@@ -166,6 +166,26 @@ def test_a_wider_hidden_state_is_refused_and_the_student_starts_alone() -> None:
     torch.testing.assert_close(_logits(nested.student, TOKENS), before)
 
 
+class Caching(nn.Module):
+    """Keeps a buffer from its first forward on, as a cache of positions is kept."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.norm, self.out = nn.Linear(5, width), nn.LayerNorm(width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("cache", torch.ones(1), persistent=False)
+        return self.out(self.norm(self.into(x))) * self.cache
+
+
+def test_a_refused_ta_that_has_got_a_buffer_meanwhile_has_its_weights_again() -> None:
+    student, ta = Caching(4), Caching(8)
+    before = copy.deepcopy(ta.state_dict())
+    with pytest.raises(NestingError, match="logits differ by"):
+        matta.nest(student, ta, warm_start=True, example=(X, Y))
+    assert all(torch.equal(before[name], value) for name, value in ta.state_dict().items())
+
+
 def test_a_wider_mlp_that_is_not_residual_is_refused_where_depth_is_added() -> None:
     def deep(depth: int) -> nn.Module:
         torch.manual_seed(depth)

@@ -163,7 +163,7 @@ READERS: dict[str, Reader] = {
     "plans to load": ("nesting/nested.json", of(load), SLOW),
     "weights to load": ("nesting/nested.safetensors", of(load), SLOW),
     "encoder": (f"{VERSION}/encoder.json", of(snapshot), MOST),
-    "latest": ("snapshots/latest", of(snapshot), MOST),
+    "latest": ("snapshots/latest", of(snapshot), SLOWEST),  # waits for a version that is being removed
     "recipe of a run": ("run/recipe.json", of(read_run_recipe, "run"), MOST),
     "results": ("run/results.json", of(results_of, "run"), MOST),
     "results to judge": ("run/results.json", of(lambda path: contestants([str(path)]), "run"), SLOWEST),

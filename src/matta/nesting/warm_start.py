@@ -41,7 +41,7 @@ def warm_start_pair(student: nn.Module, ta: nn.Module, plan: Plan, example: Batc
     if example is None:
         _refuse_unknown_inputs(student, plan)
         _refuse_other_buffers(student, ta, plan)
-    before = None if example is None else [each.detach().clone() for each in (*ta.parameters(), *ta.buffers())]
+    before = None if example is None else [(each, each.detach().clone()) for each in (*ta.parameters(), *ta.buffers())]
     named = dict(student.named_parameters(remove_duplicate=False))
     for name, placement in plan.placements.items():
         target = ta.get_parameter(placement.ta)
@@ -201,7 +201,9 @@ def _told(buffers: list[str]) -> str:
 
 
 @torch.no_grad()
-def _require_same(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, before: list[Tensor]) -> None:
+def _require_same(
+    student: nn.Module, ta: nn.Module, plan: Plan, example: Batch, before: list[tuple[Tensor, Tensor]]
+) -> None:
     """Refuse a TA that does not compute what the Student does; it then has its weights of before."""
     inputs = split_labels(example)[0]
     with eval_mode(student, ta):
@@ -209,7 +211,7 @@ def _require_same(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch,
     error = max([_error(*pair) for pair in zip(*found, strict=True)], default=0.0)
     if error <= _TOLERANCE:
         return
-    for each, value in zip((*ta.parameters(), *ta.buffers()), before, strict=True):
+    for each, value in before:
         each.copy_(value)
     others = _other_buffers(student, ta, plan)
     reason = (

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta.nesting.nested import Nested
 from matta.nesting.plan import Placement
 from matta.optim.shampoo import Shampoo
@@ -162,7 +162,7 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         verify(path.parent, FILE)
         with safe_open(path, framework="pt") as file:
             yield json.loads(file.metadata()["layers"]), file
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # CheckpointError is a ValueError
+    except (OSError, SafetensorError, RuntimeError, *DAMAGE) as error:  # of a file, or of a shape that does not fit
         raise RunError(f"{path} cannot be read: {error}; run the training again") from None
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 PROLONG: Final = "prolong"
+_MOST_SHOWN: Final = 8  # differences in a message
 _PLAIN = (bool, int, float, str, type(None))
 _HOW = ("foreach", "fused", "capturable", "differentiable", "chunk")  # how something is computed, not what
 _SHAPING = "block_size"  # of Shampoo's factors
@@ -63,7 +64,13 @@ def require_same_shape(state: Mapping[str, Any], present: Mapping[str, int]) -> 
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
-    return ", ".join(f"{name}={saved[name]}, and now it is {now[name]}" for name in names if saved[name] != now[name])
+    return ", ".join(_difference(saved, now, name) for name in names if saved[name] != now[name])
+
+
+def _difference(begun: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
+    """In few words, whatever a damaged file holds."""
+    shown = (f"{each[name]!r:.200}" if name in each else "not given" for each in (begun, now))
+    return f"{name:.100}={', and now it is '.join(shown)}"
 
 
 def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], scheduler: LRScheduler | None) -> None:
@@ -88,14 +95,14 @@ def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], sch
     }
     missing = object()  # None is as not given: a run of before there was a setting can be resumed
     differences = [
-        f"{name}={_shown(begun, name)}, and now it is {_shown(now, name)}"
+        _difference(begun, now, name)
         for name in sorted(begun.keys() | now.keys())
         if now.get(name) not in (begun.get(name), saved.get(name, missing))
     ]
     if differences:
         raise RunError(
-            f"the run was begun with {'; '.join(differences)}. Expected the same, or resume={PROLONG!r}, which "
-            f"continues with the new values from the weights and the optimizer state of the run"
+            f"the run was begun with {'; '.join(differences[:_MOST_SHOWN])}. Expected the same, or resume={PROLONG!r}, "
+            f"which continues with the new values from the weights and the optimizer state of the run"
         )
 
 
@@ -253,7 +260,3 @@ def _builtin(value: Any) -> Any:
 
 def _name(value: object) -> str:
     return type(value).__qualname__
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    return repr(values[name]) if name in values else "not given"
