@@ -54,7 +54,10 @@ def ordered(task: Task, ta: nn.Module, importance: str, seed: int) -> nn.Module:
 
 
 def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: int) -> tuple[float, Sizes]:
-    """Of several shapes with that share of the parameters, the one whose leading slice has the least training loss."""
+    """Of several shapes with that share of the parameters, the one whose leading slice has the least training loss.
+
+    Units are then moved between blocks, as long as that makes it less.
+    """
     measured = list(islice(task.batches(2000 + seed), 4))
 
     @torch.no_grad()
@@ -62,7 +65,8 @@ def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: i
         student = _nested(task, ta, [sizes]).student.eval()
         return sum(float(task.objective.cross_entropy(student(*inputs), labels)) for inputs, labels in measured)
 
-    return min((loss(sizes), sizes) for sizes in task.shapes(share, num_shapes))
+    even = min((loss(sizes), sizes) for sizes in task.shapes(share, num_shapes))
+    return min([even, *((loss(sizes), sizes) for sizes in task.uneven(even[1]))])
 
 
 def _nested(task: Task, ta: nn.Module, shapes: Sequence[Sizes]) -> matta.Nested:

@@ -26,7 +26,10 @@ CONTEXT = 32
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """What is trained, and how it is judged: `quality` is the held-out cross-entropy in nats, lower is better."""
+    """What is trained, and how it is judged: `quality` is the held-out cross-entropy in nats, lower is better.
+
+    `uneven` gives sizes of as many parameters whose blocks are not alike.
+    """
 
     name: str
     build: Callable[[Sizes], nn.Module]
@@ -41,6 +44,7 @@ class Task:
     units: Sizes
     full: Sizes
     rate: float
+    uneven: Callable[[Sizes], list[Sizes]] = lambda sizes: []
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Batches without end."""
@@ -229,13 +233,14 @@ class ByteBlock(nn.Module):
 
 
 class ByteModel(nn.Module):
-    """A decoder over bytes."""
+    """A decoder over bytes: its width, hidden units and heads, and how many units more the first block has."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width, hidden, num_heads = sizes
+        width, hidden, num_heads, *more = sizes
+        units = [hidden + sum(more), hidden - sum(more)]
         self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(ByteBlock(width, hidden, num_heads) for _ in range(2))
+        self.blocks = nn.ModuleList(ByteBlock(width, each, num_heads) for each in units)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -267,6 +272,9 @@ def byte_model() -> Task:
         full=(64, 256, 4),
         units=(2, 4, 1),
         layouts=lambda small, large: {"*": 1},
+        uneven=lambda s: [
+            (*s, more) for more in range(-256, 257, 8) if max(s[1] + more, s[1] - more) <= 256 and abs(more) < s[1]
+        ],
         objective=matta.objectives.Classification(),
         train=draw,
         test=rows(text[cut:], torch.arange(0, len(text) - cut - CONTEXT - 1, 4 * CONTEXT)),

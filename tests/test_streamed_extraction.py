@@ -135,6 +135,8 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         matta.extract_saved(saved, tmp_path / "w", Net(), Net(width=7, depth=3))
     with pytest.raises(CheckpointError, match=r"received 1 modules for a nesting of 1 Student"):
         matta.extract_saved(saved, tmp_path / "w", Net())
+    with pytest.raises(CheckpointError, match=r"a folder, to write to; expected a file: .*/student.safetensors"):
+        matta.extract_saved(saved, tmp_path, Net(), Net(width=6, depth=3))
     with pytest.raises(SubModelError, match=r"received k=9; expected 0 to 3"):
         matta.extract_saved(saved, tmp_path / "w", Net(), Net(width=6, depth=3), spec=9)
     with pytest.raises(CheckpointError, match=r"does not fit: .* is only in the modules"):

@@ -199,6 +199,7 @@ FOUND = [
     ("journal", f"{DEEP}\n{DEEP}\n", r"is no journal of a study"),
     ("cached tokens", "{}", None),
     ("cached tokens", '{"size": 9}', None),
+    ("cached tokens", '{"size": 18, "kind": ",u2", "fingerprint": "", "counts": {}}', None),
     ("listing", "[]", None),
 ]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from matta.lm.recipe import Recipe
 from matta.nesting.nested import Nested
 from matta.sizes.submodels import SubModel, layer_names
-from matta.training.reporting import markdown_table, ranges
+from matta.training.reporting import markdown_table, millions, ranges
 
 CITATION: Final = """\
 @inproceedings{verma2025matta,
@@ -172,7 +172,7 @@ def _front_matter(card: ModelCard, model: PreTrainedModel) -> str:
 
 def _summary(model: PreTrainedModel, own_code: bool) -> str:
     architecture = type(model).__name__.removeprefix("Matta")
-    count = _millions(model.num_parameters())
+    count = millions(model.num_parameters())
     code = (
         " Its blocks have different widths, so that the class that loads it comes with the folder "
         "(`modeling_matta.py`); matta need not be installed."
@@ -199,7 +199,7 @@ def _nesting(card: ModelCard, model: PreTrainedModel) -> str:
         "Teaching Assistant": card.ta,
         f"this model: {card.model}": Size(parameters=model.num_parameters(), values=here),
     }
-    rows = [[name, _millions(size.parameters), *map(str, size.values.values())] for name, size in sizes.items()]
+    rows = [[name, millions(size.parameters), *map(str, size.values.values())] for name, size in sizes.items()]
     table = markdown_table(["", "parameters", *(f"`{key}`" for key in keys)], rows)
     choices = dict.fromkeys(card.choices.values())
     found = [f"- {each}: {_listed(name for name, made in card.choices.items() if made == each)}" for each in choices]
@@ -234,13 +234,3 @@ def _quality(scores: Sequence[Score]) -> str:
 def _value(score: Score) -> str:
     error = "" if score.standard_error is None else f" ± {score.standard_error:.4f}"
     return f"{score.value:.4f}{error}"
-
-
-def _millions(count: int) -> str:
-    """A number of parameters, to four digits.
-
-    Example:
-        >>> _millions(354_823_168), _millions(59_424)
-        ('354.8 M', '59,424')
-    """
-    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"

@@ -30,6 +30,7 @@ from matta.training.processes import gathered, num_processes, process_rank, rais
 
 Tokens = NDArray[np.integer[Any]]
 _FORMAT: Final = "matta.tokens.1"
+_KINDS: Final = {each: np.dtype(each) for each in ("<u2", "<u4")}  # of tokens
 
 
 @final
@@ -129,7 +130,7 @@ def _blocks(documents: Documents, tokenizer: PreTrainedTokenizerBase, *, togethe
     rank, count = (process_rank(), num_processes()) if together else (0, 1)
     groups = document_groups(documents, BLOCK_CHARS)
     encode, end = TextEncoder(tokenizer), int(tokenizer.eos_token_id)
-    kind = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+    kind = _KINDS["<u2" if len(tokenizer) <= 1 << 16 else "<u4"]
     has_ended, num_read = True, count
     while num_read == count:
         part, error, num_read = None, None, 0
@@ -204,10 +205,11 @@ def _load(folder: Path) -> Corpus | None:
         about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         if (folder / "tokens.bin").stat().st_size != about["size"]:
             return None
+        kind = _KINDS[about["kind"]]
         if about["size"]:
-            tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=about["kind"], mode="r"))
+            tokens = np.asarray(np.memmap(folder / "tokens.bin", dtype=kind, mode="r"))
         else:
-            tokens = np.zeros(0, about["kind"])  # nothing cannot be mapped
+            tokens = np.zeros(0, kind)  # nothing cannot be mapped
         return Corpus(tokens=tokens, fingerprint=about["fingerprint"], counts=Counts.from_state(about["counts"]))
     except (FileNotFoundError, *DAMAGE):
         return None

@@ -19,7 +19,7 @@ from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
 from matta.nesting.plan import kinds
 from matta.sizes.submodels import layer_names
-from matta.training.reporting import ranges, rich_table
+from matta.training.reporting import millions, ranges, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -194,7 +194,7 @@ def _nesting_lines(nesting: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_table(figures: Mapping[str, Any]) -> Table:
     rows = [
-        (each["name"], f"{each['parameters'] / 1e6:,.1f} M", f"{each['flops_per_token'] / 1e6:,.1f}")
+        (each["name"], millions(each["parameters"]), f"{each['flops_per_token'] / 1e6:,.3g}")
         for each in figures["models"]
     ]
     return rich_table("Models", ("model", "parameters", "MFLOP of a token"), rows)

@@ -59,7 +59,7 @@ def refuse_ambiguous_axes(
         if each.student not in declared:
             _refuse_wider_groups(student, ta, each)
         for axis, growth, role in _growing(student, each):
-            if each.student in declared or not _is_plain(each.axes[axis]):
+            if each.student in declared or not each.axes[axis].is_plain:
                 continue
             if role in _FEEDS and not roles[growth] & set(_FEEDS[role]):
                 raise NestingError(_message(each, axis, role))
@@ -99,10 +99,6 @@ def _growing(student: nn.Module, placement: Placement) -> Iterable[tuple[int, Gr
     for axis, found in enumerate(placement.axes):
         for growth in growths(found):
             yield axis, growth, axis_role(owner, leaf, axis)
-
-
-def _is_plain(axis: Axis) -> bool:
-    return len(axis.segments) == 1 and len(axis.segments[0].ta) == 1
 
 
 def _message(placement: Placement, axis: int, role: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import final
 
 from torch import Tensor, nn
 
@@ -15,6 +17,17 @@ from matta.nesting.declarations import LayerMap, Rules, is_module_list, map_laye
 from matta.nesting.known_modules import known_layout, output_axis
 from matta.nesting.layout import Axis, Layout
 from matta.nesting.plan import Placement, Plan
+
+
+@final
+@dataclass(frozen=True)
+class _Pair:
+    """A Student's parameter and the TA's that it would live in, each by its name in its model."""
+
+    student: nn.Module
+    ta: nn.Module
+    name: str
+    ta_name: str
 
 
 def plan_nesting(
@@ -44,9 +57,10 @@ def plan_nesting(
     declared: set[str] = set()
     for name in shared:
         layout, by_user = _layout(student, name, rules)
-        placements[name] = _place(name, translate(name, maps), student, ta, layout, (traced or {}).get(name))
+        pair = _Pair(student, ta, name, translate(name, maps))
+        placements[name] = _place(pair, layout, (traced or {}).get(name))
         refuse_renormalised_tables(student, placements[name])
-        if by_user or _is_known(placements[name], student, ta) or _is_traced(placements[name], traced):
+        if by_user or _is_known(pair, placements[name]) or _is_traced(placements[name], traced):
             declared.add(name)
     placements = _tie(named, placements)
     _refuse_overlaps(named, ta, placements)
@@ -76,7 +90,8 @@ def private_placements(
     for name in plan.private:
         layout, _ = _layout(student, name, rules)
         with suppress(NestingError, LayoutError):
-            found[name] = _place(name, translate(name, plan.layers), student, ta, layout, (traced or {}).get(name))
+            pair = _Pair(student, ta, name, translate(name, plan.layers))
+            found[name] = _place(pair, layout, (traced or {}).get(name))
     return found
 
 
@@ -132,11 +147,10 @@ def _layout_of_weight(owner: nn.Module, name: str, rules: Rules) -> Layout | Non
     return Layout({0: parts})
 
 
-def _place(
-    name: str, ta_name: str, student: nn.Module, ta: nn.Module, layout: Layout | None, traced: Layout | None
-) -> Placement:
-    parameter = student.get_parameter(name)
-    target = ta_parameter(name, ta_name, ta)
+def _place(pair: _Pair, layout: Layout | None, traced: Layout | None) -> Placement:
+    name, ta_name = pair.name, pair.ta_name
+    parameter = pair.student.get_parameter(name)
+    target = ta_parameter(name, ta_name, pair.ta)
     if parameter.ndim != target.ndim:
         raise NestingError(
             f"{name} has shape {tuple(parameter.shape)} and the TA's {ta_name} {tuple(target.shape)}; expected the "
@@ -159,7 +173,7 @@ def _place(
                 f"{name} is {size} long on axis {axis} and the TA's {ta_name} only {ta_size}; expected the TA to be "
                 f"at least as large on each axis; build it larger, or keep it apart with private=[{name!r}]"
             )
-        axes.append(_axis(name, ta_name, student, ta, axis, (size, ta_size), layout, traced))
+        axes.append(_axis(pair, axis, (size, ta_size), layout, traced))
     return Placement(name, ta_name, tuple(axes))
 
 
@@ -185,52 +199,38 @@ def _nearest(name: str, among: Iterable[str]) -> str:
     return _abbreviated(get_close_matches(name, listed, n=3) or listed, most=4) or "no parameters"
 
 
-def _axis(
-    name: str,
-    ta_name: str,
-    student: nn.Module,
-    ta: nn.Module,
-    axis: int,
-    sizes: tuple[int, int],
-    declared: Layout | None,
-    traced: Layout | None,
-) -> Axis:
+def _axis(pair: _Pair, axis: int, sizes: tuple[int, int], declared: Layout | None, traced: Layout | None) -> Axis:
     if declared is not None:
         try:
             return declared.resolve(axis, *sizes)
         except LayoutError as error:
-            raise LayoutError(f"{name}: {error}") from None
+            raise LayoutError(f"{pair.name}: {error}") from None
     if sizes[0] == sizes[1]:
         return Axis.plain(*sizes)
     seen = traced if traced is not None and axis in traced.axes else None
-    known = seen or _from_table(name, ta_name, student, ta, axis, sizes)
+    known = seen or _from_table(pair, axis, sizes)
     try:
         return Axis.plain(*sizes) if known is None else known.resolve(axis, *sizes)
     except LayoutError:  # traced on other blocks than the one it lives in
         return Axis.plain(*sizes)
 
 
-def _from_table(
-    name: str, ta_name: str, student: nn.Module, ta: nn.Module, axis: int, sizes: tuple[int, int]
-) -> Layout | None:
+def _from_table(pair: _Pair, axis: int, sizes: tuple[int, int]) -> Layout | None:
     """The layout of an axis in the table of known classes, looking upwards from the parameter."""
-    parts, ta_parts = name.split("."), ta_name.split(".")
+    parts, ta_parts = pair.name.split("."), pair.ta_name.split(".")
     for depth in range(1, min(len(parts), len(ta_parts), 4) + 1):
-        owner = student.get_submodule(".".join(parts[:-depth]))
-        ta_owner = ta.get_submodule(".".join(ta_parts[:-depth]))
+        owner = pair.student.get_submodule(".".join(parts[:-depth]))
+        ta_owner = pair.ta.get_submodule(".".join(ta_parts[:-depth]))
         layout = known_layout(owner, ta_owner, ".".join(parts[-depth:]), axis, sizes)
         if layout is not None:
             return layout
     return None
 
 
-def _is_known(placement: Placement, student: nn.Module, ta: nn.Module) -> bool:
+def _is_known(pair: _Pair, placement: Placement) -> bool:
     """Whether the table of known classes speaks of a parameter, be it to say that it is plain."""
     sizes = [(axis.student_size, axis.ta_size) for axis in placement.axes]
-    names = placement.student, placement.ta
-    return any(
-        _from_table(*names, student, ta, i, size) is not None for i, size in enumerate(sizes) if size[0] < size[1]
-    )
+    return any(_from_table(pair, i, size) is not None for i, size in enumerate(sizes) if size[0] < size[1])
 
 
 def _is_traced(placement: Placement, traced: Mapping[str, Layout] | None) -> bool:

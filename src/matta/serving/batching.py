@@ -48,7 +48,6 @@ class Ran:
 
     size: str
     rows: int
-    requests: int
     seconds: float
 
 
@@ -144,9 +143,7 @@ class Batcher:
             batch, size = taken
             start = time.monotonic()
             answers = self._compute(batch, size)
-            ran = Ran(
-                size=size, rows=sum(each.rows for each in batch), requests=len(batch), seconds=time.monotonic() - start
-            )
+            ran = Ran(size=size, rows=sum(each.rows for each in batch), seconds=time.monotonic() - start)
             with self._changed:
                 if self._policy is not None:
                     self._policy.ran(size, ran.rows, ran.seconds, start + ran.seconds)

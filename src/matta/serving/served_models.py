@@ -211,7 +211,10 @@ class ServedModels:
             for answer in answers.values():
                 _require_rows(name, answer, count)
             if not all(bool(answer.isfinite().all()) for answer in answers.values()):
-                raise ServeError(f"{name} of version {version.name} gives values that are not finite on the example")
+                raise ServeError(
+                    f"{name} of version {version.name} gives values that are not finite on the example; train or "
+                    f"publish it anew, or give another example= if they are right"
+                )
         return answers
 
     def _measure(self, max_rows: int) -> dict[str, BatchTime]:

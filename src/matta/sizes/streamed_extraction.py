@@ -108,7 +108,7 @@ def extract_saved(
 
     Raises:
         CheckpointError: the folder is missing, damaged or something else, does not fit the modules, or their state
-            is not of tensors alone.
+            is not of tensors alone; or `path` is a folder.
         SubModelError: `spec` does not fit the nesting.
 
     Example:
@@ -125,6 +125,8 @@ def extract_saved(
         >>> bool((student[0].weight == nested.student[0].weight).all())
         True
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"received {path}, a folder, to write to; expected a file: {path}/student.safetensors")
     nested = nest_saved(saved, *modules)
     weights = SavedWeights(Path(saved) / WEIGHTS, nested)
     chosen = wide_narrow_wide(nested, spec) if isinstance(spec, int) else spec

@@ -186,3 +186,13 @@ def ranges(indices: Sequence[int]) -> str:
     starts = [i for i in indices if i - 1 not in indices]
     ends = [i for i in indices if i + 1 not in indices]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def millions(count: int) -> str:
+    """A number of parameters, to four digits.
+
+    Example:
+        >>> millions(354_823_168), millions(59_424)
+        ('354.8 M', '59,424')
+    """
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
