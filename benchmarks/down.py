@@ -4,8 +4,9 @@ A ranker of films, a CNN on scikit-learn's digits and a byte GPT are trained fir
 50 and 25% of the parameters of them, which train for the same number of steps on the same batches:
 
     matta            order by taylor and by magnitude, embeddings turned onto principal axes; of both orders and all
-                     shapes the leading slice with the least training loss; nest(warm_start="ta"); co-train on labels
-                     and the trained model's probabilities, half each; extract
+                     shapes, those with more hidden units in one block too, the leading slice with the least training
+                     loss; nest(warm_start="ta"); co-train on labels and the trained model's probabilities, half each;
+                     extract
     matta_family     the three sizes of one order in one run, a third of the steps in all
     torch_pruning    a uniform ratio, heads and embeddings too; by taylor and by magnitude; labels and distillation
     model_optimizer  FastNAS under a limit of parameters; labels and distillation
@@ -15,7 +16,7 @@ these held-out data counts, while matta chooses by the training loss. Its shapes
 the whole, so those that keep embeddings or a residual stream whole are among them. Changes are in percent against the
 best of the others, paired by seed, with 95% intervals.
 
-    python benchmarks/down.py [--quick] [--seeds N] [--tasks ranker,cnn,gpt,handled] [--json]
+    python benchmarks/down.py [--quick] [--seeds N] [--first N] [--tasks ranker,cnn,gpt,handled] [--json]
 
 Needs `pip install 'matta[bench]'`; a tool that is missing is said so in the figures.
 """
@@ -27,6 +28,7 @@ import copy
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, final
@@ -85,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Downwards from a trained model, beside other tools.")
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps: under a minute")
     parser.add_argument("--seeds", type=int, help="seeds of each task (default: 5)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--tasks", default=",".join([*TASKS, HANDLED]), help="which, with commas")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     options = parser.parse_args()
@@ -95,7 +98,9 @@ def main() -> None:
         if name == HANDLED:
             figures |= handled(effort.models, effort.limit_s)
         else:
-            figures |= measure(TASKS[name](), effort, options.seeds or effort.seeds)
+            figures |= measure(
+                TASKS[name](), effort, range(options.first, options.first + (options.seeds or effort.seeds))
+            )
     if options.json:
         print(json.dumps(figures))
         return
@@ -103,12 +108,12 @@ def main() -> None:
         print(f"{name:48} {value:9.4f}" if isinstance(value, float) else f"{name:48} {value}")
 
 
-def measure(task: Task, effort: Effort, num_seeds: int) -> dict[str, Any]:
+def measure(task: Task, effort: Effort, seeds: Sequence[int]) -> dict[str, Any]:
     """All tools on one task."""
     run = _Measured(task, effort)
-    for seed in range(num_seeds):
+    for seed in seeds:
         run.add(seed)
-        print(f"{task.name}: {seed + 1} of {num_seeds} seeds", file=sys.stderr, flush=True)
+        print(f"{task.name}: seed {seed} done", file=sys.stderr, flush=True)
     return run.figures()
 
 

@@ -20,6 +20,7 @@ from down_tasks import Sizes, Task, num_parameters
 from matta.nesting.slicing import materialize
 
 NUM_MEASURED = 16  # batches that importance is measured on, by each tool
+NUM_MOVED = 3  # even shapes from which uneven ones are made
 
 
 class CannotError(Exception):
@@ -56,7 +57,7 @@ def ordered(task: Task, ta: nn.Module, importance: str, seed: int) -> nn.Module:
 def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: int) -> tuple[float, Sizes]:
     """Of several shapes with that share of the parameters, the one whose leading slice has the least training loss.
 
-    Units are then moved between blocks, as long as that makes it less.
+    From the best few, units are then moved between blocks.
     """
     measured = list(islice(task.batches(2000 + seed), 4))
 
@@ -65,8 +66,8 @@ def best_shape(task: Task, ta: nn.Module, share: float, seed: int, num_shapes: i
         student = _nested(task, ta, [sizes]).student.eval()
         return sum(float(task.objective.cross_entropy(student(*inputs), labels)) for inputs, labels in measured)
 
-    even = min((loss(sizes), sizes) for sizes in task.shapes(share, num_shapes))
-    return min([even, *((loss(sizes), sizes) for sizes in task.uneven(even[1]))])
+    even = sorted((loss(sizes), sizes) for sizes in task.shapes(share, num_shapes))
+    return min(even + [(loss(moved), moved) for _, sizes in even[:NUM_MOVED] for moved in task.uneven(sizes)])
 
 
 def _nested(task: Task, ta: nn.Module, shapes: Sequence[Sizes]) -> matta.Nested:

@@ -54,7 +54,7 @@ def _encoder(size: int) -> nn.Module:
 MODELS: Mapping[str, tuple[Callable[[int], nn.Module], tuple[Any, ...]]] = {
     "ranker": (lambda s: FilmRanker(50, 60, (4 * s, 16 * s, 8 * s)), (IDS[0], IDS[0])),
     "cnn": (lambda s: DigitNetwork((4 * s, 8 * s, 8 * s)).eval(), (IMAGES,)),
-    "byte_gpt": (lambda s: ByteModel((16 * s, 32 * s, s)), (IDS,)),
+    "byte_gpt": (lambda s: ByteModel((16 * s, s, 32 * s)), (IDS,)),
     "lstm": (lambda s: Recurrent(8 * s), (IDS,)),
     "torch_encoder": (_encoder, (IDS,)),
     "gpt2": (lambda s: _of_transformers("gpt2", s, n_inner=16 * s), (IDS,)),

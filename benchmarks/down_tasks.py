@@ -233,11 +233,11 @@ class ByteBlock(nn.Module):
 
 
 class ByteModel(nn.Module):
-    """A decoder over bytes: its width, hidden units and heads, and how many units more the first block has."""
+    """A decoder over bytes, by its width, heads and hidden units, and how many units more the first block has."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width, hidden, num_heads, *more = sizes
+        width, num_heads, hidden, *more = sizes
         units = [hidden + sum(more), hidden - sum(more)]
         self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(ByteBlock(width, each, num_heads) for each in units)
@@ -267,13 +267,13 @@ def byte_model() -> Task:
         build=ByteModel,
         count=lambda s: (
             (512 + CONTEXT + 2) * s[0]
-            + 2 * (48 * s[2] * (s[0] + 1) + 16 * s[2] * s[0] + (2 * s[0] + 1) * s[1] + 6 * s[0])
+            + 2 * (48 * s[1] * (s[0] + 1) + 16 * s[1] * s[0] + (2 * s[0] + 1) * s[2] + 6 * s[0])
         ),
-        full=(64, 256, 4),
-        units=(2, 4, 1),
+        full=(64, 4, 256),
+        units=(2, 1, 4),
         layouts=lambda small, large: {"*": 1},
         uneven=lambda s: [
-            (*s, more) for more in range(-256, 257, 8) if max(s[1] + more, s[1] - more) <= 256 and abs(more) < s[1]
+            (*s, more) for more in range(-128, 129, 8) if s[2] + abs(more) <= 256 and s[2] > abs(more) > 0
         ],
         objective=matta.objectives.Classification(),
         train=draw,
