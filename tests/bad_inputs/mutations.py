@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +18,7 @@ from test_fuzzed_readers import PIECES, require_one_line
 
 MOST = settings.default.max_examples if settings.default.max_examples < 1000 else 10_000  # type: ignore[union-attr]
 """Tries: the latter under `make stress`."""
+_NONE, _MORE = object(), object()
 VALUES = (None, True, False, 0, -1, 1, 2**70, 1.5, 1e308, float("nan"), "", "a", "..", "\ud800", [], {}, [1], {"a": 1})
 
 
@@ -74,6 +77,41 @@ def _changed_bytes(data: bytes, random: Random) -> bytes:
     return bytes(flipped)
 
 
+def every_change(good: bytes, most: int) -> Iterator[bytes]:
+    """A JSON document, or lines of them, with each of the values above in each place, or none, or one more.
+
+    Of all these so many at most, evenly.
+    """
+    lines = [good] if _json(good) is not None else good.splitlines()
+    values = [{"": json.loads(line)} for line in lines]
+    places = [(index, path) for index, outer in enumerate(values) for path in _places(outer[""])]
+    changes = list(product(places, (*VALUES, _NONE, _MORE)))
+    for (index, path), value in changes[:: -(-len(changes) // most)]:
+        changed = json.dumps(_with_value(values[index], path, value)).encode()
+        yield b"\n".join([*lines[:index], changed, *lines[index + 1 :]])
+
+
+def _places(values: Any, path: tuple[Any, ...] = ("",)) -> Iterator[tuple[Any, ...]]:
+    """The paths to all values; of a list to the first few."""
+    yield path
+    few = list(enumerate(values))[:4] if isinstance(values, list) else []
+    for key, each in values.items() if isinstance(values, dict) else few:
+        yield from _places(each, (*path, key))
+
+
+def _with_value(outer: dict[str, Any], path: tuple[Any, ...], value: Any) -> Any:
+    *before, key = path
+    found = copy.deepcopy(outer)
+    node = functools.reduce(lambda node, each: node[each], before, found)
+    if value is _MORE and isinstance(node[key], dict | list):
+        node[key] = [*node[key], None] if isinstance(node[key], list) else {**node[key], "a$": 1}
+    elif value is _NONE and before:
+        del node[key]
+    elif value is not _NONE and value is not _MORE:
+        node[key] = value
+    return found[""]
+
+
 def refuses_or_reads(file: Path, read: Callable[[], object], *, tries: int = MOST) -> None:
     """Try what a file may hold; a checksum that is listed is that of what it holds, as if someone had edited it."""
     content = file.read_bytes()
@@ -82,18 +120,31 @@ def refuses_or_reads(file: Path, read: Callable[[], object], *, tries: int = MOS
     @settings(max_examples=min(tries, MOST))
     @given(seed=st.integers(0, 2**64 - 1))
     def refuses(seed: int) -> None:
-        bad = mutated(content, Random(seed))
-        write(file, bad)
-        try:
-            require_one_line(read)
-        except Exception as error:
-            error.add_note(f"{file.name}: {bad[:2000]!r}")
-            raise
+        _try(file, mutated(content, Random(seed)), read)
 
     try:
         refuses()
     finally:
         write(file, content)
+
+
+def require_all_read_or_refused(file: Path, read: Callable[[], object], changes: Iterable[bytes]) -> None:
+    """Try each of these contents."""
+    content = file.read_bytes()
+    try:
+        for bad in changes:
+            _try(file, bad, read)
+    finally:
+        write(file, content)
+
+
+def _try(file: Path, bad: bytes, read: Callable[[], object]) -> None:
+    write(file, bad)
+    try:
+        require_one_line(read)
+    except Exception as error:
+        error.add_note(f"{file.name}: {bad[:2000]!r}")
+        raise
 
 
 def write(file: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final, final
 
 from matta.choosing.measuring import Latency
@@ -194,6 +195,8 @@ class Family:
             sizes = tuple(_size_from_json(each) for each in values.pop("sizes"))
             if not sizes:
                 raise ValueError("it has no size")
+            for name, value in values.items():
+                _require_type(value, *_KINDS[name])
             return Family(sizes=sizes, **values)
         except FileNotFoundError:
             raise ChoiceError(
@@ -320,6 +323,7 @@ class Family:
         return f"none of the {len(sizes)} sizes has {wanted}; the nearest is {nearest.name!r}: {told}"
 
 
+_KINDS: Final = {"higher_is_better": (bool,), "is_complete": (bool,), "threads": (int, NoneType), "device": (str,)}
 COLUMNS: Final = ("size", "parameters", "memory MB", "FLOPs", "ms", "ms p95", "quality")
 
 
@@ -353,8 +357,14 @@ def _size_from_json(values: dict[str, Any]) -> Size:
     latencies = tuple(Latency(**each) for each in values.pop("latencies"))
     size = Size(latencies=latencies, **values)
     numbers = (size.parameters, size.quality, size.bytes, size.flops, size.activation_bytes)
-    times = [value for each in latencies for value in asdict(each).values()]
-    if wrong := [value for value in (*numbers, *times) if not isinstance(value, int | float)]:
-        raise TypeError(f"{wrong[0]!r} is no number")
-    SubModel(dict(size.layers))  # refuses what is no choice
+    for value in (*numbers, *(value for each in latencies for value in asdict(each).values())):
+        _require_type(value, int, float)
+    _require_type(size.name, str)
+    _require_type(size.layers, dict)
+    SubModel(size.layers)  # refuses what is no choice
     return size
+
+
+def _require_type(value: object, *kinds: type) -> None:
+    if type(value) not in kinds:
+        raise TypeError(f"{value!r:.80} is no {kinds[0].__name__}")

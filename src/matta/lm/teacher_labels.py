@@ -127,6 +127,8 @@ def _checked_about(about: About) -> About:
             raise TypeError(f"{each.name} is {value!r}")
     if min(about.top, about.vocabulary, about.context - 1, about.num_samples, about.samples_per_shard) < 1:
         raise ValueError("numbers below 1")
+    if about.vocabulary > 1 << 31:
+        raise ValueError(f"a vocabulary of {about.vocabulary:,}")
     return about
 
 
