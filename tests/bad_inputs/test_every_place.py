@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from starlette.testclient import TestClient
+
+import matta
+from matta.serving.application import Application
+from matta.serving.serve_settings import ServeSettings
+from matta.serving.served_models import ServedModels
 
 sys.path.insert(0, str(Path(__file__).parent))
+from good_inputs import tower
 from mutations import MOST, every_change, require_all_read_or_refused
 from test_fuzzed_readers import READERS as OF_USERS
 from test_fuzzed_readers import good as users
@@ -38,3 +47,25 @@ def test_files_of_runs(kind: str, runs: Path) -> None:
 
 def check(file: Path, read: Callable[[], object], most: int) -> None:
     require_all_read_or_refused(file, read, every_change(file.read_bytes(), most))
+
+
+INPUT = {"name": "input_0", "datatype": "FP32", "shape": [2, 3], "data": [1, 2, 3, 4, 5, 6], "parameters": {}}
+BODIES = {
+    "infer": {"id": "r1", "inputs": [INPUT], "outputs": [{"name": "logits"}], "parameters": {"size": "TA"}},
+    "outcomes": {"id": "r1", "outcomes": [1, 0]},
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_bodies_of_requests(kind: str, tmp_path: Path) -> None:
+    models = ServedModels(matta.nest(tower(4), tower(8)), example=(torch.ones(2, 3), None))
+    application = Application(models, ServeSettings(split="TA=1", log=tmp_path / "log"))
+    good, path = json.dumps(BODIES[kind]).encode(), f"/v2/models/model/{kind}"
+    with TestClient(application.asgi) as client:
+        for body in (*every_change(good, 10_000), b"[" * 3000):
+            answer = client.post(path, content=body)
+            assert answer.status_code in (200, 400), (body, answer.text)
+        answer = client.post(path, content=good)
+        assert answer.status_code == 200, answer.text
+    for line in (tmp_path / "log").read_text().splitlines():
+        json.loads(line)

@@ -177,7 +177,7 @@ class AnswerLog:
         require_kind("the id", request_id, str, "text, as Split.arm was asked with")
         try:
             numbers = [float(each) for each in values]
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             raise AbError(f"received {name}={values!r:.100}; expected a number for each row, in a list") from None
         if not numbers or not all(map(math.isfinite, numbers)):
             raise AbError(f"received {name}={numbers} for {request_id!r}; expected one finite number or more")

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from matta import __version__
 from matta.ab_testing.traffic import AnswerLog, Split
-from matta.errors import AbError, ServeError, first_line
+from matta.errors import DAMAGE, AbError, ServeError, first_line
 from matta.serving.batching import Answer, Batcher, QueueFull
 from matta.serving.inference_protocol import (
     HEADER_LENGTH,
@@ -273,18 +273,14 @@ class Application:
         self._version(request)
         if self.log is None:
             raise ProtocolError(409, "there is no log to write outcomes to; start with --log FILE")
-        body = await self._body(request)
-        try:
-            lines = [json.loads(line) for line in body.decode("utf-8").splitlines() if line.strip()]
-            outcomes = [(line["id"], [float(value) for value in line["outcomes"]]) for line in lines]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ProtocolError(400, f"expected lines such as {{'id': 'a', 'outcomes': [1]}}: {error!r}") from None
+        outcomes = _outcomes_in(await self._body(request))
         now = time.time()
         try:
             for identity, values in outcomes:
                 self.log.outcome(identity, outcomes=values, time_s=now)
-        except AbError as error:
-            raise ProtocolError(400, str(error)) from None
+        except (AbError, OSError) as error:
+            LOG.error("outcomes are not logged: %s", error)
+            raise ProtocolError(503, f"the outcomes cannot be logged: {first_line(error)}") from None
         return JSONResponse({"received": len(outcomes)})
 
     async def _body(self, request: Request) -> bytes:
@@ -331,6 +327,29 @@ class Application:
             return response
 
         return guarded
+
+
+def _outcomes_in(body: bytes) -> list[tuple[str, list[float]]]:
+    """The ids and outcomes in a body of JSON lines: all of them, before any is logged.
+
+    Raises:
+        ProtocolError: a line is none.
+    """
+    found = []
+    try:
+        for line in filter(str.strip, body.decode("utf-8").splitlines()):
+            values = json.loads(line)
+            identity, outcomes = values["id"], values["outcomes"]
+            numbers = [float(value) for value in outcomes]
+            is_list = isinstance(outcomes, list) and bool(numbers)
+            if not (isinstance(identity, str) and is_list and all(map(math.isfinite, numbers))):
+                raise ValueError(f"received {line:.100}")
+            found.append((identity, numbers))
+    except DAMAGE as error:
+        raise ProtocolError(
+            400, f"expected lines such as {{'id': 'a', 'outcomes': [1]}}: {first_line(error)}"
+        ) from None
+    return found
 
 
 async def _discard(request: Request) -> None:
