@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
+from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +109,38 @@ def test_a_moved_run_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / "moved")
     resumed.fit(batches(), steps=5, run=tmp_path / "moved", resume=True)
     assert_equal(resumed.state(), whole.state())
+
+
+def test_copies_of_checkpoints_are_the_user_s_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Setup().fit(batches(), steps=4, run=run, checkpoint_every=1)
+    for name in ("checkpoint-00000004-keep", "checkpoint-00000002.bak"):
+        shutil.copytree(run / "checkpoint-00000004", run / name)
+    (run / "checkpoint-00000099").write_text("no folder")
+    assert Setup().fit(batches(), steps=9, run=run, checkpoint_every=1, resume=True).steps == 9
+    kept = [f"checkpoint-{name}" for name in ("00000002.bak", "00000004-keep", "00000007", "00000008", "00000009")]
+    assert sorted(each.name for each in run.glob("checkpoint-*")) == [*kept, "checkpoint-00000099"]
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path: Path) -> None:
+    folder, ours = RunFolder(tmp_path / "run", resume=False), Setup()
+    folder.begin()
+    steps = [99_999_998, 99_999_999, 100_000_000, 100_000_001]  # names of eight digits and of nine
+    for step in steps:
+        folder.save(step, ours.cotrain, {"step": step})
+    folder.close()
+    assert [each.name for each in folder.checkpoints()] == [f"checkpoint-{step:08d}" for step in steps[1:]]
+
+
+def test_the_best_is_a_number(tmp_path: Path) -> None:
+    def judged(*values: float) -> Callable[[object], dict[str, float]]:
+        given = iter(values)
+        return lambda nested: {"auroc": next(given)}
+
+    ours = Setup()
+    settings = {"run": tmp_path / "run", "evaluate_every": 1, "best": ("auroc", "max")}
+    result = ours.fit(batches(), steps=4, evaluate=judged(nan, 0.5, 0.75, nan), **settings)
+    assert (result.best.step, result.best.values) == (3, {"auroc": 0.75})
+    settings |= {"best": ("loss", "min"), "resume": "prolong"}
+    result = Setup().fit(batches(), steps=5, evaluate=lambda nested: {"loss": 1.0}, **settings)
+    assert (result.best.step, result.best.values) == (5, {"loss": 1.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -79,7 +80,8 @@ class RunEvaluation:
         if name not in latest.values:
             raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
         sign = 1 if way == "min" else -1
-        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
+        before = nan if self.best is None else self.best.values.get(name, nan)  # of another name where it was prolonged
+        if self.best is not None and not isnan(before) and not sign * latest.values[name] < sign * before:
             return
         self.best = latest
         if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):

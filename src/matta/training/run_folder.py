@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ FORMAT: Final = {"format": "matta.fit", "version": 2}
 NUM_KEPT: Final = 3
 ASIDE: Final = "nonfinite"
 NUM_ASIDE: Final = 8
+_CHECKPOINT: Final = re.compile(r"checkpoint-\d{8,}")
 
 
 @final
@@ -253,8 +255,9 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"))
+    """The complete checkpoints of a run folder, oldest first; copies of other names are the user's own."""
+    named = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name) and each.is_dir()]
+    return sorted(named, key=lambda each: int(each.name.removeprefix("checkpoint-")))
 
 
 @contextmanager
