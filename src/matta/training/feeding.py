@@ -120,7 +120,8 @@ class Feed:
         self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
-        self._num_whole = _known_length(data)
+        self.num_whole = known_length(data)
+        self.ends_together = self.num_processes == 1 or isinstance(data, DataLoader | Sized | DividedIterator)
         self._start: dict[str, Any] = {}
         self._resume_at: dict[str, Any] | None = None
 
@@ -143,8 +144,13 @@ class Feed:
 
     def num_batches(self) -> int | None:
         """Batches of a pass for this process, where the data tells."""
-        length = _known_length(self.data)
+        length = known_length(self.data)
         return length if length is None or self.is_sharded else length // self.num_processes
+
+    def num_steps(self, steps: int | None, accumulate: int) -> int | None:
+        """Optimizer steps of the run: those given, or of all passes, where the data tells."""
+        num_batches = None if steps is not None or self.num_passes is None else self.num_batches()
+        return steps if num_batches is None else num_batches * (self.num_passes or 0) // accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left, on the device.
@@ -216,7 +222,7 @@ class Feed:
                 f"{begun}; expected as many, or a DataLoader with a generator of its own, whose order does not depend "
                 f"on their number: generator=torch.Generator().manual_seed(0)"
             )
-        length = self._num_whole
+        length = self.num_whole
         if length is not None and any(length % count for count in (was, self.num_processes)):
             raise RunError(f"{begun}, and a pass of {length} batches is not a multiple of both; expected as many")
         batch, left = divmod(first["batch"] * was, self.num_processes)
@@ -294,7 +300,7 @@ class Feed:
         return send_to_device(batch, self.device, non_blocking=True)
 
 
-def _known_length(data: Any) -> int | None:
+def known_length(data: Any) -> int | None:
     """Batches to a pass, of all processes together, where the data tells."""
     try:
         return len(data)

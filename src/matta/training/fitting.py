@@ -123,6 +123,10 @@ def fit(
         5
     """
     _require_kinds(cotrain, optimizer, scheduler, evaluate, observers)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise RunError(
+            "fit was called where gradients are off, in torch.no_grad() or in what evaluate= calls; expected it outside"
+        )
     require_installed("accelerate")
     accelerator = make_accelerator() if accelerator is None else accelerator
     require_all(accelerator)

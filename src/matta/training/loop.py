@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
@@ -22,8 +21,8 @@ from matta.training.evaluation import Evaluate
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
-from matta.training.processes import gathered_by_main, require_gradients
-from matta.training.reporting import Bar, Losses, tensorboard
+from matta.training.processes import gathered_by_main, raise_together, require_gradients, require_same_call, while_all
+from matta.training.reporting import Bar, Losses, logged, tensorboard
 from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
 from matta.training.run_evaluation import RunEvaluation
 from matta.training.run_folder import RunFolder, resuming
@@ -77,13 +76,14 @@ class Training:
 
     def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
         """Train to the end."""
+        require_same_call({**self.arguments, **self._call()})
         self._resume()
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
             self.cotrain.accumulate = self.settings.accumulate
             self._open(progress=progress, has_tensorboard=has_tensorboard)
-            with self.interrupt:
+            with self.interrupt, self.interrupt.left_to_this_process(self.feed.data):
                 self.cotrain.train()
                 self._train()
                 self._finish()
@@ -111,7 +111,7 @@ class Training:
         model = self._distributed()
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            for index, batches in enumerate(full_groups(iter(self.feed), self.settings.accumulate)):
+            for index, batches in enumerate(self._groups()):
                 self.times.add("data")
                 outputs = self._forward_backward(model, batches)
                 if index == 0:
@@ -126,6 +126,19 @@ class Training:
             if model is not self.cotrain:
                 self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The batches of each step; a signal that has ended what reads them too ends the run as after a step."""
+        groups = full_groups(iter(self.feed), self.settings.accumulate)
+        try:
+            yield from groups if self.feed.ends_together else while_all(groups, self.feed.device)
+        except Exception:
+            if self.interrupt.came is None:
+                raise
+            if self.accelerator.num_processes == 1 and self.settings.accumulate == 1 and self.feed.batch:
+                self.stopped_by = self.interrupt.came
+                self._stop_if_asked()
+            raise ended_by(self.interrupt.came, "stopped within a step; continue with resume=True") from None
 
     def _distributed(self) -> torch.nn.Module:
         is_plain = self.accelerator.num_processes == 1 or self.is_sharded
@@ -193,13 +206,7 @@ class Training:
         state = self.folder.load(self.cotrain, self.optimizer)
         if state is None:
             return False
-        spikes.count(loss, self.step)
-        if self.accelerator.is_main_process:
-            warnings.warn(
-                f"the loss of step {self.step} is {loss:.4g}, over {spikes.rollback.factor:g} times the median before; "
-                f"the run continues from step {state['step']} with the batches that follow",
-                stacklevel=2,
-            )
+        spikes.count(loss, self.step, back_at=state["step"])
         self._take_up(state, prolong=False)
         self.optimizer.zero_grad(set_to_none=True)
         return True
@@ -262,8 +269,10 @@ class Training:
         return self.feed.epoch >= (self.feed.num_passes or 0)
 
     def _finish(self) -> None:
-        if not self.evaluation.is_done(self.step):
-            self._evaluate_at_end()
+        if self.evaluation.is_due(self.step):
+            self._save()  # all steps are made: a run that ends in the evaluation has only that to do again
+            self._evaluate()
+            self.saved_step = None
         if self.bar is not None:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
@@ -276,15 +285,6 @@ class Training:
                 save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate_at_end(self) -> None:
-        """All steps are made, so a run resumed after a fault of the evaluation only evaluates."""
-        try:
-            self._evaluate()
-        except BaseException:
-            if self.accelerator.num_processes == 1:  # of several, one alone may have failed
-                self._save()
-            raise
-
     def _evaluate(self) -> None:
         values = self.evaluation.judge(self.step)
         self._track({f"evaluation/{name}": value for name, value in values.items()})
@@ -293,27 +293,24 @@ class Training:
         losses = self.losses.read()
         if not self.trackers:  # reading the weight would wait for the device
             return
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
-        self._track(
-            {
-                **{f"loss/{name}": value for name, value in losses.items()},
-                **dict(zip(names, rates, strict=True)),
-                **({} if self.norm is None else {"gradient_norm": float(self.norm)}),
-                **self.times.read(self.settings.log_every),
-                "distill_weight": float(distill_weight),
-                "skipped_steps": self.num_skipped,
-            }
-        )
+        shown = logged(losses, self.optimizer, self.norm, distill_weight, self.num_skipped)
+        self._track({**shown, **self.times.read(self.settings.log_every)})
 
     def _track(self, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if values else ():
             tracker.log(dict(values), step=self.step)
 
     def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
-        """Begin to write and to show, on the main process."""
-        if not self.accelerator.is_main_process:
-            return
+        """Begin to write and to show, on the main process; all end where it cannot."""
+        failed: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self._open_here(progress=progress, has_tensorboard=has_tensorboard)
+            except Exception as error:
+                failed = error
+        raise_together(failed)
+
+    def _open_here(self, *, progress: bool, has_tensorboard: bool) -> None:
         self.trackers += self.accelerator.trackers
         if self.folder is not None:
             self.folder.begin()
@@ -321,15 +318,7 @@ class Training:
                 self.own_tracker = tensorboard(self.folder.path, self.step)
                 self.trackers.append(self.own_tracker)
         if progress:
-            self.bar = Bar(self._num_steps(), self.step)
-
-    def _num_steps(self) -> int | None:
-        if self.settings.steps is not None or self.feed.num_passes is None:
-            return self.settings.steps
-        num_batches = self.feed.num_batches()
-        if num_batches is None:
-            return None
-        return num_batches * self.feed.num_passes // self.settings.accumulate
+            self.bar = Bar(self.feed.num_steps(self.settings.steps, self.settings.accumulate), self.step)
 
     def _save(self) -> None:
         """Write a checkpoint, unless there is one of this step."""
@@ -368,6 +357,16 @@ class Training:
             "num_processes": num_processes,
             "batch": self.feed.unit,
             "step_size": step_size,
+        }
+
+    def _call(self) -> dict[str, Any]:
+        """What the processes of a run have to be told alike, beside the arguments that change its weights."""
+        return {
+            **self.settings.plain(),
+            **self.evaluation.plain(),
+            "run": None if self.folder is None else self.folder.given,
+            "batches": self.feed.num_whole,
+            **{name: f"{tuple(p.shape)} {p.requires_grad}" for name, p in self.cotrain.named_parameters()},
         }
 
     def _resume(self) -> None:

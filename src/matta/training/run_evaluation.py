@@ -15,6 +15,7 @@ from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forwa
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
+from matta.training.feeding import known_length
 from matta.training.processes import is_main_process, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
 
@@ -34,9 +35,14 @@ class RunEvaluation:
         self.found: list[Evaluated] = []
         self.best: Evaluated | None = None
 
-    def is_done(self, step: int) -> bool:
-        """Whether the weights of a step have been evaluated."""
-        return bool(self.found) and self.found[-1].step == step
+    def is_due(self, step: int) -> bool:
+        """Whether the weights of a step are still to be evaluated."""
+        return self._evaluate is not None and not (self.found and self.found[-1].step == step)
+
+    def plain(self) -> dict[str, Any]:
+        """How it is called, in plain types: by the main process alone, or by all, over so many batches."""
+        calls = None if self._evaluate is None else "all" if hasattr(self._evaluate, "together") else "the main one"
+        return {"evaluate": calls, "evaluate.data": known_length(getattr(self._evaluate, "data", None))}
 
     def judge(self, step: int) -> dict[str, float]:
         """The values of the nesting as it is, none if nothing evaluates; all processes call this.
