@@ -23,7 +23,15 @@ from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
 from matta.training.processes import gathered_by_main, raise_together, require_gradients, require_same_call, while_all
 from matta.training.reporting import Bar, Losses, logged, tensorboard
-from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
+from matta.training.resuming import (
+    PROLONG,
+    arguments_of,
+    load_optimizer,
+    names_of,
+    require_same_arguments,
+    require_same_order,
+    require_same_shape,
+)
 from matta.training.run_evaluation import RunEvaluation
 from matta.training.run_folder import RunFolder, resuming
 from matta.training.run_settings import FitResult, Observer, Settings
@@ -69,14 +77,15 @@ class Training:
         self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
-        self.saved_step: int | None = None
+        self.saved: tuple[int, ...] | None = None
         self.bar: Bar | None = None
         self.trackers: list[GeneralTracker] = []
         self.own_tracker: GeneralTracker | None = None
 
     def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
         """Train to the end."""
-        require_same_call({**self.arguments, **self._call()})
+        told = {**self.settings.plain(), **self.evaluation.plain(), "batches": self.feed.num_whole}
+        require_same_call({**self.arguments, **told, "run": getattr(self.folder, "given", None)}, self.cotrain)
         self._resume()
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
@@ -272,17 +281,17 @@ class Training:
         if self.evaluation.is_due(self.step):
             self._save()  # all steps are made: a run that ends in the evaluation has only that to do again
             self._evaluate()
-            self.saved_step = None
+            self.saved = None
         if self.bar is not None:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
         if self.folder is not None:
             self.folder.wait()
-        if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.save_nested(self.step, self.cotrain.nested)
-            if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
-                save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
+            if self.accelerator.is_main_process:
+                self.folder.save_nested(self.step, self.cotrain.nested)
+                if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
+                    save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:
@@ -321,8 +330,9 @@ class Training:
             self.bar = Bar(self.feed.num_steps(self.settings.steps, self.settings.accumulate), self.step)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless there is one of this step."""
-        if self.folder is None or self.saved_step == self.step:
+        """Write a checkpoint, unless there is one of this step and place in the data."""
+        place = self.step, self.feed.epoch, self.feed.batch
+        if self.folder is None or self.saved == place:
             return
         own = self.feed.state()
         if self.is_sharded:
@@ -332,7 +342,7 @@ class Training:
             if self.accelerator.is_main_process:
                 whole = {**self._state(), "feeds": feeds, "optimizer": self.optimizer.state_dict()}
                 self.folder.save(self.step, self.cotrain, whole)
-        self.saved_step = self.step
+        self.saved = place
 
     def _state(self) -> dict[str, Any]:
         """What is common to all processes, but for the optimizer's state."""
@@ -340,6 +350,7 @@ class Training:
             "step": self.step,
             **self._shape(),
             "arguments": self.arguments,
+            "parameters": names_of(self.cotrain, self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -350,45 +361,32 @@ class Training:
         }
 
     def _shape(self) -> dict[str, int]:
-        accumulate, num_processes = self.settings.accumulate, self.accelerator.num_processes
-        step_size = accumulate * num_processes * self.feed.unit
-        return {
-            "accumulate": accumulate,
-            "num_processes": num_processes,
-            "batch": self.feed.unit,
-            "step_size": step_size,
-        }
-
-    def _call(self) -> dict[str, Any]:
-        """What the processes of a run have to be told alike, beside the arguments that change its weights."""
-        return {
-            **self.settings.plain(),
-            **self.evaluation.plain(),
-            "run": None if self.folder is None else self.folder.given,
-            "batches": self.feed.num_whole,
-            **{name: f"{tuple(p.shape)} {p.requires_grad}" for name, p in self.cotrain.named_parameters()},
-        }
+        accumulate, num_processes, unit = self.settings.accumulate, self.accelerator.num_processes, self.feed.unit
+        sizes = {"accumulate": accumulate, "num_processes": num_processes, "batch": unit}
+        return {**sizes, "step_size": accumulate * num_processes * unit}
 
     def _resume(self) -> None:
         if self.folder is None:
             return
         prolong = self.settings.resume == PROLONG
         with resuming(self.folder.path):
-            state = self.folder.load(self.cotrain, self.optimizer)
+            state = self.folder.load(self.cotrain, self.optimizer, converts=prolong)
             if state is None:
                 return
             require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
             if not prolong:
                 require_same_arguments(state, self.arguments, self.scheduler)
+            require_same_order(state, names_of(self.cotrain, self.optimizer))
             self.feed.resume(state["feeds"])
             self._take_up(state, prolong=prolong)
+            self.saved = self.step, self.feed.epoch, self.feed.batch
 
     def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
         """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
         state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
         load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
-        self.step = self.saved_step = state["step"]
+        self.step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
         self.losses.means = state["losses"]
         self.evaluation.load_state_dict(state)

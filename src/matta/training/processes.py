@@ -125,18 +125,19 @@ def raise_together(error: Exception | None) -> None:
             raise RunError(f"process {rank} of {len(messages)} failed: {message}")
 
 
-def require_same_call(values: Mapping[str, Any]) -> None:
+def require_same_call(values: Mapping[str, Any], module: nn.Module) -> None:
     """Refuse a call of `fit` that is not the same in all processes, which must all call this.
 
-    They would train apart, or wait for each other without end.
+    They would train apart, or wait for each other without end. The parameters of `module` are compared too.
 
     Raises:
         RunError: a value differs from that of the main process.
     """
     if num_processes() == 1:
         return
-    first, here = of_main(dict(values)), {name: repr(value) for name, value in values.items()}
-    there = {name: repr(value) for name, value in first.items()}
+    trained = {name: (tuple(each.shape), each.requires_grad) for name, each in module.named_parameters()}
+    here = {name: repr(value) for name, value in {**values, **trained}.items()}
+    there = of_main(here)
     differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     told = [
         f"{name}={here.get(name, 'nothing'):.200}, and process 0 {there.get(name, 'nothing'):.200}"

@@ -43,7 +43,7 @@ from matta.nesting.sharded_slices import is_sharded, placed
 from matta.sizes.saving import held_state, require_fit, save_from
 from matta.sizes.storage import put_back, verify, whole_folder, write_json
 from matta.sizes.weight_files import weights_in
-from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares
+from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares, require_types
 from matta.training.plain_state import PackedState, cpu_copy, read_state
 from matta.training.processes import gathered, is_main_process, of_main
 
@@ -263,11 +263,13 @@ class RunFolder:
                     half.unlink()
         return aside if aside.is_dir() and any(aside.iterdir()) else None
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def load(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, converts: bool = False
+    ) -> dict[str, Any] | None:
         """Put the newest whole checkpoint's weights into `module`; the rest of it, or None if there is no checkpoint.
 
         A damaged checkpoint is passed over with a warning. All processes call this; of shares each reads those of
-        `module` and of the state of `optimizer` that it holds.
+        `module` and of the state of `optimizer` that it holds. With `converts` the types of tensors may differ.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or one does not fit; the module is then as it was.
@@ -280,7 +282,7 @@ class RunFolder:
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            saved.require_fit(module)
+            saved.require_fit(module, converts=converts)
             if damaged and is_main_process():
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
             return saved.load(module, optimizer)
@@ -369,9 +371,10 @@ class _SavedWhole:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
-    def require_fit(self, module: nn.Module) -> None:
+    def require_fit(self, module: nn.Module, *, converts: bool) -> None:
         """Refuse another module than the one saved."""
         require_fit(self.path, self._tensors, held_state(module)[0])
+        require_types(self.path, {} if converts else self._tensors, held_state(module)[0])
 
     def load(self, module: nn.Module, _: torch.optim.Optimizer) -> dict[str, Any]:
         """Put the weights into `module`; the rest of it."""
