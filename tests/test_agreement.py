@@ -116,6 +116,26 @@ def check_ends(rank: int, path: Path) -> None:
     torch.testing.assert_close(fit({}, data=own, steps=None), expected)
 
 
+class Unsized:
+    """Evaluation data whose length shows at its end."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(batches()[: self.count])
+
+
+def check_evaluation(rank: int) -> None:
+    for counts in ((5, 2), (2, 5), (3, 3)):
+        evaluation = matta.Evaluation(data=Unsized(counts[rank]), objective=matta.objectives.Binary())
+        if counts[0] != counts[1]:
+            with pytest.raises(RunError, match="data of 1 of 2 processes has ended.*; expected the same data"):
+                fit({}, evaluate=evaluation)
+            continue
+        fit({}, evaluate=evaluation)
+
+
 def check_damage(rank: int, path: Path) -> None:
     """The second process alone cannot read the newest checkpoint: both resume from the one before."""
     run = path / "run"
@@ -151,6 +171,7 @@ def work(rank: int, folder: str) -> None:
     try:
         check_calls(rank)
         check_ends(rank, Path(folder))
+        check_evaluation(rank)
         check_damage(rank, Path(folder))
         check_beginning(rank, Path(folder))
     finally:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
-from matta.training.processes import is_shared_out
+from matta.training.processes import is_shared_out, known_length
 from matta.training.randomness import (
     generator_state,
     generators_of,
@@ -326,14 +326,6 @@ def _about(data: Any) -> dict[str, Any]:
         if isinstance(data.dataset, IterableDataset) or isinstance(data, StatefulLoader):
             found["num_workers"] = data.num_workers
     return found
-
-
-def known_length(data: Any) -> int | None:
-    """Batches to a pass, of all processes together, where the data tells."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def _own_random_states(states: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -151,26 +151,39 @@ def require_same_call(values: Mapping[str, Any], module: nn.Module) -> None:
             )
 
 
-def while_all(items: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Items as long as every process has one; all must iterate together, and each step of that is a message."""
+def while_all(items: Iterator[T], device: torch.device, *, alike: bool = False) -> Iterator[T]:
+    """Items as long as every process has one; all must iterate together, and each step of that is a message.
+
+    Raises:
+        RunError: they are to be `alike`, and are fewer in some processes; else there is a warning.
+    """
     while True:
         item = next(items, _MISSING)
         num_left = int(summed(torch.tensor(float(item is not _MISSING), device=device)).item())
         if num_left < num_processes():
             break
         yield item  # type: ignore[misc]
+    told = (
+        f"the data of {num_processes() - num_left} of {num_processes()} processes has ended, and the others have more"
+    )
+    if num_left and alike:
+        raise RunError(f"{told}; expected the same data in all of them")
     if num_left and is_main_process():
-        warnings.warn(
-            f"the data of {num_processes() - num_left} of {num_processes()} processes has ended, and the others have "
-            f"more, which the run leaves out: give all of them equally many batches",
-            stacklevel=2,
-        )
+        warnings.warn(f"{told}, which the run leaves out: give all of them equally many batches", stacklevel=2)
 
 
 def is_shared_out(data: Any) -> bool:
     """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
     is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1
     return is_sampled or (num_processes() > 1 and type(data).__module__.startswith("accelerate."))
+
+
+def known_length(data: Any) -> int | None:
+    """Batches to a pass, of all processes together, where the data tells."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def num_launched() -> int:

@@ -15,8 +15,7 @@ from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forwa
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
-from matta.training.feeding import known_length
-from matta.training.processes import is_main_process, num_processes, of_main, raise_together
+from matta.training.processes import is_main_process, known_length, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
 
 
