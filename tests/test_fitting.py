@@ -342,7 +342,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="begun with scheduler=True, and now it is False"):
         Setup().fit(batches(), scheduler=None, run=tmp_path / "run", resume=True, seed=1)
     with pytest.raises(RunError, match="the data ended before batch 4, .* epoch 0; expected the data that the run"):
-        Setup().fit(batches()[:2], steps=9, run=tmp_path / "run", resume=True, seed=1)
+        Setup().fit(iter(batches()[:2]), steps=9, run=tmp_path / "run", resume=True, seed=1)
     file = next((tmp_path / "run").glob("checkpoint-*")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(

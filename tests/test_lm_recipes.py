@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import matta
 from matta.cli import main
 from matta.errors import GrowthError, RunError
-from matta.lm import extracting
+from matta.lm import extracting, recipe_training
 from matta.lm.command_settings import ExtractSettings, TrainSettings
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
@@ -38,6 +38,7 @@ from matta.lm.recipe_files import read_recipe, recipe_from_values, recipe_to_val
 from matta.lm.recipe_training import Meter, run
 from matta.lm.trained_runs import load_run, read_run_recipe
 from matta.training.cotraining import CoTraining
+from matta.training.run_folder import RunFolder
 from test_fitting import assert_equal
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -521,6 +522,24 @@ def test_a_run_that_fails_at_once_leaves_nothing(
         message = f"{out} exists and holds no run; expected a new folder: name another with --out"
         assert message in capsys.readouterr().err
     assert [each.name for each in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_another_has_begun_at_the_same_time_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both find no folder; the second, which comes to train later, does not remove that of the first."""
+    path, out = write(tmp_path, values(tmp_path)), tmp_path / "out"
+    first, wrote = RunFolder(out, resume=True), recipe_training.write_run
+
+    def write_after_another(*arguments: Any) -> None:
+        wrote(*arguments)
+        first.begin()
+
+    monkeypatch.setattr(recipe_training, "write_run", write_after_another)
+    assert main(["train", str(path), "--out", str(out)]) == 2
+    assert f"{out} is in use: another process trains there" in capsys.readouterr().err
+    first.close()
+    assert (out / "fit.json").is_file() and (out / "recipe.json").is_file()
 
 
 def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import matta
-from matta.errors import RunError
+from matta.errors import CheckpointError, RunError
 from matta.training.cotraining import CoTraining, CoTrainingOutput
 from matta.training.plain_state import PackedState, read_state
 from matta.training.resuming import arguments_of, require_same_arguments
@@ -419,3 +419,100 @@ def test_many_long_differences_are_told_in_few_words() -> None:
     with pytest.raises(RunError, match=r"the run was begun with a0='aaa.*Expected the same") as told:
         require_same_arguments(state, now, None)
     assert len(str(told.value)) < 3000
+
+
+def ordered(count: int = COUNT, size: int = BATCH, **options: Any) -> Callable[[], DataLoader[Any]]:
+    data = TensorDataset(torch.arange(float(count)).view(count, 1), torch.zeros(count))
+    return lambda: DataLoader(data, size, **options)
+
+
+class Apart(IterableDataset[Any]):
+    """Examples that workers share out themselves."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter([DATA[index] for index in range(first, COUNT, step)])
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "told"),
+    [
+        (ordered(), ordered(size=2), "batches of a pass=4, and now it is 6"),
+        (ordered(), ordered(count=9), "batches of a pass=4, and now it is 3"),
+        (lambda: batches()[:4], lambda: batches()[:5], "batches of a pass=4, and now it is 5"),
+        (ordered(), ordered(shuffle=True), "DataLoader='DataLoader, SequentialSampler, .*now it is '.*RandomSampler"),
+        (
+            ordered(shuffle=True, generator=torch.Generator()),
+            ordered(shuffle=True),
+            "generators=1, and now it is 0",
+        ),
+        (
+            lambda: DataLoader(Apart(), BATCH),
+            lambda: DataLoader(Apart(), BATCH, num_workers=2),
+            "num_workers=0, and now it is 2",
+        ),
+        (
+            lambda: StatefulDataLoader(DATA, BATCH),
+            lambda: StatefulDataLoader(DATA, BATCH, num_workers=1),
+            "num_workers=0, and now it is 1",
+        ),
+    ],
+)
+def test_other_data_within_a_pass_is_refused(
+    begun: Callable[[], Any], now: Callable[[], Any], told: str, tmp_path: Path
+) -> None:
+    settings = {"epochs": 2, "checkpoint_every": 1, "tensorboard": False, "progress": False, "run": tmp_path / "run"}
+
+    def fit(data: Any, **changes: Any) -> Any:
+        width = next(iter(data))[0].shape[1]
+        nested = matta.nest(nn.Linear(width, 1), nn.Linear(width, 1))
+        cotrain = matta.CoTraining(nested, matta.objectives.Binary())
+        optimizer = torch.optim.SGD(nested.parameters(), 0.01)
+        return matta.fit(cotrain, data, optimizer, **{**settings, **changes})
+
+    with pytest.raises(Stopped):
+        fit(begun(), observers=[Watch(3)])
+    for how in (True, "prolong"):
+        with pytest.raises(RunError, match=f"stopped within a pass over data with {told}.*; expected the same data"):
+            fit(now(), observers=[Watch(0)], resume=how)
+    assert fit(begun(), observers=[Watch(0)], resume=True).steps == 8
+    assert fit(now(), observers=[Watch(0)], resume=True, epochs=3).steps > 8, "between two passes none is lost"
+
+
+def same_shapes(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), *(nn.Linear(width, each) for each in (width, width, 1)))
+
+
+@pytest.mark.parametrize("how", [True, "prolong"])
+def test_parameters_in_another_order_are_refused(how: Any, tmp_path: Path) -> None:
+    """Two of one shape that change places would have the state of each other."""
+
+    def ordered_by(*order: int) -> Setup:
+        ours = Setup(make=same_shapes)
+        parameters = list(ours.nested.parameters())
+        ours.optimizer, ours.scheduler = torch.optim.Adam([parameters[index] for index in order], lr=0.01), None
+        return ours
+
+    ordered_by(0, 1, 2, 3, 4, 5, 6, 7).fit(batches(), steps=3, run=tmp_path / "run")
+    told = (
+        "parameter 2 of the optimizer was nested.ta.2.weight when the run was begun, and now it is nested.ta.3.weight"
+    )
+    with pytest.raises(RunError, match=f"{told}; expected the same order"):
+        ordered_by(0, 1, 4, 3, 2, 5, 6, 7).fit(batches(), steps=5, run=tmp_path / "run", resume=how)
+    assert ordered_by(0, 1, 2, 3, 4, 5, 6, 7).fit(batches(), steps=5, run=tmp_path / "run", resume=how).steps == 5
+
+
+def test_other_types_are_refused_and_converted_when_the_run_is_prolonged(tmp_path: Path) -> None:
+    def doubled() -> Setup:
+        ours = Setup(make=tower)
+        ours.cotrain.double()
+        ours.optimizer, ours.scheduler = torch.optim.Adam(ours.nested.parameters(), lr=0.01), None
+        return ours
+
+    data = [(x.double(), y.double()) for x, y in batches()]
+    Setup(make=tower).fit(batches(), steps=3, run=tmp_path / "run", scheduler=None)
+    told = r"holds nested\..* as torch.float32, and the modules as torch.float64; .*resume='prolong'"
+    with pytest.raises(CheckpointError, match=told):
+        doubled().fit(data, steps=5, run=tmp_path / "run", resume=True)
+    assert doubled().fit(data, steps=5, run=tmp_path / "run", resume="prolong").steps == 5

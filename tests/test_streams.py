@@ -216,6 +216,44 @@ def test_a_folder_in_the_place_of_a_file_and_a_file_that_was_cut(events: Path) -
     assert "it was cut" in quarantined(events)[1]["reason"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_file_that_takes_the_name_of_one_that_was_read_is_set_aside(name: str, events: Path) -> None:
+    """As logs that are rotated do: what follows at the place reached is no part of the file that was read."""
+
+    def write(first: int) -> None:
+        rows = [{**ROW, "time": float(time)} for time in range(first, first + 50)]
+        is_csv = name == "a.csv"
+        lines = [",".join(map(str, row.values())) if is_csv else json.dumps(row) for row in rows]
+        text = (HEADER if is_csv else b"") + "".join(f"{line}\n" for line in lines).encode()
+        (events / name).write_bytes(parquet(rows) if name == "a.parquet" else text)
+
+    write(100)
+    untouched = stream_of(events, batch_size=20).state_dict()
+    write(0)
+    stream = stream_of(events, batch_size=20)
+    stream.load_state_dict(untouched)
+    assert next(stream)["labels"].tolist() == [1.0] * 20, "nothing of it had been read"
+    state = stream.state_dict()
+    for first, left in ((0, 30), (100, 0)):
+        write(first)
+        again = stream_of(events, batch_size=20)
+        again.load_state_dict(state)
+        assert len(labels_of(again)) == left
+    assert "not the file that was read under this name: it begins otherwise" in quarantined(events)[0]["reason"]
+
+
+def test_a_folder_that_is_taken_away_is_told(events: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (events / "a.jsonl").write_bytes(b"\n".join([changed()] * 3))
+    monkeypatch.chdir(events.parent)
+    stream = Stream(Folder(events.name, idle_s=0), SCHEMA, batch_size=1, quarantine="bad.jsonl")
+    monkeypatch.chdir("/")  # a relative path stays what it was
+    assert len(labels_of(stream)) == 3
+    again = stream_of(events)
+    events.rename(events.parent / "moved")
+    with pytest.raises(RunError, match="events cannot be read any more: No such file.*; put the folder back"):
+        next(again)
+
+
 def test_many_bad_rows_among_good_ones_keep_their_order(events: Path) -> None:
     lines = [changed(x=i % 10, late=i % 2) if i % 7 else b"{" for i in range(1000)]
     (events / "a.jsonl").write_bytes(b"\n".join(lines))

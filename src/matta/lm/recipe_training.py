@@ -43,7 +43,7 @@ from matta.training.interrupts import restated
 from matta.training.launching import in_processes
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import make_accelerator, num_launched
-from matta.training.run_folder import MARKER, RunFolder
+from matta.training.run_folder import MARKER, RunFolder, checkpoints_in, is_in_use
 from matta.training.run_settings import FitResult
 from matta.training.sharding import shard
 from matta.training.step_output import CoTrainingOutput
@@ -344,7 +344,8 @@ def _folder(path: Path, session: _Session, accelerator: Accelerator) -> Iterator
     try:
         yield
     except BaseException:
-        if is_new and accelerator.is_main_process and not RunFolder(path, resume=True).checkpoints():
+        is_free = accelerator.is_main_process and not is_in_use(path)  # by another that was started at the same time
+        if is_new and is_free and not checkpoints_in(path):
             shutil.rmtree(path, ignore_errors=True)
         raise
 

@@ -18,11 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, final
 
+from safetensors import SafetensorError
+
 from matta.errors import CheckpointError
 
 SUMS: Final = "CRC32SUMS"
 _EARLIER: Final = "SHA256SUMS"
 _LENGTH: Final = 8  # of a CRC in hexadecimal
+_OLD: Final = "-old-"
 _READ_AT_ONCE: Final = 1 << 20
 
 
@@ -37,6 +40,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if missing := [each.name for each in made.iterdir() if each.is_file() and each.name not in entered]:
             add_checksums(made, *missing)
         put_in_place(made, target)
+    except SafetensorError as error:  # of a full disk too
+        raise CheckpointError(f"{target} could not be written: {error}; mend that, and write it again") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -197,7 +202,7 @@ def _move(made: Path, target: Path) -> None:
     if not target.exists():
         made.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}{_OLD}", dir=target.parent))
     target.rename(old / "old")
     try:
         made.rename(target)
@@ -206,6 +211,14 @@ def _move(made: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Put earlier folders back that a killed process had moved aside for new ones, and not replaced."""
+    for aside in folder.glob(f".*{_OLD}*"):
+        target = folder / aside.name[1:].rpartition(_OLD)[0]
+        if (aside / "old").exists() and not target.exists():
+            (aside / "old").rename(target)
 
 
 def _put_on_disk(path: Path) -> None:

@@ -124,7 +124,7 @@ class Quarantine:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.num_rows, self.num_files, self._length = 0, 0, 0
         self._file: IO[bytes] | None = None
 

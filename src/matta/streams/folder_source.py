@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import BinaryIO, Final, final
 
@@ -20,6 +21,8 @@ from matta.streams.schema import Schema
 TEXT: Final = (".csv", ".jsonl")
 NEW: Final = (0, 0, 0)
 LONGEST_LINE: Final = 1 << 24
+_HEAD: Final = 1 << 12
+_REPLACED: Final = "not the file that was read under this name: it begins otherwise; expected a name for each file"
 
 
 @final
@@ -30,7 +33,8 @@ class Folder:
     that begins with "." or "_", then rename it: such names are passed over. CSV and JSONL files may grow while
     they are read; a line counts once its end is written, or nothing follows for `settle_s`. CSV has a
     header, and no line breaks within cells. A file that comes late, with a name before those that were read,
-    is read next.
+    is read next. A file is known by its name: one that is renamed is read again, and one whose beginning has changed
+    since it was read is set aside.
 
     Args:
         path: The folder.
@@ -68,7 +72,7 @@ class Folder:
         block_bytes: int = 1 << 20,
         num_rows: int = 1 << 15,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a run may change its working directory
         if not self.path.is_dir():
             raise RunError(f"{self.path} is not a folder; expected the folder that the event files are written to")
         self._idle_s, self._sentinel, self._settle_s, self._poll_s = idle_s, sentinel, settle_s, poll_s
@@ -79,6 +83,8 @@ class Folder:
         self._places: dict[str, Place] = {}
         self._headers: dict[str, list[str]] = {}
         self._parquet: _Parquet | None = None
+        self.heads: dict[str, list[int]] = {}
+        """Of each file the length of its beginning, and the checksum of that: a stream keeps them with its places."""
 
     def begin(self, schema: Schema, places: dict[str, Place]) -> None:
         """Get ready to read the columns of a schema, from the places given on."""
@@ -116,9 +122,14 @@ class Folder:
         return chunk
 
     def _files(self) -> list[os.DirEntry[str]]:
-        with os.scandir(self.path) as entries:
-            found = [each for each in entries if not each.name.startswith((".", "_")) and each.name != self._sentinel]
-        return sorted(found, key=lambda each: each.name)
+        try:
+            with os.scandir(self.path) as entries:
+                seen = [each for each in entries if not each.name.startswith((".", "_"))]
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be read any more: {error.strerror}; put the folder back, and resume the run"
+            ) from None
+        return sorted((each for each in seen if each.name != self._sentinel), key=lambda each: each.name)
 
     def _read(self, entry: os.DirEntry[str], *, is_latest: bool, closing: bool) -> Chunk | bool:
         """Rows of a file; False: it has none that are new; True: those after it must wait for it."""
@@ -153,6 +164,9 @@ class Folder:
         missing = [name for name in self._names if name not in there]
         if missing:
             return refused(entry.name, _missing(missing, there), size=size)
+        with (self.path / entry.name).open("rb") as opened:
+            if not self._is_known(entry.name, opened, size, place):
+                return refused(entry.name, _REPLACED, size=size)
         self._parquet = _Parquet(entry.name, file, place[2])
         return self._parquet_chunk(self._parquet)
 
@@ -172,6 +186,8 @@ class Folder:
         if size == offset:
             return False
         with (self.path / name).open("rb") as file:
+            if not self._is_known(name, file, offset or size, place):
+                return refused(name, _REPLACED, size=size)
             header: list[str] | None = None
             if name.lower().endswith(".csv"):
                 first = file.readline(LONGEST_LINE)
@@ -185,6 +201,15 @@ class Folder:
             file.seek(offset)
             block = self._lines(file, size - offset, is_final)
         return self._text_chunk(name, header, block, (offset, row, place[2])) if block else size > offset
+
+    def _is_known(self, name: str, file: BinaryIO, length: int, place: Place) -> bool:
+        """Whether a file begins as when it was first read, of which so many bytes are there."""
+        if not (place[0] or place[2]):  # none of it has been read
+            self.heads.pop(name, None)
+        known = self.heads.get(name, [min(length, _HEAD)])
+        checksum = zlib.crc32(file.read(known[0]))
+        file.seek(0)
+        return self.heads.setdefault(name, [known[0], checksum])[1] == checksum
 
     def _header(self, name: str, first: bytes) -> list[str] | str:
         """The header of a CSV file, or what is wrong with it."""

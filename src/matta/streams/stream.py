@@ -136,6 +136,7 @@ class Stream:
         """Where the stream is, after the batch last given out."""
         return {
             "places": {name: list(place) for name, place in self._places.items()},
+            "heads": {name: list(head) for name, head in getattr(self._source, "heads", {}).items()},
             "encoder": self.encoder.state_dict(),
             "events": self._events,
             "quarantine": self._quarantine.state_dict(),
@@ -150,6 +151,8 @@ class Stream:
         self.encoder.load_state_dict(state["encoder"])
         self._quarantine.load_state_dict(state["quarantine"])
         self._places = {name: (place[0], place[1], place[2]) for name, place in state["places"].items()}
+        if hasattr(self._source, "heads"):
+            self._source.heads = {name: list(head) for name, head in state.get("heads", {}).items()}
         self._events = state["events"]
         self._block = None
         self._has_begun = False

@@ -164,15 +164,16 @@ class SavedShares:
         self.path, self._reader = path, ShareReader(path)
         self._like = self._reader.like()
 
-    def require_fit(self, module: nn.Module) -> None:
+    def require_fit(self, module: nn.Module, *, converts: bool) -> None:
         """Refuse another module than the one saved.
 
         Raises:
-            CheckpointError: names or shapes differ.
+            CheckpointError: names or shapes differ, or, unless it `converts`, types.
         """
         others = (OPTIMIZER, f"{TRAINING}.", PROCESS)
         saved = {name: like for name, like in self._like.items() if not name.startswith(others)}
         require_fit(self.path, saved, held_state(module)[0])
+        require_types(self.path, {} if converts else saved, held_state(module)[0])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Put the weights into `module`; the rest of it, with what this process holds of the optimizer's state."""
@@ -214,6 +215,21 @@ class SavedShares:
             else:
                 found[key] = torch.empty_like(like, device="cpu")
         return found
+
+
+def require_types(folder: Path, saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Refuse to resume in other types than those that a run was begun in: it would round, or not be the same run.
+
+    Raises:
+        CheckpointError: a tensor was saved in another type.
+    """
+    for name in sorted(saved.keys() & present.keys()):
+        was, now = saved[name].dtype, present[name].dtype
+        if was != now:
+            raise CheckpointError(
+                f"{folder} holds {name} as {was}, and the modules as {now}; expected the type that the run was begun "
+                f"with, or resume='prolong', which converts it"
+            )
 
 
 def _parameter_of(key: str) -> tuple[int, str]:

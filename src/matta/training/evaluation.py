@@ -23,7 +23,16 @@ from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.optim.divided_parameters import is_sharded
 from matta.sizes.submodels import SubModel, live
-from matta.training.processes import collected, dealt, gathered_by_main, is_main_process, is_shared_out, of_main
+from matta.training.processes import (
+    collected,
+    dealt,
+    gathered_by_main,
+    is_main_process,
+    is_shared_out,
+    known_length,
+    of_main,
+    while_all,
+)
 from matta.training.step_labels import weighted_batch
 
 
@@ -87,7 +96,8 @@ class Evaluation:
 
     Raises:
         RunError: neither an objective nor a metric, an iterator as data, data without batches or without labels that
-            count, data of which this process has a share alone, or metrics for labels that are a `TopK`.
+            count, data of which this process has a share alone, or that ends earlier in some, or metrics for labels
+            that are a `TopK`.
 
     Example:
         >>> import matta
@@ -138,8 +148,11 @@ class Evaluation:
         device = next((each.device for each in nested.parameters()), torch.device("cpu"))
         if together and isinstance(nested, Nested):
             follow_shards(list(modules.values()), nested.ta)
+        rounds = dealt(self.data, together=together)
+        if together and known_length(self.data) is None:  # of others fit has compared the lengths
+            rounds = while_all(rounds, device, alike=True)
         with evaluating(nested):
-            for batch, counts in dealt(self.data, together=together):
+            for batch, counts in rounds:
                 batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 inputs, labels = weighted_batch(batch, self.objective) if self.objective else split_labels(batch)
                 for tally in tallies.values():

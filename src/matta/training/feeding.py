@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch
-from matta.training.processes import is_shared_out
+from matta.training.processes import is_shared_out, known_length
 from matta.training.randomness import (
     generator_state,
     generators_of,
@@ -120,9 +120,12 @@ class Feed:
         self.has_persistent_workers = bool(getattr(data, "persistent_workers", False))
         self.num_passes = 1 if is_iterator else num_passes
         self.epoch, self.batch = 0, 0
-        self._num_whole = _known_length(data)
+        self.num_whole = known_length(data)
+        self._about = _about(data)
+        self.ends_together = self.num_processes == 1 or isinstance(data, DataLoader | Sized | DividedIterator)
         self._start: dict[str, Any] = {}
         self._resume_at: dict[str, Any] | None = None
+        self._begun_with: Mapping[str, Any] = {}
 
     def _shared(self, data: Iterable[Batch], accelerator: Any) -> Iterable[Batch]:
         """The data, so that each process has batches of its own."""
@@ -143,8 +146,13 @@ class Feed:
 
     def num_batches(self) -> int | None:
         """Batches of a pass for this process, where the data tells."""
-        length = _known_length(self.data)
+        length = known_length(self.data)
         return length if length is None or self.is_sharded else length // self.num_processes
+
+    def num_steps(self, steps: int | None, accumulate: int) -> int | None:
+        """Optimizer steps of the run: those given, or of all passes, where the data tells."""
+        num_batches = None if steps is not None or self.num_passes is None else self.num_batches()
+        return steps if num_batches is None else num_batches * (self.num_passes or 0) // accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left, on the device.
@@ -164,6 +172,7 @@ class Feed:
     def state(self) -> dict[str, Any]:
         """Where the run is; to be taken between two batches."""
         state = {"epoch": self.epoch, "batch": self.batch, "start": self._start, "now": self._random_states()}
+        state["about"] = self._about
         if self.stateful is not None:
             state["data"] = self.stateful.state_dict()
         elif self.loader is not None and self.batch:
@@ -180,6 +189,7 @@ class Feed:
         state = states[self.rank] if same else self._for_other_processes(states)
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["start"]
         self._resume_at = state["now"]
+        self._begun_with = state.get("about", {})  # older checkpoints have none
         if self.stateful is not None:
             if "data" not in state:
                 raise RunError("the run was begun with data that keeps no place of its own; expected the same data")
@@ -193,6 +203,15 @@ class Feed:
             self.loader.load_state_dict(state["data"])
         elif self.has_persistent_workers and (self.epoch or self._start.get("had_workers")):
             iter(self.data)  # workers that continue draw no seed of their own: bring them to life before the pass
+
+    def _require_same_data(self) -> None:
+        """Within a pass, refuse other data, of which samples would be left out or dealt twice."""
+        for name, now in self._about.items():
+            if (was := self._begun_with.get(name)) != now and None not in (was, now):
+                raise RunError(
+                    f"the run stopped within a pass over data with {name}={was!r}, and now it is {now!r}; expected the "
+                    f"same data: for other data begin a new run, with the weights of this one (matta.load)"
+                )
 
     def _for_other_processes(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state of this process in a run that other processes have begun: the same batches follow.
@@ -216,7 +235,7 @@ class Feed:
                 f"{begun}; expected as many, or a DataLoader with a generator of its own, whose order does not depend "
                 f"on their number: generator=torch.Generator().manual_seed(0)"
             )
-        length = self._num_whole
+        length = self.num_whole
         if length is not None and any(length % count for count in (was, self.num_processes)):
             raise RunError(f"{begun}, and a pass of {length} batches is not a multiple of both; expected as many")
         batch, left = divmod(first["batch"] * was, self.num_processes)
@@ -236,7 +255,8 @@ class Feed:
 
     def _set_random_states(self, states: dict[str, Any]) -> None:
         set_random_state(states["global"])
-        set_generator_states(self.generators, states["generators"])
+        if len(self.generators) == len(states["generators"]):  # else it is other data, from the next pass on
+            set_generator_states(self.generators, states["generators"])
 
     def _new_pass(self) -> Iterator[Batch]:
         self._start = {**self._random_states(), "had_workers": getattr(self.data, "_iterator", None) is not None}
@@ -249,6 +269,7 @@ class Feed:
         if not self.batch or self.stateful is not None:
             self._set_random_states(at)
             return self._new_pass()
+        self._require_same_data()
         if self.loader is not None:
             set_random_state(at["global"])
             return self._deal(0)
@@ -294,12 +315,17 @@ class Feed:
         return send_to_device(batch, self.device, non_blocking=True)
 
 
-def _known_length(data: Any) -> int | None:
-    """Batches to a pass, of all processes together, where the data tells."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def _about(data: Any) -> dict[str, Any]:
+    """What the place in a pass depends on, in plain types; nothing of data that keeps its place, or is shared out."""
+    if isinstance(data, StatefulIterator) or is_shared_out(data):
+        return {}
+    found: dict[str, Any] = {"batches of a pass": known_length(data)}
+    if isinstance(data, DataLoader):
+        found["DataLoader"] = ", ".join(type(part).__name__ for part in parts_of(data))
+        found["generators"] = len(generators_of(data))
+        if isinstance(data.dataset, IterableDataset) or isinstance(data, StatefulLoader):
+            found["num_workers"] = data.num_workers
+    return found
 
 
 def _own_random_states(states: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def fit(
     """Co-train a nesting on `data`.
 
     It trains where Accelerate says: on the accelerator of the machine if it has one, and under `accelerate
-    launch` on several processes, each of which takes its own batches.
+    launch` on several processes, each of which takes its own batches. All of them make the same call.
 
     With `run` the run survives: killed at any moment, the same call with `resume=True` continues from the
     newest checkpoint and ends with the same weights, bit for bit, as if it had never stopped (where the device
@@ -108,8 +108,9 @@ def fit(
             MLflow and others: `Accelerator(log_with=...)`, then `init_trackers`) get the losses and evaluations.
 
     Raises:
-        RunError: settings that cannot work, a run folder that exists or was begun with other arguments, data
-            without batches, losses that stay non-finite, or a package of the `fit` extra that is missing.
+        RunError: settings that cannot work, or differ between processes, a run folder that exists or was begun with
+            other arguments or data, data without batches, losses that stay non-finite, or a package of the `fit` extra
+            that is missing.
         CheckpointError: the checkpoint to resume from is damaged, or is that of other models.
         MattaError: arguments of other kinds.
 
@@ -123,6 +124,10 @@ def fit(
         5
     """
     _require_kinds(cotrain, optimizer, scheduler, evaluate, observers)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise RunError(
+            "fit was called where gradients are off, in torch.no_grad() or in what evaluate= calls; expected it outside"
+        )
     require_installed("accelerate")
     accelerator = make_accelerator() if accelerator is None else accelerator
     require_all(accelerator)

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, final
+
+from torch.utils.data import DataLoader
 
 from matta.errors import Terminated
 
@@ -45,10 +49,41 @@ class Interrupt:
         for each, handler in self._before.items():
             signal.signal(each, handler)
 
+    @contextmanager
+    def left_to_this_process(self, data: Any) -> Iterator[None]:
+        """Workers of a DataLoader that begin inside pass the signals by, which launchers and terminals send to all.
+
+        They would end at once, and with them the step.
+        """
+        loader = getattr(data, "base_dataloader", data)  # of one that Accelerate has wrapped
+        if not (self._before and isinstance(loader, DataLoader) and loader.num_workers):
+            yield
+            return
+        before = loader.worker_init_fn
+        loader.worker_init_fn = _Unheard(tuple(self._before), before)
+        try:
+            yield
+        finally:
+            loader.worker_init_fn = before
+
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.came is not None and self._is_alone:
             raise ended_by(number, "stopped within a step; the run continues from its newest checkpoint")
         self.came = number
+
+
+@final
+class _Unheard:
+    """How a worker begins that passes signals by; a class, since spawned workers have it pickled."""
+
+    def __init__(self, signals: tuple[int, ...], then: Callable[[int], None] | None) -> None:
+        self._signals, self._then = signals, then
+
+    def __call__(self, worker: int) -> None:
+        for each in self._signals:
+            signal.signal(each, signal.SIG_IGN)
+        if self._then is not None:
+            self._then(worker)
 
 
 def ended_by(number: int, message: str) -> BaseException:

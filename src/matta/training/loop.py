@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
@@ -22,9 +21,17 @@ from matta.training.evaluation import Evaluate
 from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
-from matta.training.processes import gathered_by_main, require_gradients
-from matta.training.reporting import Bar, Losses, tensorboard
-from matta.training.resuming import PROLONG, arguments_of, load_optimizer, require_same_arguments, require_same_shape
+from matta.training.processes import gathered_by_main, raise_together, require_gradients, require_same_call, while_all
+from matta.training.reporting import Bar, Losses, logged, tensorboard
+from matta.training.resuming import (
+    PROLONG,
+    arguments_of,
+    load_optimizer,
+    names_of,
+    require_same_arguments,
+    require_same_order,
+    require_same_shape,
+)
 from matta.training.run_evaluation import RunEvaluation
 from matta.training.run_folder import RunFolder, resuming
 from matta.training.run_settings import FitResult, Observer, Settings
@@ -70,20 +77,22 @@ class Training:
         self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
-        self.saved_step: int | None = None
+        self.saved: tuple[int, ...] | None = None
         self.bar: Bar | None = None
         self.trackers: list[GeneralTracker] = []
         self.own_tracker: GeneralTracker | None = None
 
     def run(self, *, progress: bool, has_tensorboard: bool) -> FitResult:
         """Train to the end."""
+        told = {**self.settings.plain(), **self.evaluation.plain(), "batches": self.feed.num_whole}
+        require_same_call({**self.arguments, **told, "run": getattr(self.folder, "given", None)}, self.cotrain)
         self._resume()
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
             self.cotrain.accumulate = self.settings.accumulate
             self._open(progress=progress, has_tensorboard=has_tensorboard)
-            with self.interrupt:
+            with self.interrupt, self.interrupt.left_to_this_process(self.feed.data):
                 self.cotrain.train()
                 self._train()
                 self._finish()
@@ -111,7 +120,7 @@ class Training:
         model = self._distributed()
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            for index, batches in enumerate(full_groups(iter(self.feed), self.settings.accumulate)):
+            for index, batches in enumerate(self._groups()):
                 self.times.add("data")
                 outputs = self._forward_backward(model, batches)
                 if index == 0:
@@ -126,6 +135,19 @@ class Training:
             if model is not self.cotrain:
                 self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                 self.cotrain.__dict__.pop("forward", None)  # under mixed precision Accelerate leaves one behind
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The batches of each step; a signal that has ended what reads them too ends the run as after a step."""
+        groups = full_groups(iter(self.feed), self.settings.accumulate)
+        try:
+            yield from groups if self.feed.ends_together else while_all(groups, self.feed.device)
+        except Exception:
+            if self.interrupt.came is None:
+                raise
+            if self.accelerator.num_processes == 1 and self.settings.accumulate == 1 and self.feed.batch:
+                self.stopped_by = self.interrupt.came
+                self._stop_if_asked()
+            raise ended_by(self.interrupt.came, "stopped within a step; continue with resume=True") from None
 
     def _distributed(self) -> torch.nn.Module:
         is_plain = self.accelerator.num_processes == 1 or self.is_sharded
@@ -193,13 +215,7 @@ class Training:
         state = self.folder.load(self.cotrain, self.optimizer)
         if state is None:
             return False
-        spikes.count(loss, self.step)
-        if self.accelerator.is_main_process:
-            warnings.warn(
-                f"the loss of step {self.step} is {loss:.4g}, over {spikes.rollback.factor:g} times the median before; "
-                f"the run continues from step {state['step']} with the batches that follow",
-                stacklevel=2,
-            )
+        spikes.count(loss, self.step, back_at=state["step"])
         self._take_up(state, prolong=False)
         self.optimizer.zero_grad(set_to_none=True)
         return True
@@ -262,28 +278,21 @@ class Training:
         return self.feed.epoch >= (self.feed.num_passes or 0)
 
     def _finish(self) -> None:
-        if not self.evaluation.is_done(self.step):
-            self._evaluate_at_end()
+        if self.evaluation.is_due(self.step):
+            self._save()  # all steps are made: a run that ends in the evaluation has only that to do again
+            self._evaluate()
+            self.saved = None
         if self.bar is not None:
             self.bar.show(self.step, self.losses.latest)
         self.losses.read()
         self._save()
         if self.folder is not None:
             self.folder.wait()
-        if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.save_nested(self.step, self.cotrain.nested)
-            if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
-                save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
+            if self.accelerator.is_main_process:
+                self.folder.save_nested(self.step, self.cotrain.nested)
+                if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
+                    save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
         self.accelerator.wait_for_everyone()
-
-    def _evaluate_at_end(self) -> None:
-        """All steps are made, so a run resumed after a fault of the evaluation only evaluates."""
-        try:
-            self._evaluate()
-        except BaseException:
-            if self.accelerator.num_processes == 1:  # of several, one alone may have failed
-                self._save()
-            raise
 
     def _evaluate(self) -> None:
         values = self.evaluation.judge(self.step)
@@ -293,27 +302,24 @@ class Training:
         losses = self.losses.read()
         if not self.trackers:  # reading the weight would wait for the device
             return
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
-        self._track(
-            {
-                **{f"loss/{name}": value for name, value in losses.items()},
-                **dict(zip(names, rates, strict=True)),
-                **({} if self.norm is None else {"gradient_norm": float(self.norm)}),
-                **self.times.read(self.settings.log_every),
-                "distill_weight": float(distill_weight),
-                "skipped_steps": self.num_skipped,
-            }
-        )
+        shown = logged(losses, self.optimizer, self.norm, distill_weight, self.num_skipped)
+        self._track({**shown, **self.times.read(self.settings.log_every)})
 
     def _track(self, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if values else ():
             tracker.log(dict(values), step=self.step)
 
     def _open(self, *, progress: bool, has_tensorboard: bool) -> None:
-        """Begin to write and to show, on the main process."""
-        if not self.accelerator.is_main_process:
-            return
+        """Begin to write and to show, on the main process; all end where it cannot."""
+        failed: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self._open_here(progress=progress, has_tensorboard=has_tensorboard)
+            except Exception as error:
+                failed = error
+        raise_together(failed)
+
+    def _open_here(self, *, progress: bool, has_tensorboard: bool) -> None:
         self.trackers += self.accelerator.trackers
         if self.folder is not None:
             self.folder.begin()
@@ -321,19 +327,12 @@ class Training:
                 self.own_tracker = tensorboard(self.folder.path, self.step)
                 self.trackers.append(self.own_tracker)
         if progress:
-            self.bar = Bar(self._num_steps(), self.step)
-
-    def _num_steps(self) -> int | None:
-        if self.settings.steps is not None or self.feed.num_passes is None:
-            return self.settings.steps
-        num_batches = self.feed.num_batches()
-        if num_batches is None:
-            return None
-        return num_batches * self.feed.num_passes // self.settings.accumulate
+            self.bar = Bar(self.feed.num_steps(self.settings.steps, self.settings.accumulate), self.step)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless there is one of this step."""
-        if self.folder is None or self.saved_step == self.step:
+        """Write a checkpoint, unless there is one of this step and place in the data."""
+        place = self.step, self.feed.epoch, self.feed.batch
+        if self.folder is None or self.saved == place:
             return
         own = self.feed.state()
         if self.is_sharded:
@@ -343,7 +342,7 @@ class Training:
             if self.accelerator.is_main_process:
                 whole = {**self._state(), "feeds": feeds, "optimizer": self.optimizer.state_dict()}
                 self.folder.save(self.step, self.cotrain, whole)
-        self.saved_step = self.step
+        self.saved = place
 
     def _state(self) -> dict[str, Any]:
         """What is common to all processes, but for the optimizer's state."""
@@ -351,6 +350,7 @@ class Training:
             "step": self.step,
             **self._shape(),
             "arguments": self.arguments,
+            "parameters": names_of(self.cotrain, self.optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -361,35 +361,32 @@ class Training:
         }
 
     def _shape(self) -> dict[str, int]:
-        accumulate, num_processes = self.settings.accumulate, self.accelerator.num_processes
-        step_size = accumulate * num_processes * self.feed.unit
-        return {
-            "accumulate": accumulate,
-            "num_processes": num_processes,
-            "batch": self.feed.unit,
-            "step_size": step_size,
-        }
+        accumulate, num_processes, unit = self.settings.accumulate, self.accelerator.num_processes, self.feed.unit
+        sizes = {"accumulate": accumulate, "num_processes": num_processes, "batch": unit}
+        return {**sizes, "step_size": accumulate * num_processes * unit}
 
     def _resume(self) -> None:
         if self.folder is None:
             return
         prolong = self.settings.resume == PROLONG
         with resuming(self.folder.path):
-            state = self.folder.load(self.cotrain, self.optimizer)
+            state = self.folder.load(self.cotrain, self.optimizer, converts=prolong)
             if state is None:
                 return
             require_same_shape(state, {**self._shape(), "number of observers": len(self.observers)})
             if not prolong:
                 require_same_arguments(state, self.arguments, self.scheduler)
+            require_same_order(state, names_of(self.cotrain, self.optimizer))
             self.feed.resume(state["feeds"])
             self._take_up(state, prolong=prolong)
+            self.saved = self.step, self.feed.epoch, self.feed.batch
 
     def _take_up(self, state: dict[str, Any], *, prolong: bool) -> None:
         """Continue as a checkpoint says, whose weights are loaded; not its place in the data."""
         state["optimizer"] = divided_state(self.optimizer, state["optimizer"])
         load_optimizer(self.optimizer, self.scheduler, state, prolong=prolong, steps=self.settings.steps)
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
-        self.step = self.saved_step = state["step"]
+        self.step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
         self.losses.means = state["losses"]
         self.evaluation.load_state_dict(state)

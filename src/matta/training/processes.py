@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MISSING: Final = object()
+_JOINING: Final = threading.Lock()  # Accelerate's state is half made while another thread makes it
 _SIZES: Final = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -123,10 +125,65 @@ def raise_together(error: Exception | None) -> None:
             raise RunError(f"process {rank} of {len(messages)} failed: {message}")
 
 
+def require_same_call(values: Mapping[str, Any], module: nn.Module) -> None:
+    """Refuse a call of `fit` that is not the same in all processes, which must all call this.
+
+    They would train apart, or wait for each other without end. The parameters of `module` are compared too.
+
+    Raises:
+        RunError: a value differs from that of the main process.
+    """
+    if num_processes() == 1:
+        return
+    trained = {name: (tuple(each.shape), each.requires_grad) for name, each in module.named_parameters()}
+    here = {name: repr(value) for name, value in {**values, **trained}.items()}
+    there = of_main(here)
+    differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    told = [
+        f"{name}={here.get(name, 'nothing'):.200}, and process 0 {there.get(name, 'nothing'):.200}"
+        for name in differing[:1]
+    ]
+    for rank, each in enumerate(gathered(told)):
+        if each:
+            raise RunError(
+                f"process {rank} of {num_processes()} was given {each[0]}; expected the same call of matta.fit in all "
+                f"processes: it shares out the batches, and evaluates and writes on the main one, by itself"
+            )
+
+
+def while_all(items: Iterator[T], device: torch.device, *, alike: bool = False) -> Iterator[T]:
+    """Items as long as every process has one; all must iterate together, and each step of that is a message.
+
+    Raises:
+        RunError: they are to be `alike`, and are fewer in some processes; else there is a warning.
+    """
+    while True:
+        item = next(items, _MISSING)
+        num_left = int(summed(torch.tensor(float(item is not _MISSING), device=device)).item())
+        if num_left < num_processes():
+            break
+        yield item  # type: ignore[misc]
+    told = (
+        f"the data of {num_processes() - num_left} of {num_processes()} processes has ended, and the others have more"
+    )
+    if num_left and alike:
+        raise RunError(f"{told}; expected the same data in all of them")
+    if num_left and is_main_process():
+        warnings.warn(f"{told}, which the run leaves out: give all of them equally many batches", stacklevel=2)
+
+
 def is_shared_out(data: Any) -> bool:
     """Whether a DataLoader gives each of several processes its share: by its sampler, or prepared by Accelerate."""
     is_sampled = isinstance(getattr(data, "sampler", None), DistributedSampler) and data.sampler.num_replicas > 1
     return is_sampled or (num_processes() > 1 and type(data).__module__.startswith("accelerate."))
+
+
+def known_length(data: Any) -> int | None:
+    """Batches to a pass, of all processes together, where the data tells."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def num_launched() -> int:
@@ -148,7 +205,8 @@ def make_accelerator() -> Accelerator:
     on_cpu = num_launched() > 1 and not torch.accelerator.is_available()
     try:
         _join_afresh("gloo" if on_cpu else "nccl")
-        accelerator = Accelerator(cpu=on_cpu)
+        with _JOINING:
+            accelerator = Accelerator(cpu=on_cpu)
     except (ValueError, RuntimeError) as error:
         if not on_cpu:
             raise

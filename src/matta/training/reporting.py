@@ -6,7 +6,7 @@ Losses stay on the device until something is shown; only then does the host wait
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
@@ -84,6 +84,25 @@ def _means(sums: Tensor) -> Tensor:
     """What `_sums` gave, as means and the numbers of labels."""
     totals, counts = sums.tensor_split(2)
     return torch.cat([totals / counts.clamp(min=1), counts])
+
+
+def logged(
+    losses: Mapping[str, float],
+    optimizer: torch.optim.Optimizer,
+    norm: Tensor | None,
+    distill_weight: Tensor,
+    num_skipped: int,
+) -> dict[str, float]:
+    """The values of a step for trackers, by name."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
+    return {
+        **{f"loss/{name}": value for name, value in losses.items()},
+        **dict(zip(names, rates, strict=True)),
+        **({} if norm is None else {"gradient_norm": float(norm)}),
+        "distill_weight": float(distill_weight),
+        "skipped_steps": num_skipped,
+    }
 
 
 @final

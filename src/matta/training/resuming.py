@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -104,6 +104,26 @@ def require_same_arguments(state: Mapping[str, Any], now: Mapping[str, Any], sch
             f"the run was begun with {'; '.join(differences[:_MOST_SHOWN])}. Expected the same, or resume={PROLONG!r}, "
             f"which continues with the new values from the weights and the optimizer state of the run"
         )
+
+
+def names_of(cotrain: CoTraining, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters of an optimizer by name, in its order, by whose numbers it keeps their state."""
+    names = {id(parameter): name for name, parameter in cotrain.named_parameters()}
+    return [names.get(id(each), "another") for group in optimizer.param_groups for each in group["params"]]
+
+
+def require_same_order(state: Mapping[str, Any], now: Sequence[str]) -> None:
+    """Refuse an optimizer that has its parameters in another order: each would get the state of another.
+
+    Raises:
+        RunError: it has.
+    """
+    for number, (was, present) in enumerate(zip(state.get("parameters", now), now, strict=False)):
+        if was != present:
+            raise RunError(
+                f"parameter {number} of the optimizer was {was} when the run was begun, and now it is {present}; "
+                f"expected the same order, in which it keeps their state"
+            )
 
 
 def load_optimizer(

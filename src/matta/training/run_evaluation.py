@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -14,7 +15,7 @@ from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forwa
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
-from matta.training.processes import is_main_process, num_processes, of_main, raise_together
+from matta.training.processes import is_main_process, known_length, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
 
 
@@ -33,9 +34,14 @@ class RunEvaluation:
         self.found: list[Evaluated] = []
         self.best: Evaluated | None = None
 
-    def is_done(self, step: int) -> bool:
-        """Whether the weights of a step have been evaluated."""
-        return bool(self.found) and self.found[-1].step == step
+    def is_due(self, step: int) -> bool:
+        """Whether the weights of a step are still to be evaluated."""
+        return self._evaluate is not None and not (self.found and self.found[-1].step == step)
+
+    def plain(self) -> dict[str, Any]:
+        """How it is called, in plain types: by the main process alone, or by all, over so many batches."""
+        calls = None if self._evaluate is None else "all" if hasattr(self._evaluate, "together") else "the main one"
+        return {"evaluate": calls, "evaluate.data": known_length(getattr(self._evaluate, "data", None))}
 
     def judge(self, step: int) -> dict[str, float]:
         """The values of the nesting as it is, none if nothing evaluates; all processes call this.
@@ -79,7 +85,8 @@ class RunEvaluation:
         if name not in latest.values:
             raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
         sign = 1 if way == "min" else -1
-        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
+        before = nan if self.best is None else self.best.values.get(name, nan)  # of another name where it was prolonged
+        if self.best is not None and not isnan(before) and not sign * latest.values[name] < sign * before:
             return
         self.best = latest
         if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):

@@ -19,13 +19,15 @@ pickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -39,11 +41,11 @@ from matta.nesting.batches import Batch
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded, placed
 from matta.sizes.saving import held_state, require_fit, save_from
-from matta.sizes.storage import verify, whole_folder, write_json
+from matta.sizes.storage import put_back, verify, whole_folder, write_json
 from matta.sizes.weight_files import weights_in
-from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares
+from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares, require_types
 from matta.training.plain_state import PackedState, cpu_copy, read_state
-from matta.training.processes import gathered, is_main_process
+from matta.training.processes import gathered, is_main_process, of_main
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -56,6 +58,8 @@ FORMAT: Final = {"format": "matta.fit", "version": 2}
 NUM_KEPT: Final = 3
 ASIDE: Final = "nonfinite"
 NUM_ASIDE: Final = 8
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_CHECKPOINT: Final = re.compile(r"checkpoint-\d{8,}")
 
 
 @final
@@ -69,11 +73,17 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
-        self.path = Path(path)
+        self.given = os.fspath(path)
+        self.path = Path(path).absolute()  # a run that changes its working directory writes here all the same
+        self._has_begun = False
         self._held: FileLock | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="matta.checkpoint")
         self._writing: Future[None] | None = None
         self._shares: ShareWriter | None = None
+        if self.path.is_symlink() and not self.path.exists():
+            raise RunError(
+                f"{self.path} is a link to {self.path.readlink()}, which is not there; make that folder first"
+            )
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (self.path / MARKER).is_file():
@@ -102,7 +112,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         write_json(self.path / MARKER, FORMAT)
-        for left in self.path.glob(".checkpoint-*"):
+        self._has_begun = True
+        put_back(self.path)
+        for left in (each for name in ("checkpoint", "best", NESTED) for each in self.path.glob(f".{name}-*")):
             shutil.rmtree(left, ignore_errors=True)
 
     def checkpoints(self) -> list[Path]:
@@ -122,7 +134,28 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is in use: another process trains there; wait for its end, or choose another run="
             ) from None
-        except NotImplementedError:  # a file system without locks
+        except (NotImplementedError, OSError) as error:
+            self._held = None
+            if not _has_no_locks(error):
+                raise
+
+    def _make_again(self) -> None:
+        """Begin anew where the folder has been moved or removed since: what is written can then be resumed."""
+        if self._has_begun and not (self.path / MARKER).is_file():
+            warnings.warn(
+                f"{self.path} has been moved or removed while the run trains; it is made again, with the checkpoints "
+                f"from here on",
+                stacklevel=2,
+            )
+            self._release()
+            try:
+                self.begin()
+            except OSError as error:
+                raise RunError(f"{self.path} cannot be made again: {error}; mend that, and begin afresh") from None
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release()
             self._held = None
 
     def save(self, step: int, module: nn.Module, training: Mapping[str, Any]) -> None:
@@ -133,6 +166,7 @@ class RunFolder:
             CheckpointError: the state holds something that is neither a tensor nor a plain type.
         """
         self.wait()
+        self._make_again()
         tensors, others = held_state(module)
         copies = {name: cpu_copy(tensor) for name, tensor in tensors.items()}
         packed = PackedState({**training, "extra_state": others})
@@ -153,6 +187,7 @@ class RunFolder:
             CheckpointError: the state holds something that is neither a tensor nor a plain type.
         """
         self.wait()
+        self._make_again()
         self._shares = self._shares or ShareWriter()
         share = self._shares.copy(module, optimizer, training, own)
         self._writing = self._writer.submit(self._write_share, step, self._shares, share)
@@ -190,9 +225,7 @@ class RunFolder:
             if self._shares is not None:
                 self._shares.close()
                 self._shares = None
-            if self._held is not None:
-                self._held.release()
-                self._held = None
+            self._release()
 
     def _write(self, step: int, tensors: dict[str, Tensor], training: PackedState) -> None:
         """Write a checkpoint; then remove all but the newest ones."""
@@ -218,29 +251,38 @@ class RunFolder:
         """Write batches that did harm, to be looked at, of the first few steps; where they are, or None."""
         aside = self.path / ASIDE
         if not (aside / f"{name}.json").exists() and len(list(aside.glob("*.json"))) < NUM_ASIDE:
-            aside.mkdir(exist_ok=True)
-            with suppress(CheckpointError):  # batches of other types
+            try:
+                aside.mkdir(exist_ok=True)
                 PackedState({"batches": list(batches)}).write(aside, name)
-        return aside if aside.exists() else None
+            except (
+                CheckpointError,
+                OSError,
+                SafetensorError,
+            ):  # batches of other types, or a full disk: no harm to the run
+                for half in aside.glob(f"{name}.*"):
+                    half.unlink()
+        return aside if aside.is_dir() and any(aside.iterdir()) else None
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def load(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, converts: bool = False
+    ) -> dict[str, Any] | None:
         """Put the newest whole checkpoint's weights into `module`; the rest of it, or None if there is no checkpoint.
 
         A damaged checkpoint is passed over with a warning. All processes call this; of shares each reads those of
-        `module` and of the state of `optimizer` that it holds.
+        `module` and of the state of `optimizer` that it holds. With `converts` the types of tensors may differ.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or one does not fit; the module is then as it was.
         """
         damaged: list[str] = []
-        for name in gathered([each.name for each in reversed(self.checkpoints())])[0]:
+        for name, is_shared in of_main([(each.name, has_shares(each)) for each in reversed(self.checkpoints())]):
             path = self.path / name
             try:
-                saved = SavedShares(path) if has_shares(path) else _SavedWhole(path)
+                saved = _opened(path, is_shared=is_shared)
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            saved.require_fit(module)
+            saved.require_fit(module, converts=converts)
             if damaged and is_main_process():
                 warnings.warn(f"{'; '.join(damaged)}. The run resumes from {path}, which is whole", stacklevel=2)
             return saved.load(module, optimizer)
@@ -253,8 +295,31 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"))
+    """The complete checkpoints of a run folder, oldest first; copies of other names are the user's own."""
+    named = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name) and each.is_dir()]
+    return sorted(named, key=lambda each: int(each.name.removeprefix("checkpoint-")))
+
+
+def _opened(path: Path, *, is_shared: bool) -> SavedShares | _SavedWhole:
+    """A checkpoint that is whole as every process sees it; else all pass over it, and resume from the same one.
+
+    Raises:
+        CheckpointError: it is damaged, or a process cannot read it.
+    """
+    saved, fault = None, None
+    try:
+        saved = SavedShares(path) if is_shared else _SavedWhole(path)
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [each for each in gathered(fault) if each is not None]
+    if saved is None or faults:
+        raise CheckpointError(faults[0])
+    return saved
+
+
+def _has_no_locks(error: Exception) -> bool:
+    """Whether a file system has no locks, as some that machines share."""
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in _NO_LOCKS
 
 
 @contextmanager
@@ -284,10 +349,10 @@ def is_in_use(folder: Path) -> bool:
     try:
         with FileLock(folder / LOCK, blocking=False):
             return False
-    except (Timeout, OSError):
+    except Timeout:
         return True
-    except NotImplementedError:
-        return False
+    except (NotImplementedError, OSError) as error:
+        return not _has_no_locks(error)
 
 
 @final
@@ -306,9 +371,10 @@ class _SavedWhole:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
-    def require_fit(self, module: nn.Module) -> None:
+    def require_fit(self, module: nn.Module, *, converts: bool) -> None:
         """Refuse another module than the one saved."""
         require_fit(self.path, self._tensors, held_state(module)[0])
+        require_types(self.path, {} if converts else self._tensors, held_state(module)[0])
 
     def load(self, module: nn.Module, _: torch.optim.Optimizer) -> dict[str, Any]:
         """Put the weights into `module`; the rest of it."""

@@ -97,6 +97,10 @@ class Settings:
         """Passes over the data; None: as many as the steps need."""
         return None if self.steps is not None else self.epochs or 1
 
+    def plain(self) -> dict[str, Any]:
+        """The settings by name, in plain types."""
+        return {name: value if name != "rollback" else repr(value) for name, value in vars(self).items()}
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context of a forward."""
         if self.precision == "no":

@@ -104,7 +104,7 @@ class Snapshots:
                 f"received every_events={every_events}, every_s={every_s} and keep={keep}; expected one of the "
                 f"first two, over 0, and to keep at least one"
             )
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.models = {"student": None} if models is None else dict(models)
         for name in self.models:
             if not name.replace("_", "").replace("-", "").isalnum():

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, final
 
 from matta.errors import RunError
+from matta.training.processes import is_main_process
 
 
 @final
@@ -64,19 +66,21 @@ class SpikeWatch:
         self._recent.append(loss)
         return False
 
-    def count(self, loss: float, step: int) -> None:
-        """Count a rollback.
+    def count(self, loss: float, step: int, *, back_at: int) -> None:
+        """Count a rollback, and say so on the main process.
 
         Raises:
             RunError: there are too many.
         """
         self.num_rollbacks += 1
+        told = f"the loss of step {step} is {loss:.4g}, over {self.rollback.factor:g} times the median before"
         if self.num_rollbacks > self.rollback.most:
             raise RunError(
-                f"the loss of step {step} is {loss:.4g}, over {self.rollback.factor:g} times the median before, and "
-                f"the run has rolled back {self.rollback.most} times; lower the learning rate, clip the gradients "
-                f"(clip_norm=1.0), or look at the data"
+                f"{told}, and the run has rolled back {self.rollback.most} times; lower the learning rate, clip the "
+                f"gradients (clip_norm=1.0), or look at the data"
             )
+        if is_main_process():
+            warnings.warn(f"{told}; the run continues from step {back_at} with the batches that follow", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
