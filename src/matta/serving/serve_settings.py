@@ -107,7 +107,7 @@ class ServeCommandSettings(ServeSettings):
     family: Path | None = field(
         default=None,
         metadata={
-            "help": "table of sizes (family.json), whose front is served (default: that of the source)",
+            "help": "table of sizes (family.json): those on its fronts are served (default: that of the source)",
             "metavar": "FILE",
         },
     )

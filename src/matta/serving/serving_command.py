@@ -26,7 +26,8 @@ class Serving:
     Args:
         nested: The pair, after training; a plain module is served as the one size "model".
         example: A batch as in training; its inputs tell names, dtypes and shapes.
-        family: The table of sizes, whose front is served; None: Student, TA, and some between.
+        family: The table of sizes: those on its fronts of latency and of parameters are served, the Student among
+            them. None: Student, TA, and some between.
         open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
         logits: Where the logits are in what the modules return, as in `CoTraining`. A mapping of tensors (several
             heads) is answered with an output for each.
