@@ -470,6 +470,8 @@ def test_a_size_of_a_run_is_chosen_and_exported(a_run: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     assert out.stat().st_size == found["bytes"] and found["error"] < 1e-4
     assert found["bits_per_byte"] == pytest.approx(found["bits_per_byte_before"], abs=1e-4)
+    assert main(["export", str(a_run), "k=0", "--out", str(a_run / "model.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "safetensors", "by the name of the file"
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "pickle"]) == 2
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "safetensors", "--int8"]) == 2
 
