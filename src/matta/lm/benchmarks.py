@@ -40,6 +40,7 @@ from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, loa
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify_weights, write_json
 from matta.sizes.submodels import SubModel
+from matta.training.reporting import output_console
 
 _HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -344,11 +345,7 @@ def _gain(values: Values, baseline: Values, figure: Figure) -> dict[str, float |
 
 
 def _print(results: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = output_console()
     for table in rich_tables(results):
         console.print(table)
     for note in notes(results):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 from matta.errors import RunError
 from matta.nesting.copying import is_unit
@@ -16,6 +16,8 @@ from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
 from matta.training.processes import is_main_process, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
+
+BEST: Final = "best"  # the folder of the best nesting, in that of the run
 
 
 @final
@@ -83,7 +85,7 @@ class RunEvaluation:
             return
         self.best = latest
         if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):
-            save(self._cotrain.nested, self._folder / "best")
+            save(self._cotrain.nested, self._folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to continue."""
