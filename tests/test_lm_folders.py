@@ -476,6 +476,20 @@ def test_a_size_of_a_run_is_chosen_and_exported(a_run: Path, capsys: pytest.Capt
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "safetensors", "--int8"]) == 2
 
 
+def test_a_run_is_served_with_the_logits_of_the_last_position_alone(a_run: Path) -> None:
+    pytest.importorskip("starlette")
+    from matta.serving.served_models import ServedModels
+    from matta.serving.serving_command import named_serving
+
+    serving = named_serving(str(a_run), last=True)
+    whole, last = (
+        ServedModels(serving.nested, example={"input_ids": torch.ones(2, 5).long()}, open_axes=(0, 1), logits=logits)
+        for logits in (None, serving.logits)
+    )
+    ids = {"input_ids": torch.arange(10).view(2, 5)}
+    assert torch.equal(last.run("TA", ids)[0]["logits"], whole.run("TA", ids)[0]["logits"][:, -1])
+
+
 def test_a_run_is_reported_with_its_recipe_losses_and_the_command(
     a_run: Path, nestings: dict[str, matta.Nested], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,3 +111,9 @@ class ServeCommandSettings(ServeSettings):
             "metavar": "FILE",
         },
     )
+    last: bool = field(
+        default=False,
+        metadata={
+            "help": "of a run of matta train: the logits of the last position alone, which is all that generation reads"
+        },
+    )
