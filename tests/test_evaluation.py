@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 import matta
-from matta.errors import RunError
+from matta.errors import MattaError, RunError
 
 
 def tower(width: int, outputs: int = 1) -> nn.Sequential:
@@ -87,3 +87,5 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         matta.Evaluation(data=iter(data()), objective=matta.objectives.Binary())
     with pytest.raises(RunError, match="the evaluation data gave no batch"):
         matta.Evaluation(data=[], objective=matta.objectives.Binary())(nested())
+    with pytest.raises(MattaError, match="received int as module; expected what matta.nest gives, or a plain module"):
+        matta.Evaluation(data=data(), objective=matta.objectives.Binary())(5)  # type: ignore[arg-type]

@@ -154,7 +154,9 @@ def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...])
     try:
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
-        raise CheckpointError(f"{folder} does not fit the modules: {error}") from None
+        raise CheckpointError(
+            f"{folder} does not fit the modules: {error}; build them with the sizes they were saved with"
+        ) from None
 
 
 def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

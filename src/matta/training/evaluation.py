@@ -11,7 +11,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, distributed, nn
 
-from matta.errors import RunError
+from matta.errors import RunError, require_kind
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
@@ -131,6 +131,7 @@ class Evaluation:
                 "received evaluation data that gives each process its share; expected all of it, which Evaluation "
                 "shares out itself: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
             )
+        require_kind("module", nested, nn.Module, "what matta.nest gives, or a plain module")
         modules = self._models(nested) if isinstance(nested, Nested) else {"": nested}
         tallies = {
             f"{name}_" if name else "": _Tally(module, self, together=together) for name, module in modules.items()
