@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,15 +30,23 @@ class RunEvaluation:
         cotrain: CoTraining,
         evaluate: Evaluate | None,
         best: tuple[str, Literal["min", "max"]] | None,
+        patience: int | None,
         folder: Path | None,
     ) -> None:
         self._cotrain, self._evaluate, self._criterion, self._folder = cotrain, evaluate, best, folder
+        self._patience = patience
         self.found: list[Evaluated] = []
         self.best: Evaluated | None = None
 
     def is_done(self, step: int) -> bool:
         """Whether the weights of a step have been evaluated."""
         return bool(self.found) and self.found[-1].step == step
+
+    def is_out_of_patience(self) -> bool:
+        """Whether as many evaluations as that have passed since the best one."""
+        if self._patience is None or self.best is None:
+            return False
+        return sum(each.step > self.best.step for each in self.found) >= self._patience
 
     def judge(self, step: int) -> dict[str, float]:
         """The values of the nesting as it is, none if nothing evaluates; all processes call this.
@@ -81,7 +90,8 @@ class RunEvaluation:
         if name not in latest.values:
             raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
         sign = 1 if way == "min" else -1
-        if self.best is not None and not sign * latest.values[name] < sign * self.best.values[name]:
+        before = math.nan if self.best is None else self.best.values[name]
+        if not (math.isnan(before) or sign * latest.values[name] < sign * before):
             return
         self.best = latest
         if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):
