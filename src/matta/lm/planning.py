@@ -19,7 +19,7 @@ from matta.lm.tokens import load_tokenizer
 from matta.nesting.nested import Nested
 from matta.nesting.plan import kinds
 from matta.sizes.submodels import layer_names
-from matta.training.reporting import output_console, ranges, rich_table
+from matta.training.reporting import ranges, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,7 +139,9 @@ def nesting_figures(nested: Nested) -> dict[str, Any]:
 
 
 def _print(figures: Mapping[str, Any]) -> None:
-    console = output_console()
+    from rich.console import Console
+
+    console = Console()
     console.print(_nesting_table(figures["nesting"]))
     for line in _nesting_lines(figures["nesting"]):
         console.print(line, highlight=False, soft_wrap=True)
@@ -149,9 +151,11 @@ def _print(figures: Mapping[str, Any]) -> None:
 
 
 def _print_choices(found: list[Choice], figures: Mapping[str, Any], memory: int | None) -> None:
+    from rich.console import Console
+
     columns = ("sharding", "recompute", "state", "gathered", "activations", "total", "sent", "fits")
     title = f"GiB on each of {figures['num_gpus']} GPUs"
-    console = output_console()
+    console = Console()
     console.print(rich_table(title, columns, list(rows_of(found, memory)), left=columns[:2]))
     if memory is not None:
         console.print(_advice(figures), highlight=False, soft_wrap=True)
