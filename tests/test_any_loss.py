@@ -478,7 +478,12 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for make, message in (
         (lambda: Huber(0.0), "delta=0.0; expected a number over 0"),
         (lambda: Quantiles([0.5, 1.0]), "expected numbers between 0 and 1"),
+        (
+            lambda: Quantiles(0.5).levels and Quantiles(1.5),
+            r"received levels=\[1.5\]; expected numbers between 0 and 1",
+        ),
         (lambda: Heads({}), "no heads"),
+        (lambda: Heads({"a": Binary()}), r"received Binary\(.* for the head 'a'; expected an objective and its weight"),
         (lambda: Heads({"a": (Binary(), -1.0)}), "weight -1.0 for the head 'a'"),
         (lambda: Heads({"a": (Binary(weights="w"), 1.0)}), r"expected Heads\(..., weights='w'\)"),
         (lambda: _heads().cross_entropy({}, {"click": V}), "the labels are click; expected .*: click, watch"),
@@ -489,6 +494,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for options, message in (
         ({"temperature": 2.0}, "without a Teacher"),
         ({"labels": 0.5}, "without a Teacher"),
+        ({"teacher": "large"}, "received str as teacher; expected a module, or a list of modules"),
+        ({"teacher": [_model(4, 1), None]}, "received NoneType as teacher; expected a module"),
+        ({"objective": Binary(weights=torch.ones(3))}, "received Tensor as weights; expected the name of the field"),
         ({"labels": 1.5, "teacher": _model(4, 1)}, "labels=1.5; expected .*from 0 to 1"),
         ({"temperature": 0.0, "teacher": _model(4, 1)}, "temperature=0.0; expected"),
         ({"temperature": 2.0, "teacher": _model(4, 1), "objective": SquaredError()}, "gives no probabilities"),

@@ -212,6 +212,12 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "important"
 
 
+def test_a_folder_above_that_of_a_nesting_names_it(tmp_path: Path) -> None:
+    matta.save(_nested(), tmp_path / "run" / "nested")
+    with pytest.raises(CheckpointError, match=r"expected the folder of one, such as .*run.nested$"):
+        matta.load(tmp_path / "run", Net(), Net(6, 3))
+
+
 def test_an_empty_folder_and_missing_parents_will_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", str(tmp_path / "a" / "b")):

@@ -309,6 +309,24 @@ def test_the_command_prints_the_pick(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "chosen: small" in capsys.readouterr().out
 
 
+def test_a_size_is_printed_with_its_costs() -> None:
+    told = str(FOUR.choose(parameters=300_000))
+    assert told.startswith("small: 262,144 parameters, ") and " ms, quality 0.4" in told
+
+
+def test_long_names_of_sizes_are_not_wrapped_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "wide: " + ", ".join(f"tower.blocks.{index}" for index in range(4))
+    matta.Family(sizes=tuple(replace(each, name=long) for each in FOUR.sizes[:1])).save(tmp_path)
+    assert main(["choose", str(tmp_path), "--parameters", "300000"]) == 0
+    assert any(line.strip().startswith(f"{long} *") for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_table_beside_the_best_nesting_of_a_run_is_found(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    FOUR.save(tmp_path / "best")
+    assert main(["choose", str(tmp_path), "--parameters", "300000", "--json"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 import matta
-from matta.errors import RunError
+from matta.errors import MattaError, RunError
 
 
 def tower(width: int, outputs: int = 1) -> nn.Sequential:
@@ -87,3 +89,19 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         matta.Evaluation(data=iter(data()), objective=matta.objectives.Binary())
     with pytest.raises(RunError, match="the evaluation data gave no batch"):
         matta.Evaluation(data=[], objective=matta.objectives.Binary())(nested())
+    objective = matta.objectives.Binary()
+    with pytest.raises(RunError, match="type TensorDataset; expected batches: a DataLoader of it"):
+        matta.Evaluation(data=TensorDataset(torch.ones(3)), objective=objective)
+    with pytest.raises(MattaError, match="received the class Binary as objective"):
+        matta.Evaluation(data=data(), objective=matta.objectives.Binary)  # type: ignore[arg-type]
+    for metric, told in ((max, "max"), (torchmetrics.AUROC, "AUROC"), (5, "int")):
+        with pytest.raises(RunError, match=f"received {told} as the metric 'auc'; expected an object with update"):
+            matta.Evaluation(data=data(), metrics={"auc": metric})  # type: ignore[dict-item]
+    with pytest.raises(RunError, match=r"received \[\] as metrics; expected them by name"):
+        matta.Evaluation(data=data(), objective=objective, metrics=[])  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"the metric 'all' computes tensor\(.* expected one number"):
+        matta.Evaluation(data=data(), metrics={"all": torchmetrics.ConfusionMatrix(task="binary")})(nested())
+    with pytest.raises(RunError, match=r"the metric 'auc' fails on logits of shape .* and labels of shape .*preds"):
+        matta.Evaluation(data=data(), metrics={"auc": torchmetrics.AUROC(task="multiclass", num_classes=3)})(nested())
+    with pytest.raises(MattaError, match="received int as module; expected what matta.nest gives, or a plain module"):
+        matta.Evaluation(data=data(), objective=matta.objectives.Binary())(5)  # type: ignore[arg-type]

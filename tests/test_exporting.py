@@ -172,6 +172,48 @@ def test_the_length_of_tokens_may_be_open_too(tmp_path: Path) -> None:
         torch.testing.assert_close(matta.OnnxModule(done.path)(ids), module(ids))
 
 
+class Bags(nn.Module):
+    """Ids of several bags one after the other: only the offsets have a row for each example."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.bags, self.out = nn.EmbeddingBag(30, width, mode="mean", padding_idx=29), nn.Linear(width, 1)
+
+    def forward(self, price: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+        return self.out(self.bags(ids, offsets)).squeeze(-1) + price
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_bags_by_offsets_may_have_any_lengths(format: Any, rows: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Bags().eval()
+    offsets = torch.tensor([0, 2, 2, 5])[:rows]
+    example = {"price": torch.randn(rows), "ids": torch.randint(29, (9,)), "offsets": offsets, "labels": None}
+    file = matta.export(module, tmp_path / "m", format=format, example=example).path
+    read = matta.OnnxModule(file) if format == "onnx" else torch.export.load(file.open("rb")).module()
+    other = {"price": torch.randn(6), "ids": torch.randint(29, (13,)), "offsets": torch.tensor([0, 1, 4, 4, 9, 11])}
+    torch.testing.assert_close(read(**other), module(**other), atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_that_all_rows_share_is_exported(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (x @ x.transpose(1, 2) + mask).sum((1, 2))
+
+    example = {"x": torch.randn(4, 5, 3), "mask": torch.zeros(5, 5), "labels": None}
+    assert matta.export(Masked(), tmp_path / "m.onnx", format="onnx", example=example).error < 1e-5
+
+
+def test_an_input_whose_name_hides_one_of_torch_is_named(tmp_path: Path) -> None:
+    class Ranker(nn.Module):
+        def forward(self, device: Tensor) -> Tensor:
+            return device + torch.arange(len(device), device=device.device)
+
+    with pytest.raises(ExportError, match="rename the input 'device', a name in torch's own code"):
+        matta.export(Ranker(), tmp_path / "m.pt2", format="torch_export", example={"device": torch.ones(4)})
+
+
 def by_sign(logit: Tensor) -> Tensor:
     return logit if logit.sum() > 0 else -logit
 

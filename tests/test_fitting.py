@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -330,6 +332,27 @@ def test_a_run_ends_with_nestings_that_load(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-00000003"]
 
 
+def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(tmp_path: Path) -> None:
+    def values(nested: matta.Nested, found: Iterator[float]) -> dict[str, float]:
+        return {"error": next(found)}
+
+    def fit(setup: Setup, errors: list[float], **settings: object) -> Any:
+        judge = functools.partial(values, found=iter(errors))
+        settings = {"evaluate_every": 2, "best": ("error", "min"), "patience": 2, **settings}
+        return setup.fit(endless(), steps=40, evaluate=judge, checkpoint_every=2, **settings)
+
+    whole = fit(Setup(), [math.nan, 3.0, 1.0, 2.0, 1.0, 9.0], run=tmp_path / "whole")
+    assert (whole.steps, whole.best.step) == (10, 6)
+    stopped = Setup()
+    stop_at(8, fail)(stopped)
+    with pytest.raises(Stopped):
+        fit(stopped, [math.nan, 3.0, 1.0], run=tmp_path / "stopped")
+    resumed = fit(Setup(), [2.0, 1.0, 9.0], run=tmp_path / "stopped", resume=True)
+    assert (resumed.steps, resumed.best) == (whole.steps, whole.best)
+    again = fit(Setup(), [], run=tmp_path / "stopped", resume=True)
+    assert again.steps == 10, "it has ended"
+
+
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     Setup().fit(batches(), steps=4, run=tmp_path / "run")
     other = Setup(make=lambda width: Tower(width + 1))
@@ -559,6 +582,8 @@ PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Paramet
         ({"precision": "fp8"}, "received precision='fp8'; expected 'no' or 'bf16'"),
         ({"best": ("loss", "low"), "evaluate": dict}, "received best=.* expected such as"),
         ({"evaluate_every": 3}, "without evaluate; expected evaluate="),
+        ({"patience": 3, "evaluate": dict}, "received patience=3 without best= and evaluate_every=; expected both"),
+        ({"patience": 0}, "received patience=0; expected a whole number"),
         ({"resume": True, "run": None}, "resume=True without run; expected run="),
         ({"data": endless(), "epochs": 2}, "an iterator and epochs=2, .* or steps="),
         ({"data": TensorDataset(torch.zeros(3))}, "data of type TensorDataset; expected batches: a DataLoader"),

@@ -27,9 +27,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
 from matta.lm.benchmark_tables import PAPER, markdown, notes, rich_tables, tables  # noqa: E402
-from matta.lm.benchmarks import contestants, is_own_code, run  # noqa: E402
+from matta.lm.benchmarks import contestants, run  # noqa: E402
 from matta.lm.bits_per_byte import bits_per_byte  # noqa: E402
-from matta.lm.folders import export  # noqa: E402
+from matta.lm.folders import export, is_own_code  # noqa: E402
 from matta.lm.judging import BENCHMARKS, Suite, choose, load_judge, scores_of, write_tasks  # noqa: E402
 from matta.lm.recipe import DataPart, FamilyPart, ModelPart, Recipe, SourcePart, TrainPart  # noqa: E402
 from matta.lm.tasks.sat_math import has_content, has_letter, hub_form, process_results  # noqa: E402

@@ -25,7 +25,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, multiprocessing, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -117,10 +117,44 @@ def test_tokenizers_that_differ_say_how(tmp_path: Path) -> None:
     assert (disagreement(first, other_merges) or "").startswith("the same tokens, but")
 
 
+def trained_file(path: Path, end: str) -> Path:
+    """A file as the tokenizers library saves it."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=300, special_tokens=[end], initial_alphabet=alphabet)
+    )
+    path.parent.mkdir(exist_ok=True)
+    made.save(str(path))
+    return path
+
+
+def test_a_file_of_the_tokenizers_library_is_loaded_with_its_usual_end(tmp_path: Path) -> None:
+    file = trained_file(tmp_path / "own" / "tokenizer.json", "<eos>")
+    for name in (file, file.parent):
+        tokenizer = load_tokenizer(name)
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<eos>")
+        expected = Tokenizer.from_file(str(file)).encode(WORDS[3]).ids
+        assert TextEncoder(tokenizer)([WORDS[3]])[0].tolist() == expected
+    unnamed = load_tokenizer(trained_file(tmp_path / "tokenizer.json", "<odd>"))
+    assert unnamed.eos_token is None
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "folder/tokenizer.json"])
+def test_a_file_that_is_no_tokenizer_is_told_in_a_line(place: str, tmp_path: Path) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text('{"a": 1}')
+    with pytest.raises(
+        RunError, match=r"tokenizer.json holds no tokenizer that can be loaded: .*; expected a file that"
+    ):
+        load_tokenizer(tmp_path / place if "/" not in place else (tmp_path / place).parent)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "there is no folder './nowhere'; expected 'bytes', a tokenizer's folder"),
+        ("./nowhere", "there is no './nowhere'; expected 'bytes', a tokenizer's folder or file"),
         ("nobody/nothing", "cannot be loaded from the hub: .*; check the name and the network"),
     ],
 )
@@ -709,7 +743,7 @@ def without_end() -> PreTrainedTokenizerBase:
             "a pass over the data gave 1[0-9]{3} tokens; expected at least context=10000",
         ),
         ({"source": TextSource(hub="x"), "stream": False}, "received hub= and stream=False"),
-        ({"tokenizer": without_end()}, "no end of text .eos_token., which separates documents; set one"),
+        ({"tokenizer": without_end()}, "no end of text .eos_token., which separates documents; name a token"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

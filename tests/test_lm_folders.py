@@ -470,8 +470,24 @@ def test_a_size_of_a_run_is_chosen_and_exported(a_run: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     assert out.stat().st_size == found["bytes"] and found["error"] < 1e-4
     assert found["bits_per_byte"] == pytest.approx(found["bits_per_byte_before"], abs=1e-4)
+    assert main(["export", str(a_run), "k=0", "--out", str(a_run / "model.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "safetensors", "by the name of the file"
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "pickle"]) == 2
     assert main(["export", str(a_run), "k=0", "--out", str(out), "--format", "safetensors", "--int8"]) == 2
+
+
+def test_a_run_is_served_with_the_logits_of_the_last_position_alone(a_run: Path) -> None:
+    pytest.importorskip("starlette")
+    from matta.serving.served_models import ServedModels
+    from matta.serving.serving_command import named_serving
+
+    serving = named_serving(str(a_run), last=True)
+    whole, last = (
+        ServedModels(serving.nested, example={"input_ids": torch.ones(2, 5).long()}, open_axes=(0, 1), logits=logits)
+        for logits in (None, serving.logits)
+    )
+    ids = {"input_ids": torch.arange(10).view(2, 5)}
+    assert torch.equal(last.run("TA", ids)[0]["logits"], whole.run("TA", ids)[0]["logits"][:, -1])
 
 
 def test_a_run_is_reported_with_its_recipe_losses_and_the_command(

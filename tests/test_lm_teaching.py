@@ -20,6 +20,7 @@ from matta.errors import RunError
 from matta.lm import teacher_labels, teaching
 from matta.lm.command_settings import TeachSettings
 from matta.lm.documents import TextSource
+from matta.lm.folders import export
 from matta.lm.packing import IGNORED, PackedTokens
 from matta.lm.teacher_labels import MANIFEST, About, StoredTeacher, begin, with_teacher
 from matta.lm.teaching import Teacher, load_teacher
@@ -443,3 +444,23 @@ def test_teachers_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> N
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_a_teacher_whose_blocks_differ_is_loaded_by_the_code_that_matta_wrote(tmp_path: Path) -> None:
+    ta = gpt2(n_layer=3, n_inner=32)
+    mixed = matta.extract(
+        matta.nest(gpt2(n_layer=3, n_inner=8), ta), matta.SubModel({"transformer.h.1": "wide"})
+    ).eval()
+    folder = export(mixed, tmp_path / "mixed", tokenizer=BYTES)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(load_teacher(str(folder), BYTES)(ids), mixed(input_ids=ids).logits)
+    (code,) = folder.glob("*.py")
+    code.write_text(code.read_text() + "\n# changed\n")
+    add_checksums(folder)
+    with pytest.raises(RunError, match="the Teacher .* cannot be loaded: .*custom code"):
+        load_teacher(str(folder), BYTES)
+
+
+def test_a_missing_teacher_is_named_as_one() -> None:
+    with pytest.raises(RunError, match=r"the Teacher './nowhere': there is no './nowhere'"):
+        load_teacher("./nowhere", BYTES)

@@ -349,6 +349,13 @@ def test_a_module_that_fails_on_the_example_is_refused() -> None:
         matta.order(nn.Linear(3, 2), example=torch.zeros(1, 4), importance="magnitude")
 
 
+def test_the_example_may_be_a_list_as_a_data_loader_gives_it() -> None:
+    module = units([1.0, 2.0], [1.0, 1.0])
+    x = torch.ones(2, 1)
+    a, b = (matta.order(module, example=each, importance="magnitude") for each in ([x, torch.ones(2)], x))
+    assert all(torch.equal(one, other) for one, other in zip(a.parameters(), b.parameters(), strict=True))
+
+
 # --- depth -----------------------------------------------------------------------------------------
 
 

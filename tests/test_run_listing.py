@@ -33,5 +33,7 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
     }
     assert found["whole"]["losses"] == result.losses
     assert "checkpoint-00000003 cannot be read" in found["running"]["fault"]
+    assert main(["runs", str(tmp_path / "a"), "--json"]) == 0
+    assert [Path(each["path"]).name for each in json.loads(capsys.readouterr().out)["runs"]] == ["whole"]
     assert main(["runs", "--folder", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is no folder; expected one with runs" in capsys.readouterr().err

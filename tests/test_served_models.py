@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import matta
+from matta.choosing.family import Size
+from matta.choosing.measuring import Latency
 from matta.errors import CheckpointError, MattaError, ServeError
 from matta.serving.served_models import ServedModels, VersionWatch, served_specs
 
@@ -79,6 +81,23 @@ def test_the_front_of_a_family_is_served() -> None:
     assert [*served_specs(nested, family)] == [each.name for each in family.pareto()]
 
 
+def test_the_student_is_served_although_chance_keeps_it_off_the_front_of_latencies() -> None:
+    def size(name: str, parameters: int, ms: float, quality: float, **layers: str) -> Size:
+        latencies = (Latency(batch_size=1, median_ms=ms, p95_ms=ms),)
+        figures = {"bytes": 0, "flops": 1.0, "activation_bytes": 0.0, "latencies": latencies, "quality": quality}
+        return Size(name=name, layers=layers, parameters=parameters, **figures)  # type: ignore[arg-type]
+
+    sizes = [
+        size("Student", 10, 0.11, 0.7, a="narrow", b="narrow"),
+        size("wide: a", 20, 0.10, 0.8, a="wide", b="narrow"),
+        size("wide: b", 30, 0.12, 0.75, a="narrow", b="wide"),
+        size("TA", 40, 0.13, 0.9, a="wide", b="wide"),
+    ]
+    family = matta.Family(sizes=tuple(sizes), higher_is_better=True)
+    assert [each.name for each in family.pareto("latency_ms")] == ["wide: a", "TA"]
+    assert [*served_specs(pair(), family)] == ["Student", "wide: a", "TA"]
+
+
 def test_a_plain_module_is_one_size() -> None:
     module = tower(4).train()
     models = ServedModels(module, example=EXAMPLE)
@@ -112,6 +131,23 @@ def test_inputs_are_named_as_the_model_takes_them() -> None:
     ]
     logits = models.run("TA", {"item": torch.arange(2), "weight": torch.ones(2)})[0]["logits"]
     assert logits.shape == (2, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_ids_of_bags_by_offsets_would_be_those_of_the_example_and_are_refused(rows: int) -> None:
+    class Bags(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.bags, self.out = nn.EmbeddingBag(30, width), nn.Linear(width, 1)
+
+        def forward(self, price: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+            return self.out(self.bags(ids, offsets)) + price[:, None]
+
+    torch.manual_seed(0)
+    offsets, price = torch.tensor([0, 2, 5, 6])[:rows], torch.ones(rows)
+    example = {"price": price, "ids": torch.randint(30, (9,)), "offsets": offsets, "labels": None}
+    with pytest.raises(ServeError, match=r"ids of shape \(9,\) of the example has no row for each .* ids padded to"):
+        ServedModels(matta.nest(Bags(2), Bags(4), example=example), example=example)
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,18 @@ class Watched(nn.Module):
         return {"click": self.click(hidden).squeeze(1), "minutes": self.minutes(hidden)}
 
 
+def test_an_input_without_values_that_fails_is_the_clients_fault() -> None:
+    class Mean(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return ids.view(*ids.shape, -1).mean((1, 2))
+
+    models = ServedModels(Mean(), example={"ids": torch.ones(2, 6)}, open_axes=(0, 1))
+    with TestClient(Application(models, ServeSettings()).asgi) as client:
+        request = {"inputs": [{"name": "ids", "datatype": "FP32", "shape": [1, 0], "data": []}]}
+        answer = client.post("/v2/models/model/infer", json=request)
+    assert answer.status_code == 400 and "an input without values: ids" in answer.json()["error"]
+
+
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
 def test_several_heads_are_several_outputs(runtime: str) -> None:
     nested = matta.nest(Watched(4), Watched(8))
@@ -470,3 +482,8 @@ def test_a_source_that_is_none_is_told_in_a_line(source: str, message: str, caps
         named_serving(source)
     assert main(["serve", source]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_last_position_alone_is_for_runs() -> None:
+    with pytest.raises(ServeError, match="--last for 'a:b', no run of matta train"):
+        named_serving("a:b", last=True)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from types import NoneType
 from typing import Any, NoReturn, final, get_args, get_origin, get_type_hints
@@ -211,9 +212,13 @@ class _Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self._is_parsing = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._is_parsing = False
+        if unknown:  # the parser above would name itself, and its own help
+            near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f', did you mean {near[0]}?' if near else ''}")
+        return found, unknown
 
 
 def _parser(commands: Sequence[Command]) -> _Parser:
@@ -261,7 +266,8 @@ def _add_option(parser: _Parser, setting: dataclasses.Field[Any], hint: Any) -> 
         _add_several(parser, setting, convert, metavar, required=required)
         return
     if meta.get("positional"):
-        parser.add_argument(setting.name, type=convert, metavar=metavar, help=meta["help"])
+        may_lack: dict[str, Any] = {} if required else {"nargs": "?", "default": setting.default}
+        parser.add_argument(setting.name, type=convert, metavar=metavar, help=meta["help"], **may_lack)
         return
     parser.add_argument(
         flag, type=convert, metavar=metavar, required=required, default=argparse.SUPPRESS, help=meta["help"]

@@ -27,7 +27,12 @@ CASES = [
     _case("plan of the folder above", "plan ..", r"there is no recipe \.\."),
     _case("plan of the root", "plan /", r"there is no recipe /"),
     _case("plan of an empty name", "plan recipe/", r"there is no recipe recipe"),
-    _case("unknown option", "plan {w}/recipe.toml --deep", r"unrecognized arguments: --deep"),
+    _case(
+        "unknown option",
+        "plan {w}/recipe.toml --deep",
+        r"plan: unrecognized arguments: --deep; see matta plan --help",
+    ),
+    _case("misspelt option", "runs --foldr {w}", r"matta runs: unrecognized arguments: --foldr, did you mean --folder"),
     _case("train of nothing", "train {w}/none", r"there is no recipe .*none; .* has: recipe"),
     _case("resume of nothing", "train {w}/recipe.toml --resume", r"--resume without --out"),
     _case("out is a file", "train {w}/recipe.toml --out {w}/recipe.toml", r"recipe\.toml"),

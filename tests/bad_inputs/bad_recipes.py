@@ -46,7 +46,7 @@ CASES = [
     _plan("a layer twice", nothing, r"each once", "family.k=[1,1]"),
     _plan("an unknown rule", nothing, r"sideways|layers", "model.layers=sideways"),
     _plan("an unknown pattern", nothing, r"nothing.to.match", 'model.share=["nothing.to.match"]'),
-    _plan("no such tokenizer", nothing, r"there is no folder|cannot be loaded", "data.tokenizer=./none"),
+    _plan("no such tokenizer", nothing, r"there is no './none|cannot be loaded", "data.tokenizer=./none"),
     Case("two texts", nothing, 'plan {w}/recipe.toml data.train={path="a",hub="b"}', r"path|hub"),
     Case(
         "no text", nothing, "train {w}/recipe.toml data.train={w}/none.txt --out {w}/new", r"none.txt leads to no text"

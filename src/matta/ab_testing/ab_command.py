@@ -31,11 +31,9 @@ def run(settings: AbSettings) -> dict[str, Any]:
 
 
 def _show(report: AbReport) -> None:
-    from rich.console import Console
+    from matta.training.reporting import output_console, rich_table
 
-    from matta.training.reporting import rich_table
-
-    console = Console()
+    console = output_console()
     arms = [
         (
             *(arm.name, f"{arm.share:.1%}", f"{arm.answers:,}", f"{arm.joined:,}"),

@@ -59,6 +59,18 @@ class Size:
         batch = self.latencies[0].batch_size if self.latencies else 1
         return (self.bytes + batch * self.activation_bytes) / MEGABYTE
 
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table in words, in the order of `COLUMNS`."""
+        latency = self.latencies[0] if self.latencies else None
+        times = ("–", "–") if latency is None else (f"{latency.median_ms:.3f}", f"{latency.p95_ms:.3f}")
+        costs = f"{self.parameters:,}", f"{self.memory_mb:.3g}", f"{self.flops:,.0f}"
+        return (self.name, *costs, *times, f"{self.quality:.5g}")
+
+    def __str__(self) -> str:
+        name, parameters, memory, flops, median, _, quality = self.cells()
+        time = f", {median} ms" if self.latencies else ""
+        return f"{name}: {parameters} parameters, {memory} MB, {flops} FLOPs{time}, quality {quality}"
+
     def is_part_of(self, other: Size) -> bool:
         """Whether no layer is wider than in the other, and there are no more parameters: it cannot be slower."""
         names = self.layers.keys() | other.layers.keys()
@@ -253,16 +265,8 @@ class Family:
         """The table in words, a row for each size, those of the front with a star; `COLUMNS` are the names."""
         on_front = {each.name for each in self.pareto()}
         for size in self.sizes:
-            latency = size.latencies[0] if size.latencies else None
-            yield (
-                size.name + (" *" if size.name in on_front else ""),
-                f"{size.parameters:,}",
-                f"{size.memory_mb:.3g}",
-                f"{size.flops:,.0f}",
-                "–" if latency is None else f"{latency.median_ms:.3f}",
-                "–" if latency is None else f"{latency.p95_ms:.3f}",
-                f"{size.quality:.5g}",
-            )
+            name, *cells = size.cells()
+            yield (name + (" *" if name in on_front else ""), *cells)
 
     def __str__(self) -> str:
         table = [COLUMNS, *self.rows()]

@@ -33,11 +33,11 @@ def run(settings: ExportSettings) -> dict[str, Any]:
         logits_only = _Named(module)
         return bits_per_byte(logits_only, trained.tokenizer, documents, context=context, batch=2).bits_per_byte
 
-    is_file = settings.format in ("onnx", "torch_export")
+    is_file = settings.written_format in ("onnx", "torch_export")
     done = export(
         model,
         settings.out,
-        format=settings.format,  # type: ignore[arg-type]
+        format=settings.written_format,  # type: ignore[arg-type]
         example={"input_ids": ids, "labels": ids},
         open_axes=(0, 1),
         int8=settings.int8,

@@ -41,6 +41,9 @@ FORMATS: Final = get_args(Format)
 TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in another order
 SMALLEST_BATCH: Final = 2  # a traced batch of one would be taken for a constant
 LARGEST_ONNX: Final = 2**31 - 2**24  # bytes of weights: a file is one protobuf message of less than 2 GiB
+GRAPH_NAMES: Final = frozenset({"device", "torch", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
+"""What the code of a torch.fx graph calls by name: an input of that name hides it."""
+
 OTHER_BATCH: Final = 3  # added to the example's, to compare with a batch of another size
 
 
@@ -89,7 +92,8 @@ def export(
         format: See the table.
         example: A batch as in training, for "onnx" and "torch_export".
         open_axes: Axes of the inputs whose length is left open: the batch, and (0, 1) for the length of token ids too.
-            Tensors that are not as long as the batch on their first axis have none.
+            Of tensors that are not as long as the batch (ids of bags by offsets, a mask) the first axis is open where
+            the module allows it.
         int8: Weights of matrix products as 8-bit integers, by ONNX Runtime's dynamic quantisation. How far its logits
             are off is told; `tolerance` is not asked, since only `evaluate` can judge it.
         evaluate: The quality of a module, which is measured on what was written ("onnx" and "torch_export").
@@ -135,13 +139,14 @@ def export(
         write = partial(_onnx, int8=int8, names=names, logits=logits) if format == "onnx" else _torch_export
         allowed = TOLERANCE if tolerance is None else tolerance
         with whole_file(target) as made:
-            with _in_a_line(format), _quiet():
+            with _in_a_line(format, tensor_names(inputs)), _quiet():
                 read = write(module, made, inputs, axes)
                 error = _largest_difference(module, read, inputs, axes, logits)
             if not int8 and not error <= allowed:
                 raise ExportError(
                     f"the logits of the exported file differ by {error:.2g} of the largest one, more than the "
-                    f"tolerance {allowed:g}; nothing is written: raise tolerance= if that will do"
+                    f"tolerance {allowed:g}; nothing is written: raise tolerance= if that will do, or choose another "
+                    f"format"
                 )
             quality = None if evaluate is None else quality_of(evaluate, read)
             size = made.stat().st_size
@@ -189,7 +194,9 @@ def _largest_difference(
     found = 0.0
     size = num_examples(inputs)
     in_output = None if isinstance(other, OnnxModule) else logits  # an ONNX file gives the logits alone
-    for batch in (inputs, _shorter(resized(inputs, size + OTHER_BATCH), size + OTHER_BATCH, open_axes)):
+    has_rows = all(_is_row_wise(each, size) for each in tensors_of(inputs))
+    other_size = size + OTHER_BATCH if has_rows else size - 1  # offsets of bags stay in order only if they are cut
+    for batch in (inputs, _shorter(resized(inputs, other_size), other_size, open_axes)):
         outputs = outputs_by_name(call(module, batch), logits)
         others = outputs_by_name(call(other, batch), in_output)
         found = max(found, *(_difference(each.float(), others[name].float()) for name, each in outputs.items()))
@@ -250,11 +257,17 @@ class _Positional(nn.Module):
         return tuple(outputs_by_name(output, self.logits).values())
 
 
+def _is_row_wise(tensor: Tensor, count: int) -> bool:
+    return not tensor.ndim or len(tensor) in (1, count)
+
+
 def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[int, Any], ...]:
-    """The open axes of each tensor that has a row for each example; others have none."""
-    dynamic = torch.export.Dim.DYNAMIC
+    """The open axes of each tensor that has a row for each example; of others the first, where the module allows it."""
+    dynamic, if_possible = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     return tuple(
-        {axis: dynamic for axis in axes if axis < each.ndim} if each.ndim and len(each) == count else {}
+        {axis: dynamic for axis in axes if axis < each.ndim}
+        if each.ndim and len(each) == count
+        else ({} if _is_row_wise(each, count) else {0: if_possible})
         for each in values
     )
 
@@ -330,7 +343,7 @@ def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: Sequenc
 
 
 @contextlib.contextmanager
-def _in_a_line(format: Format) -> Iterator[None]:
+def _in_a_line(format: Format, input_names: Sequence[str] = ()) -> Iterator[None]:
     """What goes wrong inside, in a line of ours."""
     try:
         yield
@@ -339,9 +352,11 @@ def _in_a_line(format: Format) -> Iterator[None]:
     except OSError as error:
         raise ExportError(f"{error.filename} cannot be written: {error.strerror}; take another path") from None
     except Exception as error:
+        taken = sorted({*input_names} & GRAPH_NAMES) if format == "torch_export" else []
+        remedy = f"rename the input {taken[0]!r}, a name in torch's own code" if taken else "replace that operation"
         raise ExportError(
-            f"the module cannot be exported as {format}: {_reason(error)}; replace that operation, or export "
-            f"format='safetensors' and load it into your class where it is served"
+            f"the module cannot be exported as {format}: {_reason(error)}; {remedy}, or export format='safetensors' "
+            f"and load it into your class where it is served"
         ) from error
 
 

@@ -23,16 +23,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, final
 
-import torch
-import transformers
-
 from matta.errors import DAMAGE, RunError
 from matta.lm.benchmark_tables import markdown, notes, rich_tables
 from matta.lm.bits_per_byte import TextScore, bits_per_byte, change
 from matta.lm.command_settings import EvaluateSettings
 from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import family_of
-from matta.lm.folders import CODE, export, shipped_code
+from matta.lm.folders import export, is_own_code
 from matta.lm.judging import Figure, Suite, Values, choose, load_judge, scores_of
 from matta.lm.recipe import SourcePart
 from matta.lm.recipe_files import is_run
@@ -40,6 +37,7 @@ from matta.lm.trained_runs import MODELS, RESULTS, LanguageRun, folder_name, loa
 from matta.sizes.extraction import extract
 from matta.sizes.storage import verify_weights, write_json
 from matta.sizes.submodels import SubModel
+from matta.training.reporting import output_console
 
 _HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -152,23 +150,6 @@ def _of_folder(given: str, path: Path, trust: bool) -> Contestant:
             f"then say --trust"
         )
     return Contestant(name=path.name, given=given, source=str(path), trust=trust or has_code)
-
-
-def is_own_code(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether all code that would be run with the model in a folder is what this matta writes for its architecture."""
-    kind: Any = getattr(transformers, str((config.get("architectures") or [""])[0]).removeprefix("Matta"), None)
-    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not is_model:
-        return False
-    names = config.get("auto_map", {}).values()  # "other/repository--module.Class" would be code from elsewhere
-    if not all(re.fullmatch(rf"{CODE.removesuffix('.py')}\.\w+", str(name)) for name in names):
-        return False
-    tokenizer = path / "tokenizer_config.json"
-    if tokenizer.is_file() and "auto_map" in json.loads(tokenizer.read_text(encoding="utf-8")):
-        return False
-    with torch.device("meta"):
-        expected = shipped_code(kind(kind.config_class()))
-    return {file: file.read_text(encoding="utf-8") for file in path.rglob("*.py")} == {path / CODE: expected}
 
 
 MOST_CONTEXT: Final = 1024  # for held-out text, by default
@@ -344,11 +325,7 @@ def _gain(values: Values, baseline: Values, figure: Figure) -> dict[str, float |
 
 
 def _print(results: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = output_console()
     for table in rich_tables(results):
         console.print(table)
     for note in notes(results):

@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from matta.choosing.family import COLUMNS, FILE, Family
 from matta.choosing.survey import family
 from matta.errors import RunError
 from matta.lm.command_settings import ChooseSettings
 from matta.lm.recipe_files import NESTED, is_run
-from matta.training.reporting import rich_table
+from matta.training.reporting import output_console, rich_table
+from matta.training.run_evaluation import BEST
 
 
 def run(settings: ChooseSettings) -> dict[str, Any]:
@@ -35,11 +34,11 @@ def run(settings: ChooseSettings) -> dict[str, Any]:
         quality=settings.quality,
         batch_size=settings.batch_size,
     )
-    console = Console()
+    console = output_console()
     note = "" if found.is_complete else ", searched"
     console.print(rich_table(f"{path} ({len(found.sizes)} sizes{note}; * on the front)", COLUMNS, [*found.rows()]))
     console.print(f"chosen: {chosen.name}", highlight=False)
-    console.print(f"matta.extract(nested, {chosen.spec!r})", soft_wrap=True, highlight=False)
+    console.print(f"matta.extract(nested, matta.{chosen.spec!r})", soft_wrap=True, highlight=False)
     if is_run(settings.run):
         layers = ",".join(f"{name}={choice}" for name, choice in chosen.layers.items())
         console.print(f"matta extract {settings.run} {layers} --out DIR", soft_wrap=True, highlight=False)
@@ -52,7 +51,7 @@ def family_of_run(path: Path, max_evaluations: int) -> tuple[Family, Path]:
     Raises:
         RunError: there is none, and nothing to make it from.
     """
-    for folder in (path, path / NESTED):
+    for folder in (path, path / BEST, path / NESTED):
         if (folder / FILE).is_file():
             return Family.load(folder), folder / FILE
     if path.is_file():

@@ -162,6 +162,9 @@ class EvaluateSettings:
 class RunsSettings:
     """Settings of `matta runs`."""
 
+    below: Path | None = field(
+        default=None, metadata={"help": "the same as --folder", "positional": True, "metavar": "DIR"}
+    )
     folder: Path = field(
         default=Path("runs"), metadata={"help": "folder below which the runs are (default: runs)", "metavar": "DIR"}
     )
@@ -231,15 +234,27 @@ class ExportSettings:
     run: Path = field(metadata={"help": "a run of matta train", "positional": True})
     model: str = field(metadata={"help": "student, ta, k=NUMBER, or layers (as in matta extract)", "positional": True})
     out: Path = field(metadata={"help": "the file or folder to be", "metavar": "PATH"})
-    format: str = field(default="onnx", metadata={"help": "onnx (default), torch_export, safetensors or transformers"})
+    format: str | None = field(
+        default=None,
+        metadata={
+            "help": "onnx, torch_export, safetensors or transformers (default: by the end of PATH, .onnx, .pt2 or "
+            ".safetensors; of any other name onnx)"
+        },
+    )
     int8: bool = field(default=False, metadata={"help": "8-bit weights (onnx alone)"})
 
     def __post_init__(self) -> None:
         """Refuse what no format has."""
-        if self.format not in ("onnx", "torch_export", "safetensors", "transformers"):
+        if self.format not in (None, "onnx", "torch_export", "safetensors", "transformers"):
             raise RunError(f"--format {self.format}; expected onnx, torch_export, safetensors or transformers")
-        if self.int8 and self.format != "onnx":
+        if self.int8 and self.written_format != "onnx":
             raise RunError("--int8 is for --format onnx alone; leave one of them out")
+
+    @property
+    def written_format(self) -> str:
+        """The format named, or that of the file's name."""
+        by_name = {".pt2": "torch_export", ".safetensors": "safetensors"}
+        return self.format or by_name.get(self.out.suffix, "onnx")
 
 
 def _require_two(evaluations: int) -> None:

@@ -188,13 +188,14 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         ) from None
 
 
-def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32, *, trust: bool = False) -> PreTrainedModel:
     """A decoder of Transformers with all of its weights.
 
     Args:
         name: A folder, or a name on the hub.
         who: Stands for it in messages.
         dtype: Of its weights.
+        trust: Whether code that comes with it is run.
 
     Raises:
         RunError: there is no such model, or not all of its weights.
@@ -205,7 +206,7 @@ def load_decoder(name: str, who: str, dtype: torch.dtype = torch.float32) -> Pre
     try:
         with without_progress_bars():
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                os.path.expanduser(name), dtype=dtype, output_loading_info=True, trust_remote_code=False
+                os.path.expanduser(name), dtype=dtype, output_loading_info=True, trust_remote_code=trust
             )
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         raise RunError(

@@ -26,7 +26,7 @@ from matta.sizes.extraction import extract
 from matta.sizes.storage import write_json
 from matta.sizes.streamed_extraction import SavedWeights
 from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, layer_names, live, wide, wide_narrow_wide
-from matta.training.reporting import rich_table
+from matta.training.reporting import output_console, rich_table
 from matta.training.run_settings import FitResult
 
 STUDENT: Final = "student"
@@ -167,7 +167,6 @@ def _score(outcome: Outcome, model: nn.Module) -> TextScore | None:
 
 
 def _print_outcome(outcome: Outcome, results: dict[str, Any]) -> None:
-    from rich.console import Console
 
     columns = ("model", "parameters", "bits per byte", "perplexity of a token", "folder")
     rows = [
@@ -181,7 +180,7 @@ def _print_outcome(outcome: Outcome, results: dict[str, Any]) -> None:
         for each in results["models"]
     ]
     title = f"{results['recipe']}: {results['steps']:,} steps"
-    console = Console()
+    console = output_console()
     console.print(rich_table(title, columns, rows, left=("model", "folder")))
     for line in _closing_lines(outcome, results):
         console.print(line, soft_wrap=True, highlight=False)
@@ -333,7 +332,6 @@ def _results(path: Path) -> _Results:
 
 
 def _print(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    from rich.console import Console
 
     cells = [
         (
@@ -346,7 +344,7 @@ def _print(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         for row in rows
     ]
     columns = ("model", "parameters", "layers", "folder", "loaded by")
-    console = Console()
+    console = output_console()
     console.print(rich_table(f"{len(rows)} in {out}", columns, cells, left=("model", "folder", "loaded by")))
     for own_code in sorted({row["own_code"] for row in rows}):
         row = next(row for row in rows if row["own_code"] is own_code)

@@ -10,9 +10,11 @@ operators.
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -253,6 +255,23 @@ def shipped_code(model: PreTrainedModel) -> str:
     text = Path(__file__).with_name(CODE).read_text(encoding="utf-8")
     text = text.replace(_CODE_OF["type"], f"matta_{config.model_type}")
     return text.replace(_CODE_OF["config"], config.__name__).replace(_CODE_OF["model"], kind.__name__)
+
+
+def is_own_code(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether all code that would be run with the model in a folder is what this matta writes for its architecture."""
+    kind: Any = getattr(transformers, str((config.get("architectures") or [""])[0]).removeprefix("Matta"), None)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_model:
+        return False
+    names = config.get("auto_map", {}).values()  # "other/repository--module.Class" would be code from elsewhere
+    if not all(re.fullmatch(rf"{CODE.removesuffix('.py')}\.\w+", str(name)) for name in names):
+        return False
+    tokenizer = path / "tokenizer_config.json"
+    if tokenizer.is_file() and "auto_map" in json.loads(tokenizer.read_text(encoding="utf-8")):
+        return False
+    with torch.device("meta"):
+        expected = shipped_code(kind(kind.config_class()))
+    return {file: file.read_text(encoding="utf-8") for file in path.rglob("*.py")} == {path / CODE: expected}
 
 
 def _imported(code: str, kind: str) -> Any:

@@ -337,7 +337,9 @@ def _load(manager: Any, name: str, data: Path | None) -> Any:
         task = manager.load([name])["tasks"][name]
     except Exception as error:  # the hub, the reader of files and the first item's template may raise anything
         if data is None:
-            raise RunError(f"{name}: the hub does not give its data ({error}); expected --data DIR instead") from None
+            raise RunError(
+                f"{name}: the hub does not give its data ({error}); expected --data DIR instead, or --tasks none"
+            ) from None
         raise RunError(f"{name}: its file in {data} cannot be read ({error}); expected the hub's format") from None
     if data is not None:
         for number, item in enumerate(task.eval_docs, 1):

@@ -245,8 +245,8 @@ class PackedTokens:
 def _check(tokenizer: PreTrainedTokenizerBase, *, seed: int | None, passes: int | None, **sizes: int) -> None:
     if tokenizer.eos_token_id is None:
         raise RunError(
-            "the tokenizer has no end of text (eos_token), which separates documents; set one: "
-            "tokenizer.eos_token = '...', a token of its vocabulary"
+            "the tokenizer has no end of text (eos_token), which separates documents; name a token of its vocabulary: "
+            "tokenizer.eos_token = '...', or \"eos_token\" in its tokenizer_config.json"
         )
     least = {"context": 2, "batch": 1, "buffer": 1, "lanes": 1}
     for name, value in sizes.items():

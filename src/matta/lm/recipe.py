@@ -117,7 +117,7 @@ class DataPart:
         train: Text to train on.
         evaluate: Held-out text, for bits per byte; none: nothing is evaluated.
         evaluate_bytes: So much of it at most.
-        tokenizer: "bytes", a folder, or a name on the hub.
+        tokenizer: "bytes", a folder, a file of the tokenizers library, or a name on the hub.
         context: Tokens of a sequence.
         mask_boundaries: No loss on the first token after the end of a document.
         passes: Passes over the text at most; none: as many as the steps need.

@@ -9,12 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, final
 
-from rich.console import Console
-
 from matta.errors import DAMAGE, RunError, first_line
 from matta.lm.command_settings import RunsSettings
 from matta.training.checkpoint_shares import TRAINING
-from matta.training.reporting import rich_table
+from matta.training.reporting import output_console, rich_table
 from matta.training.run_folder import MARKER, NESTED, checkpoints_in, is_in_use
 
 COLUMNS = ("run", "state", "step", "student", "ta", "distill", "skipped", "checkpoint")
@@ -43,12 +41,13 @@ def run(settings: RunsSettings) -> dict[str, Any]:
     Raises:
         RunError: there is no such folder.
     """
-    if not settings.folder.is_dir():
-        raise RunError(f"{settings.folder} is no folder; expected one with runs: matta runs --folder DIR")
-    folders = [marker.parent for marker in settings.folder.rglob(MARKER)]
+    top = settings.below or settings.folder
+    if not top.is_dir():
+        raise RunError(f"{top} is no folder; expected one with runs: matta runs DIR")
+    folders = [marker.parent for marker in top.rglob(MARKER)]
     found = sorted(map(listed, folders), key=lambda each: each.checkpoint_time or "", reverse=True)
-    console = Console()
-    console.print(rich_table(f"{settings.folder}: {len(found)} run(s)", COLUMNS, [_row(each) for each in found]))
+    console = output_console()
+    console.print(rich_table(f"{top}: {len(found)} run(s)", COLUMNS, [_row(each) for each in found]))
     for each in found:
         if each.fault:
             console.print(f"{each.path}: {each.fault}", highlight=False)

@@ -19,6 +19,7 @@ from matta.nesting.plan import Plan
 from matta.sizes.saving import DESCRIPTION, saved_plans
 from matta.training.factors import Factor, load_factors
 from matta.training.reporting import recorded
+from matta.training.run_evaluation import BEST
 
 REPORT: Final = "report.html"
 PICTURES: Final = {"loss/": "loss, nats", "evaluation/": "evaluation"}
@@ -72,7 +73,7 @@ def _curves(values: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
 
 def _plan(folder: Path) -> Plan | None:
     """The nesting of the first Student, where the folder holds one."""
-    for each in (folder, folder / NESTED):
+    for each in (folder, folder / BEST, folder / NESTED):
         if (each / DESCRIPTION).is_file():
             return saved_plans(each)[0]
     return None

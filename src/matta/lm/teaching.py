@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -17,10 +19,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta import __version__
-from matta.errors import RunError
+from matta.errors import DAMAGE, RunError
 from matta.lm.command_settings import TeachSettings
 from matta.lm.decoders import load_decoder, require_context
 from matta.lm.documents import text_source
+from matta.lm.folders import is_own_code
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import Recipe
 from matta.lm.recipe_files import read_recipe
@@ -70,14 +73,27 @@ def load_teacher(
     Raises:
         RunError: there is no such model, or not all of its weights, or it has another tokenizer or fewer tokens.
     """
-    require_agreement(load_tokenizer(name), tokenizer, names=(name, "the data"))
-    model = load_decoder(name, f"the Teacher {name!r}", dtype)
+    who = f"the Teacher {name!r}"
+    try:
+        own = load_tokenizer(name)
+    except RunError as error:
+        raise RunError(f"{who}: {error}") from error
+    require_agreement(own, tokenizer, names=(name, "the data"))
+    model = load_decoder(name, who, dtype, trust=_is_written_by_matta(Path(name).expanduser()))
     if model.config.vocab_size < len(tokenizer):
         raise RunError(
             f"the Teacher {name} has logits of {model.config.vocab_size} tokens, and the tokenizer has "
             f"{len(tokenizer)}; expected at least as many"
         )
     return Teacher(model, num_classes or len(tokenizer))
+
+
+def _is_written_by_matta(folder: Path) -> bool:
+    """Whether the code in a folder is that of matta, for blocks of different sizes."""
+    try:
+        return is_own_code(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, *DAMAGE):
+        return False  # and there is no code to run: what is wrong is told when the model is loaded
 
 
 def run(settings: TeachSettings) -> dict[str, Any]:

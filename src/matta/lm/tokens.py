@@ -18,6 +18,9 @@ from matta.errors import RunError, first_line
 from matta.lm.documents import Document
 
 END: Final = "<|endoftext|>"
+ENDS: Final = (END, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "<EOS>")
+"""Names of the end of text, for files that do not say which of the special tokens it is."""
+
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token")  # padding and masks are never trained on
 _PROBE: Final = (
     "The quick brown fox can't jump over 3,141 lazy dogs' beds.\n\n\tdef f(x):  # naïve — 42% of “Łódź”\r\n"
@@ -33,11 +36,12 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
     Args:
         name: "bytes", whose ids 0 to 255 are the bytes of UTF-8 and 256 is `<|endoftext|>`; a folder that
-            `save_pretrained` wrote, or one with nothing but GPT-2's vocab.json and merges.txt; or a name on the
-            Hugging Face hub, such as "gpt2".
+            `save_pretrained` wrote, or one with nothing but GPT-2's vocab.json and merges.txt; a file that
+            `tokenizers.Tokenizer.save` wrote, whose end of text is the special token with the usual name
+            (`<|endoftext|>`, `</s>`, `<eos>`, ...); or a name on the Hugging Face hub, such as "gpt2".
 
     Raises:
-        RunError: there is no such folder, or the hub does not have the name or cannot be reached.
+        RunError: there is no such file or folder, or the hub does not have the name or cannot be reached.
 
     Example:
         >>> tokenizer = load_tokenizer("bytes")
@@ -47,8 +51,8 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     name = os.fspath(name)
     if name == "bytes":
         return _byte_tokenizer()
-    folder = Path(name).expanduser()
-    tokenizer = _from_folder(folder) if folder.is_dir() else _from_hub(name)
+    path = Path(name).expanduser()
+    tokenizer = _from_folder(path) if path.is_dir() else _from_file(path) if path.is_file() else _from_hub(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -77,12 +81,30 @@ def _letters() -> list[str]:
     return [chr(byte if byte in seen else 256 + hidden.index(byte)) for byte in range(256)]
 
 
+def _from_file(file: Path) -> PreTrainedTokenizerBase:
+    """A file of the tokenizers library. It has no end of text of its own, but special tokens."""
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
+    except Exception as error:  # the file is the user's, and what it makes tokenizers raise is anything
+        raise RunError(
+            f"{file} holds no tokenizer that can be loaded: {first_line(error)}; expected a file that "
+            f"tokenizers.Tokenizer.save writes, or a tokenizer's folder"
+        ) from error
+    special = {each.content for each in tokenizer.added_tokens_decoder.values() if each.special}
+    tokenizer.eos_token = next((end for end in ENDS if end in special), None)
+    return tokenizer
+
+
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     names = {file.name for file in folder.iterdir()}
     try:
         if {"vocab.json", "merges.txt"} <= names and not names & {"tokenizer.json", "tokenizer_config.json"}:
             return GPT2Tokenizer.from_pretrained(folder)
+        if "tokenizer.json" in names and not names & {"tokenizer_config.json", "config.json"}:
+            return _from_file(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except RunError:
+        raise
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         there = ", ".join(sorted(names))[:200]
         raise RunError(
@@ -93,7 +115,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
-        raise RunError(f"there is no folder {name!r}; expected 'bytes', a tokenizer's folder, or a name on the hub")
+        raise RunError(f"there is no {name!r}; expected 'bytes', a tokenizer's folder or file, or a name on the hub")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of the network, of the hub and of Transformers: they have no common base

@@ -34,7 +34,7 @@ from matta.sizes.saving import WEIGHTS, load, nest_saved, save_plans
 from matta.sizes.storage import add_checksums, verify, write_json
 from matta.sizes.streamed_extraction import SavedWeights
 from matta.training.checkpoint_shares import has_shares
-from matta.training.run_folder import MODEL, checkpoints_in
+from matta.training.run_folder import MARKER, MODEL, checkpoints_in
 
 RESULTS: Final = "results.json"
 PLAN: Final = "plan"
@@ -146,7 +146,8 @@ def read_run_recipe(path: Path) -> Recipe:
     """
     file = path / RECIPE
     if not path.is_dir() or not file.is_file():
-        raise RunError(f"{path} holds no run of matta train: there is no {RECIPE}; expected the folder of one")
+        other = " (it is one of matta.fit, for matta.load and your own modules)" if (path / MARKER).is_file() else ""
+        raise RunError(f"{path} holds no run of matta train{other}: there is no {RECIPE}; expected the folder of one")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except DAMAGE as error:

@@ -36,7 +36,7 @@ def split_labels(batch: Batch) -> tuple[Any, Any]:
     size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise LabelError(
         f"received a batch of type {type(batch).__name__}{size}; expected a mapping with 'labels', "
-        f"or a pair (inputs, labels) with inputs a tensor or a tuple of tensors"
+        f"or a pair (inputs, labels) with inputs a tensor or a tuple of tensors; inputs alone are (inputs, None)"
     )
 
 

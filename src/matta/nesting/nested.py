@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from matta.errors import NestingError, require_kind
+from matta.errors import MattaError, NestingError, require_kind
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
 from matta.nesting.copying import copy_module
@@ -62,6 +62,14 @@ class Nested(nn.Module):
     def sources(self, index: int = 0) -> dict[str, LiveSlice]:
         """What each shared parameter of a Student reads, by Student name."""
         return slices(self.ta, self.plans[index].placements)
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """Refused: a nesting is several models.
+
+        Raises:
+            MattaError: always.
+        """
+        raise MattaError("a nesting is not called; expected one of its models, nested.student(...) or nested.ta(...)")
 
     def __str__(self) -> str:
         plans = zip(self.students, self.plans, strict=True)

@@ -169,7 +169,7 @@ _CHANGES = "the module computes something else with them in another order"
 
 
 def _is_batch(example: Any) -> bool:
-    return isinstance(example, Mapping) or (isinstance(example, tuple) and len(example) == 2)
+    return isinstance(example, Mapping) or (isinstance(example, tuple | list) and len(example) == 2)
 
 
 def _without_gradients(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ L_S, with the TA's values, detached, for labels: it is least where the Student g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
@@ -112,7 +112,7 @@ class Quantiles(_Values):
         self, levels: Sequence[float], *, ignore_index: float | None = None, weights: str | None = None
     ) -> None:
         super().__init__(ignore_index=ignore_index, weights=weights)
-        self.levels = list(levels)
+        self.levels = list(levels) if isinstance(levels, Iterable) else [levels]
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise LabelError(
                 f"received levels={self.levels}; expected numbers between 0 and 1, such as [0.1, 0.5, 0.9]"

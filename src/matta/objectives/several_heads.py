@@ -28,7 +28,8 @@ class Heads(Objective):
             same.
 
     Raises:
-        LabelError: no heads, a weight that is not a number of 0 or more, or sample weights named by a head.
+        LabelError: no heads, one that is no pair of an objective and a weight, a weight that is not a number of 0 or
+            more, or sample weights named by a head.
 
     Example:
         >>> import matta
@@ -42,7 +43,13 @@ class Heads(Objective):
     def __init__(self, heads: Mapping[str, tuple[Objective, float]], *, weights: str | None = None) -> None:
         if not heads:
             raise LabelError("received no heads; expected such as {'click': (Binary(), 1.0)}")
-        for name, (objective, weight) in heads.items():
+        for name, head in heads.items():
+            if not isinstance(head, Sequence) or len(head) != 2 or not isinstance(head[0], Objective):
+                raise LabelError(
+                    f"received {head!r:.100} for the head {name!r}; expected an objective and its weight: "
+                    f"(Binary(), 1.0)"
+                )
+            objective, weight = head
             if not 0 <= weight < float("inf"):
                 raise LabelError(
                     f"received the weight {weight!r} for the head {name!r}; expected a number of 0 or more"

@@ -250,6 +250,8 @@ class Application:
         except Exception as error:  # of the user's model: any kind
             if isinstance(error, IndexError) or OUT_OF_RANGE.search(str(error)):
                 raise ProtocolError(400, f"the model does not take these inputs: {first_line(error)}") from None
+            if empty := [name for name, each in asked.inputs.items() if not each.numel()]:
+                raise ProtocolError(400, f"the model does not take an input without values: {empty[0]}") from None
             LOG.exception("the model failed")
             raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
 

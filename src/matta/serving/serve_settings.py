@@ -107,7 +107,13 @@ class ServeCommandSettings(ServeSettings):
     family: Path | None = field(
         default=None,
         metadata={
-            "help": "table of sizes (family.json), whose front is served (default: that of the source)",
+            "help": "table of sizes (family.json): those on its fronts are served (default: that of the source)",
             "metavar": "FILE",
+        },
+    )
+    last: bool = field(
+        default=False,
+        metadata={
+            "help": "of a run of matta train: the logits of the last position alone, which is all that generation reads"
         },
     )

@@ -50,6 +50,7 @@ MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
 TIMED_CALLS: Final = 5
+NEAR: Final = 1e-3  # of the largest value: as far as the same rows may be apart in two batches
 MOST_BETWEEN: Final = 3  # sizes between Student and TA, where no family says which
 
 
@@ -69,7 +70,8 @@ class ServedModels:
     Args:
         nested: The pair, or a plain module, which is served as the one size "model".
         example: A batch as in training; its inputs tell names, dtypes and shapes.
-        family: The table of sizes: those on its front are served. None: Student, TA, and some between.
+        family: The table of sizes: those on its fronts of latency and of parameters are served. None: Student, TA, and
+            some between.
         open_axes: Axes of the inputs of any length; the batch axis, 0, always is.
         max_rows: Of a batch: what times are measured up to.
         threads: Of an operation on a CPU; it holds for the process.
@@ -115,6 +117,7 @@ class ServedModels:
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
             answers = self._checked(self.current)
+            self._require_own_rows(answers)
         self.outputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in answers.items())
         self.times = self._measure(max_rows)
 
@@ -217,6 +220,29 @@ class ServedModels:
                 )
         return answers
 
+    def _require_own_rows(self, answers: Mapping[str, Tensor]) -> None:
+        """Refuse what all requests would share with the example, although each needs its own: ids of bags by offsets.
+
+        A mask or a scale that all rows share does not change an answer when the batch has other rows.
+        """
+        if not self._constants:
+            return
+        count = num_examples(self._inputs)
+        part = resized(self._inputs, count // 2 or 2)
+        same = min(count, num_examples(part))
+        modules = self.current.modules
+        try:
+            others = self._call(modules[self.sizes[-1]], dict(zip(self._names, tensors_of(part), strict=True)))
+            is_same = all(_is_near(each[:same], others[name][:same]) for name, each in answers.items())
+        except Exception:  # of the user's module: any kind
+            is_same = False
+        if not is_same:
+            shapes = ", ".join(f"{name} of shape {tuple(each.shape)}" for name, each in self._constants.items())
+            raise ServeError(
+                f"an answer changes with the other rows of its batch, and {shapes} of the example has no row for each "
+                f"of its {count} examples; expected inputs with a row each, such as ids padded to (batch, length)"
+            )
+
     def _measure(self, max_rows: int) -> dict[str, BatchTime]:
         """What batches of one row and of the most rows take, sizes in turn."""
         seconds: dict[tuple[str, int], list[float]] = {}
@@ -241,15 +267,27 @@ def _require_rows(name: str, answer: Tensor, count: int) -> None:
     if not answer.ndim or len(answer) != count or answer.dtype not in NAMES:
         raise ServeError(
             f"{name} answers {count} examples with {answer.dtype} of shape {tuple(answer.shape)}; expected a "
-            f"row for each example: batches of several requests must come apart again"
+            f"row for each example: batches of several requests must come apart again, also in the first input "
+            f"(ids padded to (batch, length), not one after the other)"
         )
 
 
+def _is_near(expected: Tensor, got: Tensor) -> bool:
+    scale = float(expected.abs().max())
+    return bool(((got - expected).abs() <= NEAR * scale).all())
+
+
 def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | None]:
-    """The sizes to serve, from the cheapest: the front of a family, else Student, TA, and a few between."""
+    """The sizes to serve, from the worst: the fronts of a family, else Student, TA, and a few between.
+
+    Latencies of small models are close together, so that chance keeps the Student off the front of latencies. It is
+    first on that of parameters.
+    """
     if family is not None:
-        by = "latency_ms" if family.sizes[0].latencies else "parameters"
-        return {size.name: size.spec for size in family.pareto(by)}
+        costs = ("latency_ms", "parameters") if family.sizes[0].latencies else ("parameters",)
+        served = {size.name for by in costs for size in family.pareto(by)}
+        order = sorted(family.sizes, key=lambda size: size.quality, reverse=not family.higher_is_better)
+        return {size.name: size.spec for size in order if size.name in served}
     names = layer_names(nested)
     if not names:
         return {STUDENT: None, TA: wide(nested)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from matta.choosing.family import FILE, Family
 from matta.errors import MattaError, ServeError, first_line
@@ -26,7 +26,8 @@ class Serving:
     Args:
         nested: The pair, after training; a plain module is served as the one size "model".
         example: A batch as in training; its inputs tell names, dtypes and shapes.
-        family: The table of sizes, whose front is served; None: Student, TA, and some between.
+        family: The table of sizes: those on its fronts of latency and of parameters are served, the Student among
+            them. None: Student, TA, and some between.
         open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
         logits: Where the logits are in what the modules return, as in `CoTraining`. A mapping of tensors (several
             heads) is answered with an output for each.
@@ -83,20 +84,24 @@ def run(settings: ServeCommandSettings) -> None:
     Raises:
         ServeError: the source is neither a run nor the name of something to serve.
     """
-    serving = named_serving(settings.source)
+    serving = named_serving(settings.source, last=settings.last)
     if settings.family is not None:
         serving = replace(serving, family=Family.load(settings.family))
     serve(serving, settings)
 
 
-def named_serving(source: str) -> Serving:
-    """What a run of `matta train` or "module:name" gives to serve.
+def named_serving(source: str, *, last: bool = False) -> Serving:
+    """What a run of `matta train` or "module:name" gives to serve; of a run perhaps the last position's logits alone.
 
     Raises:
         ServeError: there is no such run, module or name, or it gives something else.
     """
     if Path(source).is_dir():
-        return _of_run(Path(source))
+        return replace(_of_run(Path(source)), logits=_last_logits if last else None)
+    if last:
+        raise ServeError(
+            f"received --last for {source!r}, no run of matta train; expected a run, or Serving(logits=...)"
+        )
     module, _, name = source.partition(":")
     if not module or not name:
         raise ServeError(
@@ -130,6 +135,11 @@ def named_serving(source: str) -> Serving:
 def _failed(source: str, error: Exception) -> ServeError:
     told = f"{type(error).__name__}: {first_line(error)}"
     return ServeError(f"{source} fails with {told}; expected module:name of a matta.Serving, or of a function for one")
+
+
+def _last_logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits[:, -1]
 
 
 def _of_run(folder: Path) -> Serving:

@@ -154,7 +154,9 @@ def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...])
     try:
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
-        raise CheckpointError(f"{folder} does not fit the modules: {error}") from None
+        raise CheckpointError(
+            f"{folder} does not fit the modules: {error}; build them with the sizes they were saved with"
+        ) from None
 
 
 def split_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -220,7 +222,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{folder} holds no saved nesting: {error.strerror} ({DESCRIPTION})") from None
+        below = sorted(file.parent for file in folder.glob(f"*/{DESCRIPTION}"))
+        hint = f"; expected the folder of one, such as {below[-1]}" if below else ""
+        raise CheckpointError(f"{folder} holds no saved nesting: {error.strerror} ({DESCRIPTION}){hint}") from None
     except DAMAGE as error:
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: {error}; take another copy of the folder") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
+from types import NoneType
 from typing import Any, final
 
 import torch
@@ -17,6 +18,7 @@ from matta.errors import MattaError, require_kind
 from matta.nesting.batches import Batch, call, logits_of
 from matta.nesting.nested import Nested, require_nested
 from matta.nesting.sharded_slices import follow_shards
+from matta.objectives.classification import CausalLM
 from matta.objectives.heads import deferring
 from matta.objectives.labels import Labels
 from matta.objectives.losses import LossWeights, divisor
@@ -94,8 +96,9 @@ class CoTraining(nn.Module):
         accumulate: Forwards to one optimizer step.
 
     Raises:
-        MattaError: no nesting, no objective (its class, say), fewer than one forward to a step, or temperature and
-            labels that are out of range, or without a Teacher that can use them.
+        MattaError: no nesting, no objective (its class, say), weights that are no field's name, labels that would be
+            shifted twice, a Teacher that is no module, fewer than one forward to a step, or temperature and labels
+            that are out of range, or without a Teacher that can use them.
 
     Example:
         >>> import matta
@@ -123,6 +126,14 @@ class CoTraining(nn.Module):
         super().__init__()
         require_nested(nested)
         require_kind("objective", objective, Objective, "such as matta.objectives.Binary()")
+        require_kind(
+            "weights", objective.weights, (str, NoneType), "the name of the field of the batch that holds them"
+        )
+        if isinstance(objective, CausalLM) and getattr(getattr(nested.ta, "config", None), "is_encoder_decoder", False):
+            raise MattaError(
+                "received CausalLM, which shifts the labels, for an encoder and decoder, which takes them shifted in "
+                "decoder_input_ids; expected matta.objectives.Classification()"
+            )
         if not isinstance(accumulate, int) or accumulate < 1:
             raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
         if temperature != 1.0 and not objective.makes_probabilities:

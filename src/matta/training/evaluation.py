@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, distributed, nn
 
-from matta.errors import RunError
+from matta.errors import RunError, first_line, require_kind
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
@@ -95,9 +96,9 @@ class Evaluation:
         logits: Where the logits are in what the modules return, as in `CoTraining`.
 
     Raises:
-        RunError: neither an objective nor a metric, an iterator as data, data without batches or without labels that
-            count, data of which this process has a share alone, or that ends earlier in some, or metrics for labels
-            that are a `TopK`.
+        RunError: neither an objective nor a metric, a metric that is none, fails or computes no number, data that is
+            an iterator or no iterable of batches, data without batches or without labels that count, data of which this
+            process has a share alone, or that ends earlier in some, or metrics for labels that are a `TopK`.
 
     Example:
         >>> import matta
@@ -121,6 +122,17 @@ class Evaluation:
                 f"received data of type {type(self.data).__name__}, which can be passed over only once; expected a "
                 f"DataLoader or a list"
             )
+        if not isinstance(self.data, Iterable):
+            raise RunError(
+                f"received data of type {type(self.data).__name__}; expected batches: a DataLoader of it, or a list"
+            )
+        require_kind("objective", self.objective, (Objective, NoneType), "such as matta.objectives.Binary()")
+        if not hasattr(self.metrics, "items"):
+            raise RunError(
+                f"received {self.metrics!r:.80} as metrics; expected them by name, such as {{'auc': AUROC(...)}}"
+            )
+        for name, metric in self.metrics.items():
+            _require_metric(name, metric)
 
     def __call__(self, nested: nn.Module) -> dict[str, float]:
         """The values of every model of a nesting, in this process alone; of a plain module those of itself."""
@@ -141,6 +153,7 @@ class Evaluation:
                 "received evaluation data that gives each process its share; expected all of it, which Evaluation "
                 "shares out itself: the DataLoader as it was before accelerator.prepare, without a DistributedSampler"
             )
+        require_kind("module", nested, nn.Module, "what matta.nest gives, or a plain module")
         modules = self._models(nested) if isinstance(nested, Nested) else {"": nested}
         tallies = {
             f"{name}_" if name else "": _Tally(module, self, together=together) for name, module in modules.items()
@@ -181,6 +194,25 @@ def _buffers_of_main(nested: Nested) -> Iterator[None]:
             buffer.data.copy_(own)
 
 
+def _require_metric(name: str, metric: Any) -> None:
+    if isinstance(metric, type) or not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
+        told = getattr(metric, "__name__", type(metric).__name__)
+        raise RunError(
+            f"received {told} as the metric {name!r}; expected an object with update, compute and reset, such as "
+            f"torchmetrics.AUROC(task='binary')"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise RunError(
+            f"the metric {name!r} computes {' '.join(repr(value).split()):.80}; expected one number (a "
+            f"MetricCollection is metrics= itself)"
+        ) from None
+
+
 @final
 class _Tally:
     """The values of one model over the batches so far; of all processes' on the main one."""
@@ -207,8 +239,17 @@ class _Tally:
         self.has_data = True
         if self.metrics:
             for rows in self._rows_of_all(_rows(logits, unweighted(labels)[0]), counts=counts):
-                for metric in self.metrics.values():
-                    metric.update(*rows)
+                self._update_metrics(*rows)
+
+    def _update_metrics(self, logits: Tensor, labels: Tensor) -> None:
+        for name, metric in self.metrics.items():
+            try:
+                metric.update(logits, labels)
+            except Exception as error:  # of the user's metric: any kind
+                raise RunError(
+                    f"the metric {name!r} fails on logits of shape {tuple(logits.shape)} and labels of shape "
+                    f"{tuple(labels.shape)}: {first_line(error)}; expected a metric for these"
+                ) from error
 
     def _rows_of_all(self, rows: tuple[Tensor, Tensor], *, counts: bool) -> list[tuple[Tensor, Tensor]]:
         """Logits and labels of this round's batches, on the main process."""
@@ -227,7 +268,7 @@ class _Tally:
                 raise RunError("all labels of the evaluation data are ignored; expected some that count")
             yield "loss", float((torch.linalg.vecdot(losses, counts, dim=0) / divisor(counts.sum(0))).sum())
         for name, metric in self.metrics.items() if is_main_process() or not self.together else ():
-            yield name, float(metric.compute())
+            yield name, _number(name, metric.compute())
 
 
 def whole_nested(nested: Nested) -> Nested | None:

@@ -44,6 +44,7 @@ def fit(
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     best: tuple[str, Literal["min", "max"]] | None = None,
+    patience: int | None = None,
     observers: Sequence[Observer] = (),
     run: str | os.PathLike[str] | None = None,
     resume: bool | Literal["prolong"] = False,
@@ -89,6 +90,7 @@ def fit(
             numbers that it draws do not change the run.
         evaluate_every: Steps between evaluations; by default there is only the one at the end.
         best: A name that `evaluate` gives, and "min" or "max": which evaluation is the best.
+        patience: So many evaluations in a row that are no better than the best one end the run early.
         observers: What looks on at each batch (on every process); their state is saved with the run's.
         run: A new folder for checkpoints and TensorBoard.
         resume: Go on with a run that is there. Arguments that change its weights must be those that it was begun
@@ -139,6 +141,7 @@ def fit(
         precision=_precision(accelerator, precision),
         evaluate_every=evaluate_every,
         best=best,
+        patience=patience,
         checkpoint_every=checkpoint_every,
         max_nonfinite=max_nonfinite,
         log_every=log_every,

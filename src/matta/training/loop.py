@@ -65,7 +65,7 @@ class Training:
         self.cotrain, self.optimizer, self.scheduler, self.feed = cotrain, optimizer, scheduler, feed
         self.settings, self.observers = settings, observers
         self.folder, self.accelerator = folder, accelerator
-        self.evaluation = RunEvaluation(cotrain, evaluate, settings.best, None if folder is None else folder.path)
+        self.evaluation = RunEvaluation(cotrain, evaluate, settings.best, settings.patience, folder and folder.path)
         self.is_sharded = is_sharded(cotrain)
         self.arguments = arguments_of(
             cotrain, optimizer, scheduler, clip_norm=settings.clip_norm, precision=settings.precision
@@ -273,9 +273,9 @@ class Training:
         raise ended_by(self.stopped_by, f"stopped after step {self.step}; continue with resume=True")
 
     def _is_complete(self) -> bool:
-        if self.settings.steps is not None:
-            return self.step >= self.settings.steps
-        return self.feed.epoch >= (self.feed.num_passes or 0)
+        steps = self.settings.steps
+        is_over = self.feed.epoch >= (self.feed.num_passes or 0) if steps is None else self.step >= steps
+        return is_over or self.evaluation.is_out_of_patience()
 
     def _finish(self) -> None:
         if self.evaluation.is_due(self.step):

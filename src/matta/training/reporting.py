@@ -19,9 +19,11 @@ from matta.training.step_output import CoTrainingOutput
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
+    from rich.console import Console
     from rich.table import Table
 
 REFRESH_SECONDS: Final = 0.5
+FILE_WIDTH: Final = 200  # characters of a line where there is no terminal
 LOSSES: Final = ("student", "ta", "distill")
 
 
@@ -168,13 +170,22 @@ def recorded(run: Path) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+def output_console() -> Console:
+    """Standard output: tables as narrow as the terminal, or in a file or pipe, whatever their width."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
 def rich_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] | None = None
 ) -> Table:
     """A table for the terminal; the columns that `left` does not name (none: but the first) are set to the right."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", overflow="fold")
     for row in rows:

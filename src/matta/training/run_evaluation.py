@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from math import isnan, nan
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 from matta.errors import RunError
 from matta.nesting.copying import is_unit
@@ -18,6 +18,8 @@ from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nes
 from matta.training.processes import is_main_process, known_length, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
 
+BEST: Final = "best"  # the folder of the best nesting, in that of the run
+
 
 @final
 class RunEvaluation:
@@ -28,9 +30,11 @@ class RunEvaluation:
         cotrain: CoTraining,
         evaluate: Evaluate | None,
         best: tuple[str, Literal["min", "max"]] | None,
+        patience: int | None,
         folder: Path | None,
     ) -> None:
         self._cotrain, self._evaluate, self._criterion, self._folder = cotrain, evaluate, best, folder
+        self._patience = patience
         self.found: list[Evaluated] = []
         self.best: Evaluated | None = None
 
@@ -42,6 +46,12 @@ class RunEvaluation:
         """How it is called, in plain types: by the main process alone, or by all, over so many batches."""
         calls = None if self._evaluate is None else "all" if hasattr(self._evaluate, "together") else "the main one"
         return {"evaluate": calls, "evaluate.data": known_length(getattr(self._evaluate, "data", None))}
+
+    def is_out_of_patience(self) -> bool:
+        """Whether as many evaluations as that have passed since the best one."""
+        if self._patience is None or self.best is None:
+            return False
+        return sum(each.step > self.best.step for each in self.found) >= self._patience
 
     def judge(self, step: int) -> dict[str, float]:
         """The values of the nesting as it is, none if nothing evaluates; all processes call this.
@@ -85,12 +95,12 @@ class RunEvaluation:
         if name not in latest.values:
             raise RunError(f"best names {name!r}, and evaluate gave: {', '.join(latest.values)}; choose one of these")
         sign = 1 if way == "min" else -1
-        before = nan if self.best is None else self.best.values.get(name, nan)  # of another name where it was prolonged
-        if self.best is not None and not isnan(before) and not sign * latest.values[name] < sign * before:
+        before = math.nan if self.best is None else self.best.values.get(name, math.nan)  # another name where prolonged
+        if not (math.isnan(before) or sign * latest.values[name] < sign * before):
             return
         self.best = latest
         if self._folder is not None and (is_main_process() or is_sharded(self._cotrain)):
-            save(self._cotrain.nested, self._folder / "best")
+            save(self._cotrain.nested, self._folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to continue."""

@@ -49,7 +49,9 @@ class FitResult:
     num_skipped: int
 
 
-_COUNTS = ("steps", "epochs", "accumulate", "evaluate_every", "checkpoint_every", "max_nonfinite", "log_every")
+_COUNTS = (
+    *("steps", "epochs", "accumulate", "evaluate_every", "patience", "checkpoint_every", "max_nonfinite", "log_every"),
+)
 
 
 @final
@@ -68,6 +70,7 @@ class Settings:
     precision: str
     evaluate_every: int | None
     best: tuple[str, Literal["min", "max"]] | None
+    patience: int | None
     checkpoint_every: int
     max_nonfinite: int | None
     log_every: int
@@ -87,6 +90,11 @@ class Settings:
             raise RunError(f"received precision={self.precision!r}; expected 'no' or 'bf16'")
         if self.best is not None and (len(self.best) != 2 or self.best[1] not in ("min", "max")):
             raise RunError(f"received best={self.best!r}; expected such as ('student_loss', 'min')")
+        if self.patience is not None and (self.best is None or self.evaluate_every is None):
+            raise RunError(
+                f"received patience={self.patience} without best= and evaluate_every=; expected both, since it counts "
+                f"evaluations"
+            )
         if self.rollback is not None and self.max_nonfinite is None:
             raise RunError("received rollback with max_nonfinite=None; expected a number: both read each step's loss")
         if self.resume not in (True, False, "prolong"):

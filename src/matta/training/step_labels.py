@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from matta.errors import LabelError, MattaError
+from matta.errors import LabelError, MattaError, require_kind
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
 from matta.objectives.labels import Weighted
 from matta.objectives.objective import Objective
@@ -110,10 +110,15 @@ class Teachers:
 
 
 def as_teachers(teacher: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
-    """The Teachers as they were given to `CoTraining`: none, one or several."""
-    if teacher is None or isinstance(teacher, nn.Module):
-        return () if teacher is None else (teacher,)
-    return tuple(teacher)
+    """The Teachers as they were given to `CoTraining`: none, one or several.
+
+    Raises:
+        MattaError: one is no module.
+    """
+    several = teacher if isinstance(teacher, Sequence) else () if teacher is None else (teacher,)
+    for each in several:
+        require_kind("teacher", each, nn.Module, "a module, or a list of modules")
+    return tuple(several)
 
 
 def _mean(*labels: Tensor) -> Tensor:
