@@ -254,11 +254,7 @@ class RunFolder:
             try:
                 aside.mkdir(exist_ok=True)
                 PackedState({"batches": list(batches)}).write(aside, name)
-            except (
-                CheckpointError,
-                OSError,
-                SafetensorError,
-            ):  # batches of other types, or a full disk: no harm to the run
+            except (CheckpointError, OSError, SafetensorError):  # other types, or a full disk: no harm to the run
                 for half in aside.glob(f"{name}.*"):
                     half.unlink()
         return aside if aside.is_dir() and any(aside.iterdir()) else None
