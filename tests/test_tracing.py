@@ -334,3 +334,28 @@ def test_ties_are_those_of_a_plain_union_find(pairs: list[tuple[int, int]], size
             reference.update(dict.fromkeys(joined, joined))
     classes = channels.classes(torch.arange(1, 13)).tolist()
     assert all((classes[i - 1] == classes[j - 1]) == (j in reference[i]) for i in reference for j in reference)
+
+
+class LastPlace(nn.Module):
+    """Attention with a mask in a buffer, of which the last place alone is read: its axis is one channel of the mask."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Embedding(5, 3 * width), nn.Linear(width, 2)
+        self.register_buffer("mask", torch.ones(9, 9).tril())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        q, k, v = self.qkv(ids).chunk(3, -1)
+        length = ids.shape[1]
+        scores = (q @ k.mT).masked_fill(self.mask[:length, :length] == 0, -torch.inf)
+        last = (scores.softmax(-1) @ v)[:, [-1], :]
+        return self.head(last.reshape(-1, last.shape[-1]))
+
+
+def test_a_place_that_a_view_merges_is_no_factor() -> None:
+    ids = torch.arange(4).expand(2, 4)
+    found = trace(LastPlace(), (ids, None))
+    [part] = parts_of(found, "head.weight", 1)
+    assert part.size == 6
+    assert found.dimensions[part.dimension].factors == ()
+    assert trace_layouts(LastPlace(), LastPlace(9), (ids, None))["head.weight"].axes == {1: 1}

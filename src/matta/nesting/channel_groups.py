@@ -94,6 +94,8 @@ def find_groups(module: nn.Module, example: Batch) -> tuple[list[Group], list[Le
             reason = _TWICE
         if reason is None and len(own) < 2:
             reason = _APART
+        if reason is None and size < 2:
+            reason = _ALONE
         reason = reason or _unread(own, found, module)
         if reason is None:
             groups.append(Group(size=size, members=positions, seen=tuple(seen.get(dimension, ()))))
@@ -177,6 +179,7 @@ def _seen(found: Trace, numbers: _Numbers) -> dict[int, list[tuple[str, int, int
 
 _INSIDE: Final = "they are the channels inside of heads, whose order an encoding of positions may fix"
 _APART: Final = "no other axis of a parameter has them"
+_ALONE: Final = "it is a single channel"
 _TWICE: Final = "one axis is a product of them with themselves"
 _MANY: Final = "they are a product in more ways than one"
 

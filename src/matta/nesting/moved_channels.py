@@ -107,6 +107,7 @@ def _varies(moved: Tensor, axis: int) -> bool:
 def _merged(known: Known, call: Call, axis: int, shape: torch.Size, rows: list[tuple[int, Row]]) -> Row:
     """Where axes merge into one, its row is their product; those of an input count for nothing beside others."""
     own = sorted((source, row) for source, row in rows if not known.channels.is_input(row[row != 0]))
+    own = [pair for pair in own if call.shape[pair[0]] > 1] or own  # one place, such as the last token, is no factor
     if len(own) < 2:
         return own[0][1] if own else rows[-1][1]
     problem = f"{call.name!r} merges their axis with another"
