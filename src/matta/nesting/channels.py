@@ -64,17 +64,20 @@ Rows = dict[int, Row]
 Place = tuple[str, int]
 """A module that is running, by name, and which of its calls it is."""
 
+Moment = tuple[Place, str, int]
+"""A step of a run: the module that runs, the operator, and how many times the call has come to it."""
+
 
 @final
 class Steps:
-    """Counts the operators of a run by module and call, so that two runs of one class can be told the same step.
+    """Counts each operator of a run by module and call, so that two runs of one class can be told the same step.
 
-    Changes of type are left out, which depend on that of the weights, and what leaves the numbers as they are.
+    Each is counted for itself: how many copies and views there are depends on types and sizes.
     """
 
     def __init__(self) -> None:
         self.place: list[Place] = [("", 0)]
-        self._calls, self._steps = Counter[str](), Counter[Place]()
+        self._calls, self._steps = Counter[str](), Counter[tuple[Place, str]]()
 
     def enter(self, name: str) -> None:
         """A module begins to run."""
@@ -85,11 +88,10 @@ class Steps:
         """It has run."""
         return self.place.pop()
 
-    def next(self, operator: str) -> tuple[Place, int]:
+    def next(self, operator: str) -> Moment:
         """The step that an operator is."""
-        if operator not in ("_to_copy", "detach"):
-            self._steps[self.place[-1]] += 1
-        return self.place[-1], self._steps[self.place[-1]]
+        self._steps[self.place[-1], operator] += 1
+        return self.place[-1], operator, self._steps[self.place[-1], operator]
 
 
 @final
@@ -109,6 +111,7 @@ class Channels:
         self._is_input = torch.zeros(1, dtype=torch.bool)
         self.problems: list[tuple[Row, str, str]] = []
         self.cuts: list[Row] = []
+        self.units: list[tuple[Row, tuple[int, ...]]] = []  # rows with what they are split into, factors of 1 included
         self.products: list[tuple[Row, tuple[Row, ...]]] = []
         self._splits: dict[tuple[bytes, tuple[int, ...]], tuple[Row, ...]] = {}
         self._merges: dict[tuple[bytes, ...], Row] = {}
@@ -257,9 +260,8 @@ def _only_varying(grid: Tensor) -> tuple[int, Row] | None:
 @final
 @dataclass(frozen=True)
 class Noted:
-    """One step of a run: its operator, and the rows of each tensor that it took and that it made."""
+    """One step of a run: the rows of each tensor that it took and that it made."""
 
-    operator: str
     taken: tuple[Rows, ...]
     made: tuple[Rows, ...]
 
@@ -275,7 +277,7 @@ class Known:
     def __init__(self) -> None:
         self.channels = Channels()
         self.steps = Steps()
-        self.noted: dict[tuple[Place, int], Noted] = {}
+        self.noted: dict[Moment, Noted] = {}
         self.shaped: list[tuple[str, Row]] = []
         self.read: set[int] = set()
         self.summed: list[Row] = []

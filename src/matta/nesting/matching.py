@@ -17,10 +17,10 @@ from torch import nn
 
 from matta.errors import LayoutError, TracingError
 from matta.nesting.batches import Batch
-from matta.nesting.channels import Place, Rows
+from matta.nesting.channels import Moment, Rows
 from matta.nesting.dimensions import Dimension, Part, Trace
 from matta.nesting.layout import Axis, Layout, Segment
-from matta.nesting.lockstep import Spread
+from matta.nesting.lockstep import Spread, Spreads
 from matta.nesting.tracing import trace
 
 
@@ -66,7 +66,7 @@ class Shown:
     spanning: frozenset[str] = frozenset()
     lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
     reordered: frozenset[str] = frozenset()
-    spread: Callable[[Place, int, str], Spread | None] = lambda place, step, operator: None
+    spread: Spreads = lambda moment: None
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -191,10 +191,10 @@ class _Overlay:
                 found |= {} if segments is None else {name: Layout({0: segments})}
         return found
 
-    def spread(self, place: Place, step: int, operator: str) -> Spread | None:
+    def spread(self, moment: Moment) -> Spread | None:
         """Where the Student's channels are in what a step of the TA's run takes and makes."""
-        one, other = (each.noted.get((place, step)) for each in (self.student, self.ta))
-        if one is None or other is None or {one.operator, other.operator} != {operator}:
+        one, other = (each.noted.get(moment) for each in (self.student, self.ta))
+        if one is None or other is None:
             return None
         taken, made = zip(one.taken, other.taken, strict=False), zip(one.made, other.made, strict=False)
         return Spread(tuple(starmap(self._grown, taken)), tuple(starmap(self._grown, made)))
@@ -276,6 +276,9 @@ class _Overlay:
         return one.is_picked or two.is_picked
 
     def _parts(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...]:
+        with_units = self._with_units(parts, others)
+        if with_units is not None:
+            return with_units
         if len(parts) != len(others):
             parts, others = _singly(parts), _singly(others)
         if len(parts) < len(others) == _length(parts):  # the TA's parts are of one channel each in the Student
@@ -283,6 +286,31 @@ class _Overlay:
         if len(parts) != len(others):
             raise _Misfit
         return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))
+
+    def _with_units(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...] | None:
+        """The segments where the TA has more factors than the Student, such as two heads over one; None elsewhere."""
+        if not others:
+            return () if not parts else None
+        wider = self.ta.dimensions[others[0].dimension].factors if others[0].repeat == 1 else ()
+        for end in range(1, len(parts) + 1) if wider else ():
+            factors = self._factors(parts[:end], len(wider))
+            rest = None if factors is None else self._with_units(parts[end:], others[1:])
+            if factors is not None and rest is not None:
+                pairs = zip(factors, wider, strict=True)
+                made = [self._parts(*pair) if pair[0] else (Segment((1,), (_length(pair[1]),)),) for pair in pairs]
+                return *_product(made), *rest
+        return None
+
+    def _factors(self, parts: tuple[Part, ...], count: int) -> list[tuple[Part, ...]] | None:
+        """So many factors of parts, nothing for a factor of 1; None if they were not split so."""
+        own = self.student.dimensions[parts[0].dimension].factors
+        if len(parts) == 1 and parts[0].repeat == 1 and len(own) == count:
+            return list(own)
+        for sizes in sorted(self.student.units.get(parts, ()), key=lambda sizes: sizes[0] > 1):  # heads come first
+            more = iter(own if sum(size > 1 for size in sizes) > 1 else (parts,))
+            if len(sizes) == count:
+                return [next(more, ()) if size > 1 else () for size in sizes]
+        return None
 
     def _part(self, part: Part, other: Part) -> tuple[Segment, ...]:
         if self._is_repeated(part, other):
@@ -294,6 +322,9 @@ class _Overlay:
             found: tuple[Segment, ...] = (Segment((part.size,), (other.size,)),)
         elif len(one) == len(two):
             found = _product([self._parts(*pair) for pair in zip(one, two, strict=True)])
+        elif not one:  # what is split in the TA alone is the innermost factor: one head beside several
+            outer: tuple[Segment, ...] = (Segment((1,), (other.size // _length(two[-1]),)),)
+            found = _product([outer, self._parts((replace(part, repeat=1),), two[-1])])
         else:
             raise _Misfit
         return (

@@ -29,6 +29,7 @@ def move(known: Known, call: Call) -> None:
 
 def view(known: Known, call: Call) -> None:
     """A view that splits axes and merges them at once is two: into the factors of both shapes, and out of them."""
+    _note_units(known, call)
     factors = common_factors(call.shape, call.result.shape)
     if factors is None or factors in (tuple(call.shape), tuple(call.result.shape)):
         move(known, call)
@@ -37,6 +38,23 @@ def view(known: Known, call: Call) -> None:
     middle = call.first.new_empty(factors)
     move(known, Call(plain, (call.first, list(factors)), {}, middle, call.shape))
     move(known, Call(plain, (middle, list(call.result.shape)), {}, call.result, middle.shape))
+
+
+def _note_units(known: Known, call: Call) -> None:
+    """Note rows that a view splits or merges with factors of 1: the heads of a model that has one head."""
+    before, after = call.shape, call.result.shape
+    for axis, row in known.rows(call.first).items():
+        stretches = [_stretch(shape, prod(before[:axis]), len(row)) for shape in (before, after)]
+        shorter, longer = sorted(stretches, key=len)
+        units = longer[shorter.count(1) :]
+        if shorter and 1 in units and prod(units) == len(row):
+            known.channels.units.append((row, units))
+
+
+def _stretch(shape: torch.Size, start: int, size: int) -> tuple[int, ...]:
+    """The axes of a shape that lie between two places, with those of length 1 at its ends."""
+    ends = [(prod(shape[:i]), prod(shape[: i + 1])) for i in range(len(shape))]
+    return tuple(shape[i] for i, (low, high) in enumerate(ends) if start <= low and high <= start * size)
 
 
 def _again(call: Call, shadow: Tensor) -> Any:

@@ -59,7 +59,7 @@ class Flow(TorchDispatchMode):
                 _unknown(self.known, call)
             if is_whole(func) or may_fill(func):
                 made = tuple(self.known.rows(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-                self.known.noted[step] = Noted(call.name, taken, made)
+                self.known.noted[step] = Noted(taken, made)
             if all(map(self.known.is_weight, tensors)):
                 self.known.mark_weights(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out

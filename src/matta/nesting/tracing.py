@@ -67,6 +67,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         noted=known.noted,
         parts_of=atlas.parts_of,
         shaped=atlas.places(known.shaped),
+        units=atlas.units(),
     )
 
 
