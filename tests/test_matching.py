@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import matta
+from matta.sizes.submodels import sizes_between
 
 
 class Fused(nn.Module):
@@ -66,3 +69,68 @@ def test_single_channels_of_groups_lie_in_wider_groups() -> None:
     plan = matta.nest(model(1), model(3), example=(torch.randn(2, 3, 5), None)).plan
     assert plan.placements["0.weight"].axes[0].positions() == [0, 3, 6, 9]
     assert plan.placements["2.weight"].axes[1].positions() == [0, 3, 6, 9]
+
+
+class Timed(nn.Module):
+    """A layer over sines and cosines of times, whose frequencies are made in the forward, or kept in an attribute."""
+
+    def __init__(self, dim: int, *, keeps: bool) -> None:
+        super().__init__()
+        self.dim = dim
+        self.kept = self.speeds() if keeps else None
+        self.up, self.down = nn.Linear(dim, 3 * dim), nn.Linear(3 * dim, 2)
+
+    def speeds(self) -> Tensor:
+        return torch.exp(-torch.arange(self.dim // 2) * 9.0 / (self.dim // 2))
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times[:, None] * (self.speeds() if self.kept is None else self.kept)
+        return self.down(self.up(torch.cat([angles.sin(), angles.cos()], -1)).relu())
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_sines_and_cosines_of_one_frequency_are_parts_of_an_axis(keeps: bool) -> None:
+    nested = matta.nest(Timed(4, keeps=keeps), Timed(8, keeps=keeps), example=(torch.tensor([1.0, 5.0, 30.0]), None))
+    assert nested.plan.placements["up.weight"].axes[1].positions() == [0, 1, 4, 5]
+    assert sizes_between(nested) == []  # how many frequencies there are is a number of the class
+
+
+class Placed(nn.Module):
+    """Positions in a table of sines among the attributes, for one or several widths."""
+
+    def __init__(self, dim: int, kind: type[list[Tensor]] | None) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(7, dim), nn.LayerNorm(dim), nn.Linear(dim, 2)
+        angles = torch.arange(9)[:, None] / 100 ** (torch.arange(dim) / dim)
+        self.table = angles.sin() if kind is None else kind([angles.sin()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = self.table if isinstance(self.table, Tensor) else self.table[0]
+        return self.head(self.norm(self.embedding(ids) + table[: ids.shape[1]]))
+
+
+@pytest.mark.parametrize("kind", [None, list, tuple])
+def test_tables_among_the_attributes_are_the_students(kind: Any) -> None:
+    example = torch.arange(6).view(2, 3), None
+    nested = matta.nest(Placed(4, kind), Placed(6, kind), example=example)
+    assert torch.equal(matta.extract(nested).eval()(example[0]), nested.student.eval()(example[0]))
+    found = matta.find_order(Placed(6, kind), example=example, importance="magnitude")
+    assert any(each.reason.startswith("the buffer table") for each in found.left)
+
+
+def test_what_ranges_alone_go_through_is_not_lost() -> None:
+    class Turned(nn.Module):
+        """Complex rotations that an operator makes of a range which the trace has no rule for."""
+
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.enter, self.head = nn.Linear(5, dim), nn.Linear(dim, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            angle = torch.arange(x.shape[-1] // 2) / 7.0
+            turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones(()), angle)
+            return self.head(torch.view_as_real(turned).flatten(-2).abs())
+
+    plan = matta.nest(Turned(4), Turned(8), example=(torch.ones(2, 5), None)).plan
+    assert {each.note for each in plan.placements.values()} == {""}

@@ -44,6 +44,11 @@ def filled(shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
     return target
 
 
+def packed_and_back(x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([x.shape[1]]), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
 ROWS = torch.tensor([1, 0])
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -72,6 +77,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "rows copied": lambda x: filled((2, 8), lambda y: y.copy_(x)),
     "rows added": lambda x: filled((2, 8), lambda y: y.index_add_(0, ROWS, x)),
     "scattered": lambda x: torch.zeros(2, 8).scatter_add(0, ROWS[:, None].expand(-1, 8), x),
+    "fourier of places": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=0), n=2, dim=0) + torch.fft.fft(x, dim=0).real,
+    "masked places": lambda x: x.masked_select(torch.ones(2, 1, dtype=torch.bool)).view(2, 8),
+    "packed": lambda x: packed_and_back(x[None]).flatten(0, 1),
     "cut and joined": lambda x: torch.cat([x[:1], x[1:]]),
     "einsum": lambda x: torch.einsum("bc,db->dc", x, torch.eye(2)),
     "baddbmm": lambda x: torch.baddbmm(torch.ones(1), torch.ones(1, 2, 2), x[None])[0],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, final
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from matta.nesting.batches import Batch
+from matta.nesting.copying import attribute_tensors
 from matta.nesting.dimensions import Dimension, Part, Trace
 from matta.nesting.tracing import trace
 
@@ -203,14 +205,14 @@ def _reasons(found: Trace, numbers: _Numbers, module: nn.Module) -> dict[int, st
 
 
 def _fixed_buffers(module: nn.Module) -> set[str]:
-    """Buffers that are no statistics of a norm."""
+    """Buffers, and tensors among the attributes, that are no statistics of a norm."""
     statistics = {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
         if isinstance(part, _NormBase)
         for name, _ in part.named_buffers(recurse=False)
     }
-    return {name for name, _ in module.named_buffers()} - statistics
+    return {name for name, _ in chain(module.named_buffers(), attribute_tensors(module))} - statistics
 
 
 def _unread(members: Mapping[AxisKey, Tensor | None], found: Trace, module: nn.Module) -> str | None:

@@ -294,9 +294,9 @@ class Known:
         assert all(tensor.shape[axis] == len(row) for axis, row in kept.items())
         self._rows[tensor] = kept
 
-    def label(self, tensor: Tensor, *, is_input: bool = False) -> Rows:
-        """Give the axes of `tensor` channels of their own; of an input, all but the batch axis."""
-        axes = [axis for axis in range(1 if is_input else 0, tensor.ndim) if tensor.shape[axis] > 1]
+    def label(self, tensor: Tensor, *, is_input: bool = False, start: int = 0) -> Rows:
+        """Give the axes of `tensor` from `start` on channels of their own, perhaps marked as those of an input."""
+        axes = [axis for axis in range(start, tensor.ndim) if tensor.shape[axis] > 1]
         rows = {axis: self.channels.new(tensor.shape[axis], is_input=is_input) for axis in axes}
         self.put(tensor, rows)
         return self.rows(tensor)
@@ -324,11 +324,12 @@ class Known:
         return rows
 
     def blame(self, rows: Iterable[Row], problem: str, kind: str = "lost") -> None:
-        """Leave a problem, with the place where it arose, at rows of channels."""
+        """Leave a problem, with the place where it arose, at rows of channels; those of inputs do not grow."""
         name = self.steps.place[-1][0]
         place = f" in {name!r}" if name else ""
         for row in rows:
-            self.channels.blame(row, f"{problem}{place}", kind)
+            if not self.channels.is_input(row):
+                self.channels.blame(row, f"{problem}{place}", kind)
 
     def lose(self, size: int, problem: str) -> Row:
         """A row in place of one that cannot be followed: what it meets has the problem as well."""

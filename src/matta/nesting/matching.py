@@ -215,8 +215,8 @@ class _Overlay:
         return None if not parts or self._is_lost(parts, others) else self._parts(parts, others)
 
     def products(self) -> frozenset[str]:
-        """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
-        return self._with_growing(lambda dimension: bool(dimension.factors))
+        """The parameters with a growing axis that the code splits, or makes frequencies for, by numbers of its own."""
+        return self._with_growing(lambda dimension: bool(dimension.factors) or dimension.is_input)
 
     def reordered(self) -> frozenset[str]:
         """The parameters with a growing axis whose channels data order."""
@@ -234,24 +234,26 @@ class _Overlay:
         )
 
     def spanning(self) -> frozenset[str]:
-        """The parameters of blocks with a growing width that other blocks have too, or that code outside of them cuts.
+        """The parameters of blocks with a growing width that other blocks have too, or that code outside of them sets.
 
-        Where such code cuts is a number of its own, which a mixture of widths does not change.
+        Where such code cuts, or how many frequencies it makes, is a number of its own, which a mixture does not change.
         """
         homes: dict[int, set[tuple[str, str]]] = {}
         members: dict[int, set[str]] = {}
-        cut_outside: set[str] = set()
+        set_outside: set[str] = set()
         for name, axes in _growing(self.student, self.ta, buffers=False).items():
             listed, _, rest = family(name).partition(".*.")
             block = ".".join(name.split(".")[: listed.count(".") + 2])
             for dimension in self._dimensions([self.student.axes.get((name, axis), ()) for axis in axes]):
                 members.setdefault(dimension, set()).add(name)
-                if not all(f"{place}.".startswith(f"{block}.") for place in self.student.shaped.get(dimension, ())):
-                    cut_outside.add(name)
+                cut = self.student.shaped.get(dimension, ())
+                is_made = self.student.dimensions[dimension].is_input  # no input grows: a range of numbers does
+                if is_made or not all(f"{place}.".startswith(f"{block}.") for place in cut):
+                    set_outside.add(name)
                 if rest:
                     homes.setdefault(dimension, set()).add((listed, name.removeprefix(f"{listed}.").partition(".")[0]))
         several = [each for each, found in homes.items() if len({listed for listed, _ in found}) < len(found)]
-        return frozenset(name for each in several for name in members[each]) | cut_outside
+        return frozenset(name for each in several for name in members[each]) | set_outside
 
     def _dimensions(self, rows: Iterable[tuple[Part, ...]]) -> Iterator[int]:
         """The dimensions of axes, and those of their factors."""

@@ -40,6 +40,31 @@ def view(known: Known, call: Call) -> None:
     move(known, Call(plain, (middle, list(call.result.shape)), {}, call.result, middle.shape))
 
 
+def as_complex(known: Known, call: Call) -> None:
+    """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
+    axes = min(call.first.ndim, call.result.ndim)
+    known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
+
+
+def masked(known: Known, call: Call) -> None:
+    """Rows picked by a mask, one after the other: their channels are the fastest factor of what comes out."""
+    data, mask, size = call["self"], call["mask"], len(call.result)
+    row = known.rows(data).get(data.ndim - 1)
+    if row is not None and mask.shape[-1] == 1 and bool((row != 0).all()) and size:
+        times = size // len(row)
+        known.put(call.result, {0: known.channels.merge((known.channels.new(times), row)) if times > 1 else row})
+    elif row is not None:
+        problem = f"{call.name!r} picks some of {len(row)} of them"
+        known.blame([row], problem)
+        known.put(call.result, {0: known.lose(size, problem)})
+
+
+def packed(known: Known, call: Call) -> None:
+    """Sequences of several lengths as places one after the other, or back: two axes become one, or one two."""
+    rows, more = known.rows(call.first), call.result.ndim - call.first.ndim
+    known.put(call.result, {axis + more: row for axis, row in rows.items() if axis + more >= max(1, 1 + more)})
+
+
 def _note_units(known: Known, call: Call) -> None:
     """Note rows that a view splits or merges with factors of 1: the heads of a model that has one head."""
     before, after = call.shape, call.result.shape

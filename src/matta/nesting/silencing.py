@@ -7,9 +7,9 @@ width are its numbers (`matta.nesting.lockstep`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
 from matta.nesting.batches import call, has_logits, outputs_of
-from matta.nesting.copying import deep_copy
+from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
@@ -110,7 +110,7 @@ class SilencedPair:
             return found
 
     def _compare(self, placements: Mapping[str, Placement], spreads: Spreads | None) -> Difference | None:
-        ta = copy.deepcopy(self.ta)
+        ta = deep_copy(self.ta)
         _plant(self.student, ta, placements, self.plan.private, _SILENT[self.dtype])
         _copy_numbers(self.student, ta, self.layouts)
         _narrow_norms(self.student, ta, placements, self.layouts, self.recording)
@@ -150,7 +150,7 @@ def _run(
 
 def _narrowed(found: Tensor, expected: Tensor, axis: Axis) -> Tensor | None:
     """The Student's channels of a TA module's output, on the last axis or the second; None where it has none."""
-    for dim in {found.ndim - 1, min(1, found.ndim - 1)}:
+    for dim in {found.ndim - 1, min(1, found.ndim - 1)} if found.ndim else ():
         if found.ndim == expected.ndim and (expected.shape[dim], found.shape[dim]) == (axis.student_size, axis.ta_size):
             narrowed = found.index_select(dim, torch.tensor(axis.positions(), device=found.device))
             return narrowed if narrowed.shape == expected.shape else None
@@ -235,10 +235,10 @@ def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layou
         for attribute, value in vars(part).items() if other is not None else ():
             if isinstance(value, float) and isinstance(vars(other).get(attribute), float):
                 setattr(other, attribute, value)
-    targets = dict(ta.named_buffers())
-    for name, buffer in student.named_buffers():
+    targets = dict(chain(ta.named_buffers(), attribute_tensors(ta)))
+    for name, buffer in chain(student.named_buffers(), attribute_tensors(student)):
         target = targets.get(name)
-        if target is None or target.ndim != buffer.ndim or target.dtype != buffer.dtype:
+        if target is None or (target.ndim, target.dtype, target.layout) != (buffer.ndim, buffer.dtype, torch.strided):
             continue
         sizes = list(enumerate(zip(buffer.shape, target.shape, strict=True)))
         if all(size <= larger for _, (size, larger) in sizes):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from matta.errors import NestingError, TracingError
 from matta.nesting.batches import Batch, call, outputs_of, split_labels, tensors_of
 from matta.nesting.channels import Known, Row, Rows
-from matta.nesting.copying import deep_copy
+from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.dimensions import Atlas, Trace
 from matta.nesting.operators import Flow, plain_kernels
 
@@ -41,7 +41,8 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     """
     module, known = _copied(module).eval(), Known()
     owners: dict[str, Rows] = {}
-    for name, tensor in _state(module):
+    kept = dict(attribute_tensors(module))
+    for name, tensor in [*_state(module), *kept.items()]:
         owners[name] = known.label(tensor)
     known.mark_weights(module.parameters())
     seen: dict[str, Rows] = {}
@@ -58,7 +59,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     return Trace(
         dimensions=atlas.dimensions(),
         axes={key: atlas.parts(row) for key, row in rows.items()},
-        buffers=frozenset(name for name, _ in module.named_buffers()),
+        buffers=frozenset([*(name for name, _ in module.named_buffers()), *kept]),
         outputs={name: atlas.parts(row) for name, row in atlas.own_axes(seen, own)},
         inputs=dict(atlas.whole_axes(taken)),
         output_shapes=tuple(tensor.shape for tensor in returned),
@@ -132,7 +133,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows], taken: dict[t
 def _run(module: nn.Module, known: Known, inputs: Any) -> Any:
     floats = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for tensor in floats:
-        known.label(tensor, is_input=True)
+        known.label(tensor, is_input=True, start=1)  # without the batch axis
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
