@@ -101,6 +101,23 @@ def test_statistics_of_weights_are_the_students() -> None:
     assert matta.nest(Standardised(4), Standardised(7), example=(X, None)).plan.placements
 
 
+class GatedBetweenNorms(nn.Module):
+    """A softmax over all channels between two norms over them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 2)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.first(x))
+        return self.last(self.norms[1](x + self.gate(x).softmax(-1)))
+
+
+def test_norms_and_operators_over_all_channels_go_together() -> None:
+    assert matta.nest(GatedBetweenNorms(4), GatedBetweenNorms(7), example=(X, None)).plan.placements
+
+
 class ChannelsSecond(nn.LayerNorm):
     """A layer norm of images, perhaps with an activation of its own."""
 

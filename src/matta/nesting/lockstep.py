@@ -105,16 +105,19 @@ def _with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step
 def _of_the_students(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spread: Spread, other: Step) -> Any:
     """What an operator makes of the Student's channels alone; zeros in the others, places among all of them."""
     axes, settings = iter(spread.taken), iter(other[0])
-    first = spread.taken[0]
+    first, narrowed = spread.taken[0], list[bool]()
 
     def narrow(tensor: Tensor) -> Tensor:
         for dim, axis in next(axes, {}).items():
-            if tensor.shape[dim] == axis.ta_size:
+            narrowed.append(tensor.shape[dim] == axis.ta_size)
+            if narrowed[-1]:
                 tensor = tensor.index_select(dim, _positions(axis, tensor))
         return tensor
 
     taken = [narrow(each) if isinstance(each, Tensor) else next(settings) for each in args]
     made = func(*taken, **kwargs)
+    if not any(narrowed):  # in a norm that sees the Student's channels alone
+        return made
     dim = _dim(func, args, kwargs)
     outs = iter(spread.made)
 

@@ -124,7 +124,8 @@ class SilencedPair:
         if self.has_logits and not self.has_own_modules and shapes[0] != shapes[1]:
             raise ProbeError(
                 f"the Student's logits have shape {shapes[0][0]} on the example and the TA's {shapes[1][0]}; expected "
-                f"the same classes (or vocabulary) and positions of both; build the TA with the Student's"
+                f"the same classes (or vocabulary) and positions of both; build the TA with the Student's, or, if "
+                f"these are features as wide as each model is, nest with probe=False"
             )
         for order, ((name, nth), expected) in enumerate(self.recording.outputs.items()):
             found = recording.outputs.get((name, nth))

@@ -32,6 +32,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
 
     Raises:
         TracingError: the module fails on the example, or cannot be copied.
+        NestingError: the module builds parameters in its forward.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -48,7 +49,9 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     seen: dict[str, Rows] = {}
     taken: dict[tuple[str, int], Rows] = {}
     _watch(module, known, seen, taken)
+    before = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     result = _run(module, known, split_labels(example)[0])
+    _refuse_built(module, before)
     unread = {name for name, tensor in _state(module) if id(tensor) not in known.read}
     unread -= _tied_to_outputs(known, owners, seen, unread)
     returned = outputs_of(result)
@@ -70,6 +73,15 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         shaped=atlas.places(known.shaped),
         units=atlas.units(),
     )
+
+
+def _refuse_built(module: nn.Module, before: set[str]) -> None:
+    built = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in before]
+    if built:
+        raise NestingError(
+            f"{type(module).__name__} builds {built[0]} in its forward ({len(built)} new parameters); expected "
+            f"parameters that are there before it runs: run the Student and the TA on a batch once, then nest them"
+        )
 
 
 def _tied_to_outputs(known: Known, owners: dict[str, Rows], seen: dict[str, Rows], unread: set[str]) -> set[str]:
