@@ -2,8 +2,8 @@
 
 The models are in `zoo_transformers.py`, `zoo_found.py`, `zoo_searched.py`, `zoo_third.py`, `zoo_packages.py`,
 `zoo_handwritten.py` and `zoo_rankers.py`, what is asked of each in `zoo_cases.py`. A refusal counts as right where what
-it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute something else than the plain class,
-`foreign_errors` those that ended in an error that is not matta's.
+it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute something else than
+the plain class, `foreign_errors` those that ended in an error that is not matta's.
 
     python benchmarks/zoo.py [--quick] [--json] [--write docs/models.md]
 """
