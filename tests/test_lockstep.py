@@ -40,6 +40,7 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "standardised": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1),
     "ones of zeros": lambda x: x / (F.elu(x) + 1).sum(-1, keepdim=True),
     "in place": lambda x: x.clone().mul_(x.shape[-1] ** 0.5),
+    "filled": lambda x: x * torch.full((), x.shape[-1] ** 0.5) + torch.full_like(x, x.shape[-1]).sigmoid(),
 }
 
 

@@ -170,7 +170,9 @@ def _step(func: Any, args: tuple[Any, ...]) -> Step:
     return tuple(each for each in args if _is_number(each)) if name in _COMPUTING else (), None
 
 
-_COMPUTING = frozenset({"mul", "div", "add", "sub", "rsub", "pow", "floor_divide", "true_divide"})
+_COMPUTING = frozenset(
+    "mul div add sub rsub pow floor_divide true_divide full full_like new_full scalar_tensor".split()
+)
 
 
 def _is_number(value: Any) -> bool:
