@@ -367,3 +367,14 @@ def test_a_place_that_a_view_merges_is_no_factor() -> None:
     assert part.size == 6
     assert found.dimensions[part.dimension].factors == ()
     assert trace_layouts(LastPlace(), LastPlace(9), (ids, None))["head.weight"].axes == {1: 1}
+
+
+def test_a_factor_that_repeats_itself_is_a_factor_of_the_other() -> None:
+    channels = Channels()
+    width, short = channels.new(6), channels.new(2)
+    slow, _ = channels.split(width, (2, 3))
+    one = channels.merge((width, channels.new(2)))
+    other = channels.merge((short.repeat_interleave(3), channels.new(2)))
+    channels.tie(one, other)
+    channels.close_products()  # comes to an end
+    assert torch.equal(channels.classes(slow), channels.classes(short))

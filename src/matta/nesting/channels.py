@@ -109,6 +109,7 @@ class Channels:
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.long)
         self._is_input = torch.zeros(1, dtype=torch.bool)
+        self._num_joined = 0
         self.problems: list[tuple[Row, str, str]] = []
         self.cuts: list[Row] = []
         self.units: list[tuple[Row, tuple[int, ...]]] = []  # rows with what they are split into, factors of 1 included
@@ -157,6 +158,7 @@ class Channels:
                 return torch.where(first != 0, first, second)
             low, high = torch.minimum(one, other)[apart], torch.maximum(one, other)[apart]
             self._parent.scatter_reduce_(0, high, low, "amin")
+            self._num_joined += 1
 
     def is_input(self, row: Row) -> bool:
         """Whether the row is an axis of a tensor that the module was called with."""
@@ -209,14 +211,11 @@ class Channels:
     def _agree(self, one: tuple[Row, ...], other: tuple[Row, ...]) -> bool:
         """Tie the factors of one product, in the finest shape of which both are products; whether anything was new."""
         sizes = common_factors([len(row) for row in one], [len(row) for row in other])
-        before = len(self.products)
+        before = len(self.products), self._num_joined
         atoms = [self._atoms(factors, sizes or ()) for factors in (one, other)]
-        changed = len(self.products) > before
         for first, second in zip(*atoms, strict=True):
-            if not torch.equal(self.classes(first), self.classes(second)):
-                self.tie(first, second)
-                changed = True
-        return changed
+            self.tie(first, second)  # of what repeats itself along a product, one factor alone
+        return before != (len(self.products), self._num_joined)
 
     def _atoms(self, factors: tuple[Row, ...], sizes: tuple[int, ...]) -> list[Row]:
         """The factors, split where they are products of several of the sizes."""
