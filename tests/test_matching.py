@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import matta
-from matta.sizes.submodels import sizes_between
+from matta.sizes.submodels import layer_names, sizes_between
 
 
 class Fused(nn.Module):
@@ -93,6 +93,20 @@ def test_sines_and_cosines_of_one_frequency_are_parts_of_an_axis(keeps: bool) ->
     nested = matta.nest(Timed(4, keeps=keeps), Timed(8, keeps=keeps), example=(torch.tensor([1.0, 5.0, 30.0]), None))
     assert nested.plan.placements["up.weight"].axes[1].positions() == [0, 1, 4, 5]
     assert sizes_between(nested) == []  # how many frequencies there are is a number of the class
+
+
+def test_an_input_beside_what_grows_is_no_width_of_its_own() -> None:
+    class Ranker(nn.Module):
+        def __init__(self, dim: int, width: int) -> None:
+            super().__init__()
+            self.items = nn.Embedding(7, dim)
+            self.mlp = nn.Sequential(nn.Linear(dim + 3, width), nn.ReLU(), nn.Linear(width, 1))
+
+        def forward(self, ids: Tensor, context: Tensor) -> Tensor:
+            return self.mlp(torch.cat([self.items(ids), context], -1))
+
+    example = (torch.arange(4), torch.randn(4, 3)), None
+    assert layer_names(matta.nest(Ranker(4, 8), Ranker(6, 12), example=example)) == ("items", "mlp.0")
 
 
 class Placed(nn.Module):
