@@ -60,6 +60,23 @@ def test_heads_of_one_matrix_lie_in_those_of_the_ta(
         assert plan.placements["out.weight"].axes[1].positions() == rows
 
 
+def test_a_head_of_images_that_code_picks_from_three_parts_is_followed() -> None:
+    class Images(nn.Module):
+        def __init__(self, channels: int, heads: int) -> None:
+            super().__init__()
+            self.heads, self.enter = heads, nn.Conv2d(3, channels, 1)
+            self.qkv, self.head = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            q, k, v = self.qkv(x).flatten(2).unflatten(1, (3 * self.heads, -1)).unflatten(1, (3, -1)).unbind(1)
+            made = v @ (q.mT @ k).softmax(-1).mT
+            return self.head(x + made.reshape(x.shape))
+
+    plan = matta.nest(Images(4, 1), Images(8, 2), example=(torch.randn(2, 3, 3, 3), None)).plan
+    assert plan.placements["qkv.weight"].axes[0].positions() == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]
+
+
 def test_single_channels_of_groups_lie_in_wider_groups() -> None:
     def model(width: int) -> nn.Module:
         return nn.Sequential(
