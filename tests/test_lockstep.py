@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "standardised": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1),
     "ones of zeros": lambda x: x / (F.elu(x) + 1).sum(-1, keepdim=True),
     "in place": lambda x: x.clone().mul_(x.shape[-1] ** 0.5),
+    "filled": lambda x: x * torch.full((), x.shape[-1] ** 0.5) + torch.full_like(x, x.shape[-1]).sigmoid(),
 }
 
 
@@ -75,10 +77,68 @@ def test_places_among_the_students_are_places_among_all() -> None:
 def test_steps_are_counted_by_module_and_call() -> None:
     steps = Steps()
     steps.enter("a")
-    assert [steps.next(name) for name in ("mm", "_to_copy", "add")] == [(("a", 0), 1), (("a", 0), 1), (("a", 0), 2)]
+    made = [steps.next(name) for name in ("mm", "clone", "mm")]
+    assert made == [(("a", 0), "mm", 1), (("a", 0), "clone", 1), (("a", 0), "mm", 2)]
     assert steps.leave() == ("a", 0)
     steps.enter("a")
-    assert steps.next("mm") == (("a", 1), 1)
+    assert steps.next("mm") == (("a", 1), "mm", 1)
+
+
+class Standardised(nn.Module):
+    """A layer whose weights are standardised over its inputs by the operator of a batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, width), nn.Linear(width, width)
+        self.last = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.second.weight
+        weight = F.batch_norm(weight[None], None, None, training=True, momentum=0.0)[0]
+        return self.last(F.linear(self.first(x).relu(), weight, self.second.bias).relu())
+
+
+def test_statistics_of_weights_are_the_students() -> None:
+    assert matta.nest(Standardised(4), Standardised(7), example=(X, None)).plan.placements
+
+
+class GatedBetweenNorms(nn.Module):
+    """A softmax over all channels between two norms over them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 2)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.first(x))
+        return self.last(self.norms[1](x + self.gate(x).softmax(-1)))
+
+
+def test_norms_and_operators_over_all_channels_go_together() -> None:
+    assert matta.nest(GatedBetweenNorms(4), GatedBetweenNorms(7), example=(X, None)).plan.placements
+
+
+class ChannelsSecond(nn.LayerNorm):
+    """A layer norm of images, perhaps with an activation of its own."""
+
+    def __init__(self, width: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__(width)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias).movedim(-1, 1)
+        return self.activation(normed) if self.activation else normed
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, lambda: None])
+def test_a_norm_sees_the_students_channels_beside_an_axis_that_is_as_long(activation: Any) -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, width, 1), ChannelsSecond(width, activation), nn.Conv2d(width, 2, 1))
+
+    image = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    plan = matta.nest(model(4), model(6), example=(image, None)).plan
+    assert {each.note for each in plan.placements.values()} == {""}
 
 
 def test_a_run_is_recorded_without_being_changed() -> None:

@@ -14,12 +14,13 @@ import zoo_handwritten
 import zoo_packages
 import zoo_rankers
 import zoo_searched
+import zoo_third
 import zoo_transformers
 from zoo_cases import Model, examine, remedies
 
 MODELS = tuple(
     model
-    for module in (zoo_transformers, zoo_found, zoo_searched, zoo_packages, zoo_handwritten, zoo_rankers)
+    for module in (zoo_transformers, zoo_found, zoo_searched, zoo_third, zoo_packages, zoo_handwritten, zoo_rankers)
     for model in module.MODELS
 )
 QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")

@@ -542,6 +542,27 @@ def test_outputs_may_be_objects_and_inputs_keywords() -> None:
     assert torch.equal(out.student_logits, nested.student(x=X).logits)
 
 
+class InTuple(nn.Module):
+    """Layers that are registered, and in a tuple besides."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.layers = self.first, self.last
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_registered_layers_may_be_in_a_tuple_besides() -> None:
+    nested = matta.nest(InTuple(4), InTuple(6), example=(torch.ones(2, 3), None))
+    extracted = matta.extract(nested)
+    assert extracted.layers[1] is extracted.last
+    assert torch.equal(extracted(torch.ones(2, 3)), nested.student.eval()(torch.ones(2, 3)))
+
+
 def test_a_lazy_model_that_has_run_nests() -> None:
     pair = [nn.Sequential(nn.LazyLinear(width), nn.ReLU(), nn.LazyLinear(2)) for width in (4, 6)]
     for module in pair:

@@ -130,6 +130,18 @@ class Written(nn.Module):
         return self.last(self.gate(x) * hidden)
 
 
+class Split(nn.Module):
+    """Eight channels and their single gate, from one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, hidden = self.layer(x).split([1, 8], -1)
+        return hidden * gate.sigmoid()
+
+
 def test_a_silent_branch_does_not_hide_what_an_operator_fixes() -> None:
     module = Running()
     nn.init.zeros_(module.last.weight)
@@ -151,6 +163,13 @@ def test_what_cannot_be_ordered_is_left_with_the_reason(module: nn.Module, reaso
     assert not found.groups
     assert reason in {left.reason for left in found.left}
     assert reason in str(found)
+
+
+def test_a_single_channel_has_no_order() -> None:
+    split = nn.Sequential(Split(), nn.Linear(8, 2))
+    found = matta.find_order(split, example=torch.randn(2, 3), importance="magnitude")
+    assert [group.size for group in found.groups] == [8]
+    assert "it is a single channel" in {left.reason for left in found.left}
 
 
 def test_halves_of_an_axis_are_ordered_apart() -> None:

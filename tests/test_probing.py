@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import matta
-from matta.errors import ProbeError
+from matta.errors import NestingError, ProbeError
 
 X, Y = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0])
 
@@ -270,3 +270,52 @@ def test_models_of_different_classes_are_told_so() -> None:
 def test_an_example_that_the_student_cannot_take_is_refused() -> None:
     with pytest.raises(ProbeError, match=r"the Student does not run on the example: .* pass as `example` a batch such"):
         matta.nest(*_pair(Gated), example=(X[..., :3], Y))
+
+
+class Scored(nn.Module):
+    """Layers that return a loss, one number, by a module that has weights of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last, self.loss = nn.Linear(5, width), nn.Linear(width, 3), Weighed()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.last(self.first(x))
+        return {"loss": self.loss(logits), "logits": logits}
+
+
+class Weighed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return (logits * self.weight).logsumexp(-1).sum()
+
+
+def test_a_module_with_weights_may_return_one_number() -> None:
+    assert matta.nest(Scored(4), Scored(6), example=(torch.ones(2, 5), None)).plan.placements
+
+
+class Graph(nn.Module):
+    """Means over neighbours by a sparse buffer."""
+
+    def __init__(self, width: int, layout: str) -> None:
+        super().__init__()
+        neighbours = torch.eye(4).roll(1, 0) + torch.eye(4)
+        self.register_buffer("neighbours", getattr(neighbours, f"to_{layout}")())
+        self.nodes, self.layer, self.head = nn.Embedding(4, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.sparse.mm(self.neighbours, self.layer(self.nodes.weight)).relu()[ids])
+
+
+@pytest.mark.parametrize("layout", ["sparse", "sparse_csr"])
+def test_a_sparse_buffer_is_copied_and_compared(layout: str) -> None:
+    example = torch.tensor([0, 3]), None
+    nested = matta.nest(Graph(4, layout), Graph(6, layout), example=example, warm_start=True)
+    assert torch.equal(matta.extract(nested).eval()(example[0]), nested.student.eval()(example[0]))
+    other = Graph(6, layout)
+    other.neighbours = 2 * other.neighbours
+    with pytest.raises(NestingError, match="the TA's buffer neighbours has other values than the Student's"):
+        matta.nest(Graph(4, layout), other, example=example, warm_start=True, probe=False)

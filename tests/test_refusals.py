@@ -95,6 +95,30 @@ class Fixed(nn.Module):
         return self.down(self.up(x).relu())
 
 
+class Features(nn.Module):
+    """An encoder without a head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+class Builds(nn.Module):
+    """A layer that the first forward builds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.down = width, nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "up"):
+            self.up = nn.Linear(x.shape[1], self.width)
+        return self.down(self.up(x).relu())
+
+
 class Failing(Fixed):
     """Channels in an order that the trace does not see, and a test that silenced weights fail."""
 
@@ -216,6 +240,12 @@ REMEDIES: dict[str, Callable[[], matta.Nested]] = {
     "graph": lambda: matta.nest(Keeping([torch.ones(2)]), Keeping(None)),
 }
 
+
+def _run(module: nn.Module) -> nn.Module:
+    module(BATCH[0])
+    return module
+
+
 MORE: dict[str, Refusal] = {
     "list-of-layers": Refusal(
         lambda: matta.nest(InList(4, list), InList(6, list)),
@@ -287,6 +317,16 @@ MORE: dict[str, Refusal] = {
         lambda: matta.nest(Fixed(4), Fixed(6, 3), example=BATCH),
         r"logits have shape \(2, 2\) on the example and the TA's \(2, 3\).*build the TA with the Student's",
         lambda: matta.nest(Fixed(4), Fixed(6), example=BATCH),
+    ),
+    "features": Refusal(
+        lambda: matta.nest(Features(4), Features(6), example=BATCH),
+        r"logits have shape \(2, 4\) .*the TA's \(2, 6\).*features as wide as each model is, nest with probe=False",
+        lambda: matta.nest(Features(4), Features(6), example=BATCH, probe=False),
+    ),
+    "built-in-the-forward": Refusal(
+        lambda: matta.nest(Builds(4), Builds(6), example=BATCH),
+        r"Builds builds up.weight in its forward \(2 new parameters\); .*: run the Student and the TA on a batch once",
+        lambda: matta.nest(*map(_run, (Builds(4), Builds(6))), example=BATCH),
     ),
     "example-of-the-student": Refusal(
         lambda: matta.nest(Fixed(4), Fixed(6), example=(torch.ones(2, 3), None)),

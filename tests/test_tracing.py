@@ -44,6 +44,11 @@ def filled(shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
     return target
 
 
+def packed_and_back(x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([x.shape[1]]), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
 ROWS = torch.tensor([1, 0])
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -72,6 +77,9 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "rows copied": lambda x: filled((2, 8), lambda y: y.copy_(x)),
     "rows added": lambda x: filled((2, 8), lambda y: y.index_add_(0, ROWS, x)),
     "scattered": lambda x: torch.zeros(2, 8).scatter_add(0, ROWS[:, None].expand(-1, 8), x),
+    "fourier of places": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=0), n=2, dim=0) + torch.fft.fft(x, dim=0).real,
+    "masked places": lambda x: x.masked_select(torch.ones(2, 1, dtype=torch.bool)).view(2, 8),
+    "packed": lambda x: packed_and_back(x[None]).flatten(0, 1),
     "cut and joined": lambda x: torch.cat([x[:1], x[1:]]),
     "einsum": lambda x: torch.einsum("bc,db->dc", x, torch.eye(2)),
     "baddbmm": lambda x: torch.baddbmm(torch.ones(1), torch.ones(1, 2, 2), x[None])[0],
@@ -334,3 +342,39 @@ def test_ties_are_those_of_a_plain_union_find(pairs: list[tuple[int, int]], size
             reference.update(dict.fromkeys(joined, joined))
     classes = channels.classes(torch.arange(1, 13)).tolist()
     assert all((classes[i - 1] == classes[j - 1]) == (j in reference[i]) for i in reference for j in reference)
+
+
+class LastPlace(nn.Module):
+    """Attention with a mask in a buffer, of which the last place alone is read: its axis is one channel of the mask."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Embedding(5, 3 * width), nn.Linear(width, 2)
+        self.register_buffer("mask", torch.ones(9, 9).tril())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        q, k, v = self.qkv(ids).chunk(3, -1)
+        length = ids.shape[1]
+        scores = (q @ k.mT).masked_fill(self.mask[:length, :length] == 0, -torch.inf)
+        last = (scores.softmax(-1) @ v)[:, [-1], :]
+        return self.head(last.reshape(-1, last.shape[-1]))
+
+
+def test_a_place_that_a_view_merges_is_no_factor() -> None:
+    ids = torch.arange(4).expand(2, 4)
+    found = trace(LastPlace(), (ids, None))
+    [part] = parts_of(found, "head.weight", 1)
+    assert part.size == 6
+    assert found.dimensions[part.dimension].factors == ()
+    assert trace_layouts(LastPlace(), LastPlace(9), (ids, None))["head.weight"].axes == {1: 1}
+
+
+def test_a_factor_that_repeats_itself_is_a_factor_of_the_other() -> None:
+    channels = Channels()
+    width, short = channels.new(6), channels.new(2)
+    slow, _ = channels.split(width, (2, 3))
+    one = channels.merge((width, channels.new(2)))
+    other = channels.merge((short.repeat_interleave(3), channels.new(2)))
+    channels.tie(one, other)
+    channels.close_products()  # comes to an end
+    assert torch.equal(channels.classes(slow), channels.classes(short))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,7 @@ def require_nestable(module: Any, role: str) -> None:
 
 
 def _reasons(module: nn.Module) -> Iterator[str]:
+    registered = set(module.modules())
     for path, part in module.named_modules():
         where = f"its {path}" if path else "it"
         if isinstance(part, torch.jit.ScriptModule):
@@ -47,7 +48,7 @@ def _reasons(module: nn.Module) -> Iterator[str]:
                 f"{where} is live, its weights are slices of another module's; expected a module of its own: "
                 f"matta.extract it first, or nest several Students in one TA with matta.nest([...], ta)"
             )
-        yield from _hidden_weights(path or type(part).__name__, part)
+        yield from _hidden_weights(path or type(part).__name__, part, registered)
     for path, name, tensor in graph_tensors(module):
         if not _is_recomputed(module.get_submodule(path), name):
             yield (
@@ -59,7 +60,7 @@ def _reasons(module: nn.Module) -> Iterator[str]:
             yield f"{name} has no shape yet; expected sizes: run the lazy module on a batch once, then nest"
 
 
-def _hidden_weights(path: str, part: nn.Module) -> Iterator[str]:
+def _hidden_weights(path: str, part: nn.Module, registered: Collection[nn.Module]) -> Iterator[str]:
     """Weights that are no parameters of a module: packed integers, or layers that torch does not see."""
     for name, value in [*vars(part).items(), *part._buffers.items()]:
         packed = isinstance(value, torch.ScriptObject)
@@ -70,7 +71,9 @@ def _hidden_weights(path: str, part: nn.Module) -> Iterator[str]:
                 f"parameters of a floating type: nest first, and quantise what is extracted"
             )
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        if name not in ("_modules", "_parameters", "_buffers") and any(_is_layer(each) for each in inside):
+        if name not in ("_modules", "_parameters", "_buffers") and any(
+            _is_layer(each) and each not in registered for each in inside
+        ):
             yield (
                 f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters"
                 f"; expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, final
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from matta.nesting.batches import Batch
+from matta.nesting.copying import attribute_tensors
 from matta.nesting.dimensions import Dimension, Part, Trace
 from matta.nesting.tracing import trace
 
@@ -94,6 +96,8 @@ def find_groups(module: nn.Module, example: Batch) -> tuple[list[Group], list[Le
             reason = _TWICE
         if reason is None and len(own) < 2:
             reason = _APART
+        if reason is None and size < 2:
+            reason = _ALONE
         reason = reason or _unread(own, found, module)
         if reason is None:
             groups.append(Group(size=size, members=positions, seen=tuple(seen.get(dimension, ()))))
@@ -177,6 +181,7 @@ def _seen(found: Trace, numbers: _Numbers) -> dict[int, list[tuple[str, int, int
 
 _INSIDE: Final = "they are the channels inside of heads, whose order an encoding of positions may fix"
 _APART: Final = "no other axis of a parameter has them"
+_ALONE: Final = "it is a single channel"
 _TWICE: Final = "one axis is a product of them with themselves"
 _MANY: Final = "they are a product in more ways than one"
 
@@ -200,14 +205,14 @@ def _reasons(found: Trace, numbers: _Numbers, module: nn.Module) -> dict[int, st
 
 
 def _fixed_buffers(module: nn.Module) -> set[str]:
-    """Buffers that are no statistics of a norm."""
+    """Buffers, and tensors among the attributes, that are no statistics of a norm."""
     statistics = {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
         if isinstance(part, _NormBase)
         for name, _ in part.named_buffers(recurse=False)
     }
-    return {name for name, _ in module.named_buffers()} - statistics
+    return {name for name, _ in chain(module.named_buffers(), attribute_tensors(module))} - statistics
 
 
 def _unread(members: Mapping[AxisKey, Tensor | None], found: Trace, module: nn.Module) -> str | None:

@@ -64,17 +64,20 @@ Rows = dict[int, Row]
 Place = tuple[str, int]
 """A module that is running, by name, and which of its calls it is."""
 
+Moment = tuple[Place, str, int]
+"""A step of a run: the module that runs, the operator, and how many times the call has come to it."""
+
 
 @final
 class Steps:
-    """Counts the operators of a run by module and call, so that two runs of one class can be told the same step.
+    """Counts each operator of a run by module and call, so that two runs of one class can be told the same step.
 
-    Changes of type are left out, which depend on that of the weights, and what leaves the numbers as they are.
+    Each is counted for itself: how many copies and views there are depends on types and sizes.
     """
 
     def __init__(self) -> None:
         self.place: list[Place] = [("", 0)]
-        self._calls, self._steps = Counter[str](), Counter[Place]()
+        self._calls, self._steps = Counter[str](), Counter[tuple[Place, str]]()
 
     def enter(self, name: str) -> None:
         """A module begins to run."""
@@ -85,11 +88,10 @@ class Steps:
         """It has run."""
         return self.place.pop()
 
-    def next(self, operator: str) -> tuple[Place, int]:
+    def next(self, operator: str) -> Moment:
         """The step that an operator is."""
-        if operator not in ("_to_copy", "detach"):
-            self._steps[self.place[-1]] += 1
-        return self.place[-1], self._steps[self.place[-1]]
+        self._steps[self.place[-1], operator] += 1
+        return self.place[-1], operator, self._steps[self.place[-1], operator]
 
 
 @final
@@ -107,8 +109,10 @@ class Channels:
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.long)
         self._is_input = torch.zeros(1, dtype=torch.bool)
+        self._num_joined = 0
         self.problems: list[tuple[Row, str, str]] = []
         self.cuts: list[Row] = []
+        self.units: list[tuple[Row, tuple[int, ...]]] = []  # rows with what they are split into, factors of 1 included
         self.products: list[tuple[Row, tuple[Row, ...]]] = []
         self._splits: dict[tuple[bytes, tuple[int, ...]], tuple[Row, ...]] = {}
         self._merges: dict[tuple[bytes, ...], Row] = {}
@@ -154,6 +158,7 @@ class Channels:
                 return torch.where(first != 0, first, second)
             low, high = torch.minimum(one, other)[apart], torch.maximum(one, other)[apart]
             self._parent.scatter_reduce_(0, high, low, "amin")
+            self._num_joined += 1
 
     def is_input(self, row: Row) -> bool:
         """Whether the row is an axis of a tensor that the module was called with."""
@@ -206,14 +211,11 @@ class Channels:
     def _agree(self, one: tuple[Row, ...], other: tuple[Row, ...]) -> bool:
         """Tie the factors of one product, in the finest shape of which both are products; whether anything was new."""
         sizes = common_factors([len(row) for row in one], [len(row) for row in other])
-        before = len(self.products)
+        before = len(self.products), self._num_joined
         atoms = [self._atoms(factors, sizes or ()) for factors in (one, other)]
-        changed = len(self.products) > before
         for first, second in zip(*atoms, strict=True):
-            if not torch.equal(self.classes(first), self.classes(second)):
-                self.tie(first, second)
-                changed = True
-        return changed
+            self.tie(first, second)  # of what repeats itself along a product, one factor alone
+        return before != (len(self.products), self._num_joined)
 
     def _atoms(self, factors: tuple[Row, ...], sizes: tuple[int, ...]) -> list[Row]:
         """The factors, split where they are products of several of the sizes."""
@@ -257,9 +259,8 @@ def _only_varying(grid: Tensor) -> tuple[int, Row] | None:
 @final
 @dataclass(frozen=True)
 class Noted:
-    """One step of a run: its operator, and the rows of each tensor that it took and that it made."""
+    """One step of a run: the rows of each tensor that it took and that it made."""
 
-    operator: str
     taken: tuple[Rows, ...]
     made: tuple[Rows, ...]
 
@@ -275,7 +276,7 @@ class Known:
     def __init__(self) -> None:
         self.channels = Channels()
         self.steps = Steps()
-        self.noted: dict[tuple[Place, int], Noted] = {}
+        self.noted: dict[Moment, Noted] = {}
         self.shaped: list[tuple[str, Row]] = []
         self.read: set[int] = set()
         self.summed: list[Row] = []
@@ -292,9 +293,9 @@ class Known:
         assert all(tensor.shape[axis] == len(row) for axis, row in kept.items())
         self._rows[tensor] = kept
 
-    def label(self, tensor: Tensor, *, is_input: bool = False) -> Rows:
-        """Give the axes of `tensor` channels of their own; of an input, all but the batch axis."""
-        axes = [axis for axis in range(1 if is_input else 0, tensor.ndim) if tensor.shape[axis] > 1]
+    def label(self, tensor: Tensor, *, is_input: bool = False, start: int = 0) -> Rows:
+        """Give the axes of `tensor` from `start` on channels of their own, perhaps marked as those of an input."""
+        axes = [axis for axis in range(start, tensor.ndim) if tensor.shape[axis] > 1]
         rows = {axis: self.channels.new(tensor.shape[axis], is_input=is_input) for axis in axes}
         self.put(tensor, rows)
         return self.rows(tensor)
@@ -322,11 +323,12 @@ class Known:
         return rows
 
     def blame(self, rows: Iterable[Row], problem: str, kind: str = "lost") -> None:
-        """Leave a problem, with the place where it arose, at rows of channels."""
+        """Leave a problem, with the place where it arose, at rows of channels; those of inputs do not grow."""
         name = self.steps.place[-1][0]
         place = f" in {name!r}" if name else ""
         for row in rows:
-            self.channels.blame(row, f"{problem}{place}", kind)
+            if not self.channels.is_input(row):
+                self.channels.blame(row, f"{problem}{place}", kind)
 
     def lose(self, size: int, problem: str) -> Row:
         """A row in place of one that cannot be followed: what it meets has the problem as well."""

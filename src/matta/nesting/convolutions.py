@@ -56,6 +56,7 @@ def _in_groups(known: Known, call: Call, data: Rows, weight: Rows, rows: Rows) -
 def _grouped(known: Known, row: Row | None, groups: int, problem: str) -> tuple[Row | None, Row | None]:
     """The row of the groups, and the row inside of a group, where there is more than one channel in each."""
     if row is None or len(row) == groups:
+        known.channels.units += [] if row is None else [(row, (groups, 1))]
         return row, None
     if not bool((row != 0).all()):
         known.blame([row], problem)

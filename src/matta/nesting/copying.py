@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
 
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
 _PLAIN: Final = frozenset((bool, int, float, str, type(None)))
+_COMPRESSED: Final = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)  # copy.deepcopy fails
+_OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
 _OF_FSDP: Final = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", FOLLOWS)  # attributes under FSDP2 alone
 
 
@@ -42,6 +45,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     try:
         with _without_fsdp(module, memo):
             cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
+            cut |= {id(each): each.detach().clone() for each in module.buffers() if each.layout in _COMPRESSED}
             return copy.deepcopy(module, {**cut, **memo})
     except (RuntimeError, TypeError, NotImplementedError, pickle.PicklingError) as error:
         raise NestingError(
@@ -91,6 +95,31 @@ def graph_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in vars(part).items():
             if name != "_modules":
                 yield from ((path, name, tensor) for tensor in _tensors_in(value, seen) if tensor.grad_fn is not None)
+
+
+def attribute_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of numbers that modules keep as plain attributes or in lists, with names as buffers have them.
+
+    Copies made with copy.deepcopy have them under the same names.
+    """
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in _OF_MODULES:
+                continue
+            several = isinstance(value, tuple | list)
+            for i, each in enumerate(value if several else [value]):
+                is_number = isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex())
+                if is_number and not isinstance(each, nn.Parameter):
+                    yield ".".join([*filter(None, [path]), name, *([str(i)] if several else [])]), each
+
+
+def holds_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values; sparse ones, which torch.equal does not take, as well."""
+    if torch.strided in (one.layout, other.layout):
+        return one.layout == other.layout and torch.equal(one, other)
+    entries = [each.to_sparse_coo().coalesce() for each in (one, other)]
+    pairs = zip(*((each.indices(), each.values()) for each in entries), strict=True)
+    return all(first.shape == second.shape and torch.equal(first, second) for first, second in pairs)
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

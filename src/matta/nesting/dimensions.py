@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from matta.nesting.channels import Channels, Noted, Place, Row, Rows
+from matta.nesting.channels import Channels, Moment, Noted, Row, Rows
 
 
 @final
@@ -62,7 +62,8 @@ class Trace:
     module returned; `unread` the parameters that the run did not come to, and
     `summed` the axes of parameters that products with data sum over: the inputs of layers. `noted` are the rows of
     what steps took and made, and `parts_of` gives the parts of such a row, None if not all of it is known. `shaped`
-    names the modules whose code has cut a dimension, or split it into factors.
+    names the modules whose code has cut a dimension, or split it into factors; `units` gives the sizes into which
+    parts were split with factors of 1 among them, such as a single head.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -73,9 +74,10 @@ class Trace:
     output_shapes: tuple[torch.Size, ...]
     unread: frozenset[str] = frozenset()
     summed: frozenset[tuple[str, int]] = frozenset()
-    noted: Mapping[tuple[Place, int], Noted] = field(default_factory=dict)
+    noted: Mapping[Moment, Noted] = field(default_factory=dict)
     parts_of: Callable[[Row], tuple[Part, ...] | None] = lambda row: None
     shaped: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    units: Mapping[tuple[Part, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     def describe(self, dimension: int) -> str:
         """The axes of a dimension, for a message."""
@@ -194,9 +196,13 @@ class Atlas:
         for whole, factors in self._channels.products:
             parts = self.parts(whole)
             if len(parts) != 1 or parts[0].repeat != 1 or parts[0].size != len(whole):
+                # the slowest factor may be laid out as so many parts: rotary halves, or query, key and value
                 if {(part.size, part.repeat) for part in parts} != {(len(whole) // len(factors[0]), 1)}:
                     broken.update(part.dimension for part in parts)
-                continue  # the slowest factor is laid out as so many parts, as rotary halves are
+                elif len(factors) > 2:
+                    for part in parts:
+                        found.setdefault(part.dimension, tuple(self.parts(factor) for factor in factors[1:]))
+                continue
             made = tuple(self.parts(factor) for factor in factors)
             before = found.setdefault(parts[0].dimension, made)
             if len(made) > len(before):
@@ -220,6 +226,15 @@ class Atlas:
         """An axis as parts, if each of its channels is of a dimension."""
         is_whole = bool((row != 0).all()) and bool((self._index[self._start[self._classes(row)]] >= 0).all())
         return self.parts(row) if is_whole else None
+
+    def units(self) -> dict[tuple[Part, ...], tuple[tuple[int, ...], ...]]:
+        """The sizes into which rows were split with factors of 1 among them, by what the rows consist of."""
+        found: dict[tuple[Part, ...], tuple[tuple[int, ...], ...]] = {}
+        for row, sizes in self._channels.units:
+            parts = self.parts_of(row)
+            if parts is not None and sizes not in found.get(parts, ()):
+                found[parts] = (*found.get(parts, ()), sizes)
+        return found
 
     def places(self, shaped: Sequence[tuple[str, Row]]) -> dict[int, frozenset[str]]:
         """The modules that have cut each dimension."""

@@ -235,3 +235,24 @@ class Layout:
                 f"correct their sizes"
             )
         return found
+
+
+def product_segments(factors: list[tuple[Segment, ...]]) -> tuple[Segment, ...]:
+    """The segments of a product, of which each factor may consist of several segments."""
+    first, *rest = [_joined(each) for each in factors]
+    if not rest:
+        return first
+    inner = product_segments(list(rest))
+    if len(inner) == 1:
+        return tuple(Segment(each.student + inner[0].student, each.ta + inner[0].ta) for each in first)
+    absent = tuple(Segment((0,), (each.ta_size,)) for each in inner)
+    held = set(Axis(first).positions())
+    return tuple(each for i in range(sum(one.ta_size for one in first)) for each in (inner if i in held else absent))
+
+
+def _joined(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Equal segments as one of two factors."""
+    if len(segments) > 1 and len(set(segments)) == 1:
+        number, each = len(segments), segments[0]
+        return (Segment((number, *each.student), (number, *each.ta)),)
+    return segments

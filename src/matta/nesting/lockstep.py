@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from matta.nesting.channels import Place, Steps, name_of
+from matta.nesting.channels import Moment, Place, Steps, name_of
 from matta.nesting.layout import Axis
 from matta.nesting.operator_kinds import is_whole, may_fill
 from matta.nesting.operators import plain_kernels
 
-Step = tuple[str, tuple[Any, ...], Any]
-"""An operator, its numbers, and what it made that depends on numbers alone or averages over so many."""
+Step = tuple[tuple[Any, ...], Any]
+"""The numbers of an operator, and what it made that depends on numbers alone or averages over so many."""
 
 
 @final
@@ -38,17 +38,17 @@ class Spread:
     made: tuple[Mapping[int, Axis], ...]
 
 
-Spreads = Callable[[Place, int, str], Spread | None]
-"""Gives the spread of a step: the module that runs and which of its calls, the number of the step, the operator."""
+Spreads = Callable[[Moment], Spread | None]
+"""Gives the spread of a step."""
 
 
 @final
 class Recording:
-    """The steps of a run, by module and by which of its calls it was, what leaf modules returned, what was read."""
+    """The steps of a run, what leaf modules returned by module and by which of its calls it was, what was read."""
 
     def __init__(self) -> None:
         self.read: set[int] = set()
-        self.steps: dict[Place, list[Step]] = {}
+        self.steps: dict[Moment, Step] = {}
         self.outputs: dict[Place, Tensor] = {}
 
 
@@ -69,17 +69,15 @@ class Lockstep(TorchDispatchMode):
     ) -> Any:
         """Run an operator, with the other run's numbers if there are any."""
         self.made.read.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
-        place, count = self.counted.next(name_of(func))
-        steps = self.made.steps.setdefault(place, [])
-        steps.append(_step(func, args))
-        model = [] if self.model is None else self.model.steps.get(place, [])
-        other = model[len(steps) - 1] if len(model) >= len(steps) else None
+        moment = self.counted.next(name_of(func))
+        step = self.made.steps[moment] = _step(func, args)
+        other = None if self.model is None else self.model.steps.get(moment)
         spread = None
         if self.spreads is not None and (is_whole(func) or may_fill(func)):
-            spread = self.spreads(place, count, name_of(func))
-        if spread is not None and is_whole(func) and other is not None and other[0] == steps[-1][0]:
+            spread = self.spreads(moment)
+        if spread is not None and is_whole(func) and other is not None:
             return _of_the_students(func, args, kwargs or {}, spread, other)
-        out = _with_numbers(func, args, kwargs or {}, steps[-1], other)
+        out = _with_numbers(func, args, kwargs or {}, step, other)
         if spread is not None and may_fill(func) and isinstance(out, Tensor):
             _silence(out, spread.made[0])
         return out
@@ -87,10 +85,10 @@ class Lockstep(TorchDispatchMode):
 
 def _with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, other: Step | None) -> Any:
     """What an operator makes with the numbers of the other step."""
-    if other is None or other == step or other[0] != step[0] or len(other[1]) != len(step[1]):
+    if other is None or other == step or len(other[0]) != len(step[0]):
         return func(*args, **kwargs)
-    numbers = iter(other[1])
-    theirs = tuple(next(numbers) if other[1] and _is_number(each) else each for each in args)
+    numbers = iter(other[0])
+    theirs = tuple(next(numbers) if other[0] and _is_number(each) else each for each in args)
     if func._schema.is_mutable:
         is_of_numbers = isinstance(args[0], Tensor) and args[0].is_floating_point()
         return func(*(theirs if is_of_numbers else args), **kwargs)
@@ -98,25 +96,28 @@ def _with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step
     if not (isinstance(out, Tensor) and out.is_floating_point()):
         return out
     if name_of(func) == "lift_fresh":
-        return out if other[2] is None else torch.full_like(out, other[2])
+        return out if other[1] is None else torch.full_like(out, other[1])
     if name_of(func) == "mean":
-        return out * (step[2] / other[2])
+        return out * (step[1] / other[1])
     return func(*theirs, **kwargs)
 
 
 def _of_the_students(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], spread: Spread, other: Step) -> Any:
     """What an operator makes of the Student's channels alone; zeros in the others, places among all of them."""
-    axes, settings = iter(spread.taken), iter(other[1])
-    first = spread.taken[0]
+    axes, settings = iter(spread.taken), iter(other[0])
+    first, narrowed = spread.taken[0], list[bool]()
 
     def narrow(tensor: Tensor) -> Tensor:
         for dim, axis in next(axes, {}).items():
-            if tensor.shape[dim] == axis.ta_size:
+            narrowed.append(tensor.shape[dim] == axis.ta_size)
+            if narrowed[-1]:
                 tensor = tensor.index_select(dim, _positions(axis, tensor))
         return tensor
 
     taken = [narrow(each) if isinstance(each, Tensor) else next(settings) for each in args]
     made = func(*taken, **kwargs)
+    if not any(narrowed):  # in a norm that sees the Student's channels alone
+        return made
     dim = _dim(func, args, kwargs)
     outs = iter(spread.made)
 
@@ -160,16 +161,18 @@ def _step(func: Any, args: tuple[Any, ...]) -> Step:
     """What is noted of an operator: its numbers if it computes with them, the constant that it makes, its count."""
     name = name_of(func)
     if name == "lift_fresh":
-        return name, (), args[0].item() if args[0].numel() == 1 and not args[0].is_complex() else None
+        return (), args[0].item() if args[0].numel() == 1 and not args[0].is_complex() else None
     if name == "mean":
         dims = args[1] if len(args) > 1 and args[1] else range(args[0].ndim)
-        return name, (), float(torch.Size(args[0].shape[dim] for dim in dims).numel())
+        return (), float(torch.Size(args[0].shape[dim] for dim in dims).numel())
     if is_whole(func):
-        return name, tuple(each for each in args if not isinstance(each, Tensor)), None
-    return name, tuple(each for each in args if _is_number(each)) if name in _COMPUTING else (), None
+        return tuple(each for each in args if not isinstance(each, Tensor)), None
+    return tuple(each for each in args if _is_number(each)) if name in _COMPUTING else (), None
 
 
-_COMPUTING = frozenset({"mul", "div", "add", "sub", "rsub", "pow", "floor_divide", "true_divide"})
+_COMPUTING = frozenset(
+    "mul div add sub rsub pow floor_divide true_divide full full_like new_full scalar_tensor".split()
+)
 
 
 def _is_number(value: Any) -> bool:

@@ -17,10 +17,10 @@ from torch import nn
 
 from matta.errors import LayoutError, TracingError
 from matta.nesting.batches import Batch
-from matta.nesting.channels import Place, Rows
+from matta.nesting.channels import Moment, Rows
 from matta.nesting.dimensions import Dimension, Part, Trace
-from matta.nesting.layout import Axis, Layout, Segment
-from matta.nesting.lockstep import Spread
+from matta.nesting.layout import Axis, Layout, Segment, product_segments
+from matta.nesting.lockstep import Spread, Spreads
 from matta.nesting.tracing import trace
 
 
@@ -66,7 +66,7 @@ class Shown:
     spanning: frozenset[str] = frozenset()
     lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
     reordered: frozenset[str] = frozenset()
-    spread: Callable[[Place, int, str], Spread | None] = lambda place, step, operator: None
+    spread: Spreads = lambda moment: None
 
     def input_axes(self, name: str) -> list[int]:
         """The axes of a parameter that are inputs of a layer, also where only its like in other blocks was reached."""
@@ -82,17 +82,18 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
         one, other = trace(student, example), trace(ta, example)
     except TracingError:  # the probe has the last word
         return Shown()
+    overlay = _Overlay(one, other)
     return Shown(
         parameters=_of_their_kind(match_layouts(one, other, strict=False), student, ta, one.unread | other.unread),
         buffers=match_layouts(one, other, strict=False, buffers=True),
-        norms=_Overlay(one, other).outputs(),
+        norms=overlay.outputs(),
         inputs=one.summed | other.summed,
         unread=one.unread | other.unread,
-        products=_Overlay(one, other).products(),
-        spanning=_Overlay(one, other).spanning(),
+        products=overlay.products(),
+        spanning=overlay.spanning(),
         lost={**one.lost(), **other.lost()},
-        reordered=_Overlay(one, other).reordered(),
-        spread=cache(_Overlay(one, other).spread),
+        reordered=overlay.reordered(),
+        spread=cache(overlay.spread),
     )
 
 
@@ -191,10 +192,10 @@ class _Overlay:
                 found |= {} if segments is None else {name: Layout({0: segments})}
         return found
 
-    def spread(self, place: Place, step: int, operator: str) -> Spread | None:
+    def spread(self, moment: Moment) -> Spread | None:
         """Where the Student's channels are in what a step of the TA's run takes and makes."""
-        one, other = (each.noted.get((place, step)) for each in (self.student, self.ta))
-        if one is None or other is None or {one.operator, other.operator} != {operator}:
+        one, other = self.student.noted.get(moment), self.ta.noted.get(moment)
+        if one is None or other is None:
             return None
         taken, made = zip(one.taken, other.taken, strict=False), zip(one.made, other.made, strict=False)
         return Spread(tuple(starmap(self._grown, taken)), tuple(starmap(self._grown, made)))
@@ -215,8 +216,8 @@ class _Overlay:
         return None if not parts or self._is_lost(parts, others) else self._parts(parts, others)
 
     def products(self) -> frozenset[str]:
-        """The parameters with a growing axis that the code splits into factors, by numbers of its own."""
-        return self._with_growing(lambda dimension: bool(dimension.factors))
+        """The parameters with a growing axis that the code splits, or makes frequencies for, by numbers of its own."""
+        return self._with_growing(lambda dimension: bool(dimension.factors)) | self._of_ranges()
 
     def reordered(self) -> frozenset[str]:
         """The parameters with a growing axis whose channels data order."""
@@ -234,24 +235,35 @@ class _Overlay:
         )
 
     def spanning(self) -> frozenset[str]:
-        """The parameters of blocks with a growing width that other blocks have too, or that code outside of them cuts.
+        """The parameters of blocks with a growing width that other blocks have too, or that code outside of them sets.
 
-        Where such code cuts is a number of its own, which a mixture of widths does not change.
+        Where such code cuts, or how many frequencies it makes, is a number of its own, which a mixture does not change.
         """
         homes: dict[int, set[tuple[str, str]]] = {}
         members: dict[int, set[str]] = {}
-        cut_outside: set[str] = set()
+        set_outside, made = set[str](), self._of_ranges()
         for name, axes in _growing(self.student, self.ta, buffers=False).items():
             listed, _, rest = family(name).partition(".*.")
             block = ".".join(name.split(".")[: listed.count(".") + 2])
             for dimension in self._dimensions([self.student.axes.get((name, axis), ()) for axis in axes]):
                 members.setdefault(dimension, set()).add(name)
-                if not all(f"{place}.".startswith(f"{block}.") for place in self.student.shaped.get(dimension, ())):
-                    cut_outside.add(name)
+                cut = self.student.shaped.get(dimension, ())
+                if name in made or not all(f"{place}.".startswith(f"{block}.") for place in cut):
+                    set_outside.add(name)
                 if rest:
                     homes.setdefault(dimension, set()).add((listed, name.removeprefix(f"{listed}.").partition(".")[0]))
         several = [each for each, found in homes.items() if len({listed for listed, _ in found}) < len(found)]
-        return frozenset(name for each in several for name in members[each]) | cut_outside
+        return frozenset(name for each in several for name in members[each]) | set_outside
+
+    def _of_ranges(self) -> frozenset[str]:
+        """The parameters with a part that grows and is a range of numbers; what the module is called with does not."""
+        return frozenset(
+            name
+            for name, axes in _growing(self.student, self.ta, buffers=False).items()
+            for axis in axes
+            for part, other in zip(self.student.axes.get((name, axis), ()), self.ta.axes[name, axis], strict=False)
+            if part.size < other.size and self.student.dimensions[part.dimension].is_input
+        )
 
     def _dimensions(self, rows: Iterable[tuple[Part, ...]]) -> Iterator[int]:
         """The dimensions of axes, and those of their factors."""
@@ -273,9 +285,12 @@ class _Overlay:
             return True
         if len(one.factors) == len(two.factors) > 0:
             return any(map(self._is_lost, one.factors, two.factors))
-        return one.is_picked or two.is_picked
+        return (one.is_picked and not two.factors) or two.is_picked  # what the TA alone splits, its factors show
 
     def _parts(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...]:
+        with_units = self._with_units(parts, others)
+        if with_units is not None:
+            return with_units
         if len(parts) != len(others):
             parts, others = _singly(parts), _singly(others)
         if len(parts) < len(others) == _length(parts):  # the TA's parts are of one channel each in the Student
@@ -283,6 +298,31 @@ class _Overlay:
         if len(parts) != len(others):
             raise _Misfit
         return tuple(segment for pair in zip(parts, others, strict=True) for segment in self._part(*pair))
+
+    def _with_units(self, parts: tuple[Part, ...], others: tuple[Part, ...]) -> tuple[Segment, ...] | None:
+        """The segments where the TA has more factors than the Student, such as two heads over one; None elsewhere."""
+        if not others:
+            return () if not parts else None
+        wider = self.ta.dimensions[others[0].dimension].factors if others[0].repeat == 1 else ()
+        for end in range(1, len(parts) + 1) if wider else ():
+            factors = self._factors(parts[:end], len(wider))
+            rest = None if factors is None else self._with_units(parts[end:], others[1:])
+            if factors is not None and rest is not None:
+                pairs = zip(factors, wider, strict=True)
+                made = [self._parts(*pair) if pair[0] else (Segment((1,), (_length(pair[1]),)),) for pair in pairs]
+                return *product_segments(made), *rest
+        return None
+
+    def _factors(self, parts: tuple[Part, ...], count: int) -> list[tuple[Part, ...]] | None:
+        """So many factors of parts, nothing for a factor of 1; None if they were not split so."""
+        own = self.student.dimensions[parts[0].dimension].factors
+        if len(parts) == 1 and parts[0].repeat == 1 and len(own) == count:
+            return list(own)
+        for sizes in sorted(self.student.units.get(parts, ()), key=lambda sizes: sizes[0] > 1):  # heads come first
+            more = iter(own if sum(size > 1 for size in sizes) > 1 else (parts,))
+            if len(sizes) == count:
+                return [next(more, ()) if size > 1 else () for size in sizes]
+        return None
 
     def _part(self, part: Part, other: Part) -> tuple[Segment, ...]:
         if self._is_repeated(part, other):
@@ -293,13 +333,16 @@ class _Overlay:
         if part.size == other.size or not one + two:
             found: tuple[Segment, ...] = (Segment((part.size,), (other.size,)),)
         elif len(one) == len(two):
-            found = _product([self._parts(*pair) for pair in zip(one, two, strict=True)])
+            found = product_segments([self._parts(*pair) for pair in zip(one, two, strict=True)])
+        elif not one:  # what is split in the TA alone is the innermost factor: one head beside several
+            outer = Segment((1,), (other.size // _length(two[-1]),))
+            found = product_segments([(outer,), self._parts((replace(part, repeat=1),), two[-1])])
         else:
             raise _Misfit
         return (
             found
             if part.repeat == other.repeat == 1
-            else _product([found, (Segment((part.repeat,), (other.repeat,)),)])
+            else product_segments([found, (Segment((part.repeat,), (other.repeat,)),)])
         )
 
     def _is_repeated(self, part: Part, other: Part) -> bool:
@@ -307,9 +350,8 @@ class _Overlay:
 
         The Student has one of what repeats, and so no axis for it where the TA has one.
         """
-        if not part.repeat == 1 < other.repeat or part.size > other.repeat:
-            return False
-        return _homes(self.student, part.dimension) < _homes(self.ta, other.dimension)
+        fits = part.repeat == 1 < other.repeat and part.size <= other.repeat
+        return fits and _homes(self.student, part.dimension) < _homes(self.ta, other.dimension)
 
 
 def _homes(trace: Trace, dimension: int) -> set[tuple[str, int]]:
@@ -333,27 +375,6 @@ class _Misfit(Exception):
     """Parts that do not lie over each other."""
 
 
-def _product(factors: list[tuple[Segment, ...]]) -> tuple[Segment, ...]:
-    """The segments of a product, of which each factor may consist of several segments."""
-    first, *rest = [_joined(each) for each in factors]
-    if not rest:
-        return first
-    inner = _product(list(rest))
-    if len(inner) == 1:
-        return tuple(Segment(each.student + inner[0].student, each.ta + inner[0].ta) for each in first)
-    absent = tuple(Segment((0,), (each.ta_size,)) for each in inner)
-    held = set(Axis(first).positions())
-    return tuple(each for i in range(sum(one.ta_size for one in first)) for each in (inner if i in held else absent))
-
-
-def _joined(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """Equal segments as one of two factors."""
-    if len(segments) > 1 and len(set(segments)) == 1:
-        number, each = len(segments), segments[0]
-        return (Segment((number, *each.student), (number, *each.ta)),)
-    return segments
-
-
 def _sizes(parts: tuple[Part, ...]) -> str:
-    sizes = [str(part.size) if part.repeat == 1 else f"{part.size} x {part.repeat}" for part in parts]
+    sizes = [f"{part.size} x {part.repeat}".removesuffix(" x 1") for part in parts]
     return " + ".join(sizes[:8]) + (f" + {len(sizes) - 8} more" if len(sizes) > 8 else "")

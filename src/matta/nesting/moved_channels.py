@@ -29,6 +29,7 @@ def move(known: Known, call: Call) -> None:
 
 def view(known: Known, call: Call) -> None:
     """A view that splits axes and merges them at once is two: into the factors of both shapes, and out of them."""
+    _note_units(known, call)
     factors = common_factors(call.shape, call.result.shape)
     if factors is None or factors in (tuple(call.shape), tuple(call.result.shape)):
         move(known, call)
@@ -37,6 +38,48 @@ def view(known: Known, call: Call) -> None:
     middle = call.first.new_empty(factors)
     move(known, Call(plain, (call.first, list(factors)), {}, middle, call.shape))
     move(known, Call(plain, (middle, list(call.result.shape)), {}, call.result, middle.shape))
+
+
+def as_complex(known: Known, call: Call) -> None:
+    """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
+    axes = min(call.first.ndim, call.result.ndim)
+    known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
+
+
+def masked(known: Known, call: Call) -> None:
+    """Rows picked by a mask, one after the other: their channels are the fastest factor of what comes out."""
+    data, mask, size = call["self"], call["mask"], len(call.result)
+    row = known.rows(data).get(data.ndim - 1)
+    if row is not None and mask.shape[-1] == 1 and bool((row != 0).all()) and size:
+        times = size // len(row)
+        known.put(call.result, {0: known.channels.merge((known.channels.new(times), row)) if times > 1 else row})
+    elif row is not None:
+        problem = f"{call.name!r} picks some of {len(row)} of them"
+        known.blame([row], problem)
+        known.put(call.result, {0: known.lose(size, problem)})
+
+
+def packed(known: Known, call: Call) -> None:
+    """Sequences of several lengths as places one after the other, or back: two axes become one, or one two."""
+    rows, more = known.rows(call.first), call.result.ndim - call.first.ndim
+    known.put(call.result, {axis + more: row for axis, row in rows.items() if axis + more >= max(1, 1 + more)})
+
+
+def _note_units(known: Known, call: Call) -> None:
+    """Note rows that a view splits or merges with factors of 1: the heads of a model that has one head."""
+    before, after = call.shape, call.result.shape
+    for axis, row in known.rows(call.first).items():
+        stretches = [_stretch(shape, prod(before[:axis]), len(row)) for shape in (before, after)]
+        shorter, longer = sorted(stretches, key=len)
+        units = longer[shorter.count(1) :]
+        if shorter and 1 in units and prod(units) == len(row):
+            known.channels.units.append((row, units))
+
+
+def _stretch(shape: torch.Size, start: int, size: int) -> tuple[int, ...]:
+    """The axes of a shape that lie between two places, with those of length 1 at its ends."""
+    ends = [(prod(shape[:i]), prod(shape[: i + 1])) for i in range(len(shape))]
+    return tuple(shape[i] for i, (low, high) in enumerate(ends) if start <= low and high <= start * size)
 
 
 def _again(call: Call, shadow: Tensor) -> Any:
@@ -107,6 +150,7 @@ def _varies(moved: Tensor, axis: int) -> bool:
 def _merged(known: Known, call: Call, axis: int, shape: torch.Size, rows: list[tuple[int, Row]]) -> Row:
     """Where axes merge into one, its row is their product; those of an input count for nothing beside others."""
     own = sorted((source, row) for source, row in rows if not known.channels.is_input(row[row != 0]))
+    own = [pair for pair in own if call.shape[pair[0]] > 1] or own  # one place, such as the last token, is no factor
     if len(own) < 2:
         return own[0][1] if own else rows[-1][1]
     problem = f"{call.name!r} merges their axis with another"

@@ -13,7 +13,7 @@ _KEEPING_ZEROS: Final = frozenset("mul neg relu silu gelu tanh abs sqrt sin clon
 
 _WHOLE: Final = frozenset(
     "_softmax _log_softmax _safe_softmax logsumexp topk sort kthvalue max min amax amin argmax argmin var std var_mean "
-    "std_mean native_layer_norm _fused_rms_norm native_group_norm".split()
+    "std_mean native_layer_norm _fused_rms_norm native_group_norm native_batch_norm".split()
 )
 
 

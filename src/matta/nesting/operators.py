@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from matta.nesting.channels import Call, Known, Noted, Row, Rows, name_of
 from matta.nesting.convolutions import convolution, gathered, spatial, spread
-from matta.nesting.moved_channels import move, view
+from matta.nesting.moved_channels import as_complex, masked, move, packed, view
 from matta.nesting.operator_kinds import is_pointwise, is_whole, may_fill
 
 
@@ -59,9 +59,11 @@ class Flow(TorchDispatchMode):
                 _unknown(self.known, call)
             if is_whole(func) or may_fill(func):
                 made = tuple(self.known.rows(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-                self.known.noted[step] = Noted(call.name, taken, made)
+                self.known.noted[step] = Noted(taken, made)
             if all(map(self.known.is_weight, tensors)):
                 self.known.mark_weights(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        elif name_of(func) in _RANGES:  # of which frequencies are made: their sines and cosines are the same channels
+            self.known.label(out, is_input=True)
         return out
 
 
@@ -123,10 +125,16 @@ def _forget(known: Known, call: Call) -> None:
 
 def _unknown(known: Known, call: Call) -> None:
     rows = [row for tensor in call.tensors for row in known.rows(tensor).values()]
-    problem = f"matta cannot follow them through the operator {call.name!r}"
+    if all(map(known.channels.is_input, rows)):
+        return  # of inputs and ranges alone
+    problem = _untold(call)
     known.blame(rows, problem)
     for out in (leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)):
         known.put(out, {axis: known.lose(size, problem) for axis, size in enumerate(out.shape)})
+
+
+def _untold(call: Call) -> str:
+    return f"matta cannot follow them through the operator {call.name!r}"
 
 
 def _axes(dim: Any, ndim: int) -> set[int]:
@@ -226,12 +234,6 @@ def _restride(known: Known, call: Call) -> None:
     (_keep if call.result.shape == call.shape else _unknown)(known, call)
 
 
-def _as_complex(known: Known, call: Call) -> None:
-    """Pairs of numbers as one complex number, or back: the axis of the pairs comes or goes."""
-    axes = min(call.first.ndim, call.result.ndim)
-    known.put(call.result, {axis: row for axis, row in known.rows(call.first).items() if axis < axes})
-
-
 def _row_norm(known: Known, call: Call) -> None:
     """Layer norm and RMS norm: the weights belong to the last axes."""
     size = len(call["normalized_shape"])
@@ -324,6 +326,16 @@ def _scatter(known: Known, call: Call) -> None:
     known.put(call.result, known.tie_all(found))
 
 
+def _transformed(known: Known, call: Call) -> None:
+    """A Fourier transform mixes the channels of its own axes, and leaves the others."""
+    rows, mixed = known.rows(call.first), _axes(call["dim"], call.first.ndim)
+    lost = {axis: row for axis, row in rows.items() if axis in mixed and not known.channels.is_input(row)}
+    problem = _untold(call)
+    known.blame(lost.values(), problem)
+    kept = {axis: row for axis, row in rows.items() if axis not in mixed}
+    known.put(call.result, kept | {axis: known.lose(call.result.shape[axis], problem) for axis in lost})
+
+
 def _gather(known: Known, call: Call) -> None:
     dim = call["dim"] % call["self"].ndim
     rows = known.rows(call["self"])
@@ -332,6 +344,8 @@ def _gather(known: Known, call: Call) -> None:
     lost = {dim: known.lose(shape[dim], problem)} if dim in rows else {}
     known.put(call.result, {axis: row[: shape[axis]] for axis, row in rows.items() if axis != dim} | lost)
 
+
+_RANGES: Final = frozenset({"arange", "linspace", "logspace"})
 
 _SUMS: Final = frozenset({"sum", "mean", "prod", "max", "min", "any", "all", "var", "std", "argmax", "norm"})
 
@@ -355,7 +369,7 @@ _RULES: Final[dict[str, _Rule]] = {
     ),
     **dict.fromkeys("_local_scalar_dense nonzero multinomial bincount equal zero fill".split(), _forget),
     **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
-    **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation"], _add_product),
+    **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation", "_sparse_addmm"], _add_product),
     **dict.fromkeys(["convolution", "_convolution"], convolution),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], _row_norm),
     **dict.fromkeys(
@@ -366,11 +380,14 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
     **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], _transformed),
+    "masked_select": masked,
+    **dict.fromkeys(["_pack_padded_sequence", "_pad_packed_sequence"], packed),
     "linalg_solve_triangular": _solved,
     "_trilinear": _trilinear,
     "_grouped_mm": _grouped_product,
     "as_strided": _restride,
-    **dict.fromkeys(["view_as_complex", "view_as_real"], _as_complex),
+    **dict.fromkeys(["view_as_complex", "view_as_real"], as_complex),
     "glu": _glu,
     "cat": _cat,
     "stack": _stack,

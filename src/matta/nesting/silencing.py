@@ -7,9 +7,9 @@ width are its numbers (`matta.nesting.lockstep`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
 from matta.nesting.batches import call, has_logits, outputs_of
-from matta.nesting.copying import deep_copy
+from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
@@ -110,10 +110,10 @@ class SilencedPair:
             return found
 
     def _compare(self, placements: Mapping[str, Placement], spreads: Spreads | None) -> Difference | None:
-        ta = copy.deepcopy(self.ta)
+        ta = deep_copy(self.ta)
         _plant(self.student, ta, placements, self.plan.private, _SILENT[self.dtype])
         _copy_numbers(self.student, ta, self.layouts)
-        _narrow_norms(self.student, ta, placements, self.layouts)
+        _narrow_norms(self.student, ta, placements, self.layouts, self.recording)
         channels = _output_axes(self.student, placements)
         try:
             output, recording = _run(ta, self.inputs, self.recording, spreads)
@@ -124,7 +124,8 @@ class SilencedPair:
         if self.has_logits and not self.has_own_modules and shapes[0] != shapes[1]:
             raise ProbeError(
                 f"the Student's logits have shape {shapes[0][0]} on the example and the TA's {shapes[1][0]}; expected "
-                f"the same classes (or vocabulary) and positions of both; build the TA with the Student's"
+                f"the same classes (or vocabulary) and positions of both; build the TA with the Student's, or, if "
+                f"these are features as wide as each model is, nest with probe=False"
             )
         for order, ((name, nth), expected) in enumerate(self.recording.outputs.items()):
             found = recording.outputs.get((name, nth))
@@ -150,7 +151,7 @@ def _run(
 
 def _narrowed(found: Tensor, expected: Tensor, axis: Axis) -> Tensor | None:
     """The Student's channels of a TA module's output, on the last axis or the second; None where it has none."""
-    for dim in {found.ndim - 1, min(1, found.ndim - 1)}:
+    for dim in {found.ndim - 1, min(1, found.ndim - 1)} if found.ndim else ():
         if found.ndim == expected.ndim and (expected.shape[dim], found.shape[dim]) == (axis.student_size, axis.ta_size):
             narrowed = found.index_select(dim, torch.tensor(axis.positions(), device=found.device))
             return narrowed if narrowed.shape == expected.shape else None
@@ -235,10 +236,10 @@ def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layou
         for attribute, value in vars(part).items() if other is not None else ():
             if isinstance(value, float) and isinstance(vars(other).get(attribute), float):
                 setattr(other, attribute, value)
-    targets = dict(ta.named_buffers())
-    for name, buffer in student.named_buffers():
+    targets = dict(chain(ta.named_buffers(), attribute_tensors(ta)))
+    for name, buffer in chain(student.named_buffers(), attribute_tensors(student)):
         target = targets.get(name)
-        if target is None or target.ndim != buffer.ndim or target.dtype != buffer.dtype:
+        if target is None or (target.ndim, target.dtype, target.layout) != (buffer.ndim, buffer.dtype, torch.strided):
             continue
         sizes = list(enumerate(zip(buffer.shape, target.shape, strict=True)))
         if all(size <= larger for _, (size, larger) in sizes):
@@ -257,13 +258,19 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _narrow_norms(
-    student: nn.Module, ta: nn.Module, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]
+    student: nn.Module,
+    ta: nn.Module,
+    placements: Mapping[str, Placement],
+    layouts: Mapping[str, Layout],
+    recording: Recording,
 ) -> None:
     """Norms of the TA see the Student's channels alone: statistics over a larger width are others."""
+    shapes = {name: made.shape for (name, nth), made in recording.outputs.items() if nth == 0}
     for name, part in list(student.named_modules()):
         axis = _channels(name, part, ta, placements, layouts)
         if axis is not None and (axis.grows or isinstance(part, _BatchNorm)):
-            ta.get_submodule(name).forward = _on_slice(part, axis, ta.get_submodule(name).forward)
+            plain = ta.get_submodule(name).forward
+            ta.get_submodule(name).forward = _on_slice(part, axis, plain, shapes.get(name))
 
 
 def _channels(
@@ -274,7 +281,8 @@ def _channels(
     layouts: Mapping[str, Layout],
 ) -> Axis | None:
     own = dict(part.named_parameters(recurse=False))
-    if isinstance(part, nn.ParameterList | nn.ParameterDict) or any(True for _ in part.children()):
+    is_norm = isinstance(part, _NormBase | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm)  # perhaps with an activation
+    if isinstance(part, nn.ParameterList | nn.ParameterDict) or (not is_norm and any(True for _ in part.children())):
         return None
     if any(parameter.ndim > 1 for parameter in own.values()):
         return None
@@ -290,14 +298,26 @@ def _channels(
     return None
 
 
-def _on_slice(module: nn.Module, axis: Axis, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The Student's module on the Student's channels of a wider input; zeros in the others."""
-    is_second = isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU)  # the last axis may be as long by chance
+def _on_slice(
+    module: nn.Module, axis: Axis, plain: Callable[..., Tensor], shape: torch.Size | None
+) -> Callable[..., Tensor]:
+    """The Student's module on the Student's channels of a wider input; zeros in the others.
+
+    Of axes that are as long by chance it is the one that is longer than in the Student's own output, of that shape.
+    """
+    is_second = isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU)
+
+    def place(wide: Tensor) -> int:
+        own = shape if shape is not None and len(shape) == wide.ndim else wide.shape
+        grown = [i for i, sizes in enumerate(zip(own, wide.shape, strict=True)) if sizes[0] != sizes[1]]
+        if len(grown) == 1 and wide.shape[grown[0]] == axis.ta_size:
+            return grown[0]
+        return 1 if is_second or wide.shape[-1] != axis.ta_size else -1
 
     def forward(wide: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(wide, Tensor):  # no norm, but a token that is expanded to a shape
             return plain(wide, *args, **kwargs)
-        dim = 1 if is_second or wide.shape[-1] != axis.ta_size else -1
+        dim = place(wide)
         positions = torch.tensor(axis.positions(), device=wide.device)
 
         def narrow(tensor: Tensor) -> Tensor:  # a gate beside the input is as wide
@@ -310,13 +330,17 @@ def _on_slice(module: nn.Module, axis: Axis, plain: Callable[..., Tensor]) -> Ca
     return forward
 
 
+def _holds_layers(part: nn.Module) -> bool:
+    return any(True for child in part.children() for _ in child.parameters())
+
+
 def _output_axes(student: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Axis]:
     """The axis on which a module's outputs lie, by module name."""
     found: dict[str, Axis] = {}
     for name, placement in placements.items():
         path, _, leaf = name.rpartition(".")
         owner = student.get_submodule(path)
-        if not placement.axes or isinstance(owner, nn.RNNBase) or path in found:
+        if not placement.axes or isinstance(owner, nn.RNNBase) or path in found or _holds_layers(owner):
             continue
         roles = [axis_role(owner, leaf, axis) for axis in range(len(placement.axes))]
         if len(placement.axes) == 1 or "out" in roles or "embedding" in roles:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from matta.errors import NestingError, TracingError
 from matta.nesting.batches import Batch, call, outputs_of, split_labels, tensors_of
 from matta.nesting.channels import Known, Row, Rows
-from matta.nesting.copying import deep_copy
+from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.dimensions import Atlas, Trace
 from matta.nesting.operators import Flow, plain_kernels
 
@@ -32,6 +32,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
 
     Raises:
         TracingError: the module fails on the example, or cannot be copied.
+        NestingError: the module builds parameters in its forward.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,13 +42,16 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     """
     module, known = _copied(module).eval(), Known()
     owners: dict[str, Rows] = {}
-    for name, tensor in _state(module):
+    kept = dict(attribute_tensors(module))
+    for name, tensor in [*_state(module), *kept.items()]:
         owners[name] = known.label(tensor)
     known.mark_weights(module.parameters())
     seen: dict[str, Rows] = {}
     taken: dict[tuple[str, int], Rows] = {}
     _watch(module, known, seen, taken)
+    before = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     result = _run(module, known, split_labels(example)[0])
+    _refuse_built(module, before)
     unread = {name for name, tensor in _state(module) if id(tensor) not in known.read}
     unread -= _tied_to_outputs(known, owners, seen, unread)
     returned = outputs_of(result)
@@ -58,7 +62,7 @@ def trace(module: nn.Module, example: Batch) -> Trace:
     return Trace(
         dimensions=atlas.dimensions(),
         axes={key: atlas.parts(row) for key, row in rows.items()},
-        buffers=frozenset(name for name, _ in module.named_buffers()),
+        buffers=frozenset([*(name for name, _ in module.named_buffers()), *kept]),
         outputs={name: atlas.parts(row) for name, row in atlas.own_axes(seen, own)},
         inputs=dict(atlas.whole_axes(taken)),
         output_shapes=tuple(tensor.shape for tensor in returned),
@@ -67,7 +71,17 @@ def trace(module: nn.Module, example: Batch) -> Trace:
         noted=known.noted,
         parts_of=atlas.parts_of,
         shaped=atlas.places(known.shaped),
+        units=atlas.units(),
     )
+
+
+def _refuse_built(module: nn.Module, before: set[str]) -> None:
+    built = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in before]
+    if built:
+        raise NestingError(
+            f"{type(module).__name__} builds {built[0]} in its forward ({len(built)} new parameters); expected "
+            f"parameters that are there before it runs: run the Student and the TA on a batch once, then nest them"
+        )
 
 
 def _tied_to_outputs(known: Known, owners: dict[str, Rows], seen: dict[str, Rows], unread: set[str]) -> set[str]:
@@ -131,7 +145,7 @@ def _watch(module: nn.Module, known: Known, seen: dict[str, Rows], taken: dict[t
 def _run(module: nn.Module, known: Known, inputs: Any) -> Any:
     floats = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for tensor in floats:
-        known.label(tensor, is_input=True)
+        known.label(tensor, is_input=True, start=1)  # without the batch axis
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from matta.errors import NestingError
 from matta.nesting.batches import Batch, call, eval_mode, outputs_of, split_labels
+from matta.nesting.copying import holds_same
 from matta.nesting.declarations import LayerMap, translate
 from matta.nesting.known_modules import axis_role
 from matta.nesting.matching import Shown
@@ -192,7 +193,7 @@ def _other_buffers(student: nn.Module, ta: nn.Module, plan: Plan) -> list[str]:
     return [
         name
         for name, own, other in pairs
-        if id(own) not in norms and other is not None and own.shape == other.shape and not torch.equal(own, other)
+        if id(own) not in norms and other is not None and own.shape == other.shape and not holds_same(own, other)
     ]
 
 

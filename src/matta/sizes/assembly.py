@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from matta.errors import SubModelError
-from matta.nesting.copying import copy_module
+from matta.nesting.copying import copy_module, holds_same
 from matta.nesting.declarations import LayerMap, translate
 from matta.nesting.known_modules import DEPTHS, LAYER_INDICES, size_attributes
 from matta.nesting.layout import Axis, Segment
@@ -171,7 +170,7 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two buffers hold the same constants."""
     if one is None or other is None or one.is_meta or other.is_meta:
         return False
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.shape == other.shape and holds_same(one, other)
 
 
 def _below(placement: Placement, layers: LayerMap) -> str | None:
