@@ -6,7 +6,6 @@ import copy
 import gc
 import weakref
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -496,12 +495,6 @@ def test_models_of_different_classes_are_refused() -> None:
         _cotraining(nested)((X, Y))
 
 
-def _encoder_and_decoder() -> matta.Nested:
-    nested = matta.nest(_tower(4), _tower(7))
-    nested.ta.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
-    return nested
-
-
 def test_a_nesting_is_not_called() -> None:
     with pytest.raises(matta.MattaError, match=r"a nesting is not called; expected .* nested.student"):
         matta.nest(_tower(4), _tower(7))(X)
@@ -516,10 +509,6 @@ def test_a_nesting_is_not_called() -> None:
             r"received the class Binary as objective; expected such as matta.obj",
         ),
         ({"accumulate": 0}, r"received accumulate=0; expected a whole number from 1 up"),
-        (
-            {"nested": _encoder_and_decoder(), "objective": CausalLM()},
-            r"CausalLM, which shifts the labels, .* takes them shifted .*; expected matta.objectives.Classification",
-        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_step(wrong: dict[str, Any], message: str) -> None:

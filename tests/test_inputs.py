@@ -220,3 +220,11 @@ def test_a_decoder_with_shifted_inputs_has_the_loss_of_transformers() -> None:
     batch = {"input_ids": torch.randint(VOCABULARY, (2, 4)), "decoder_input_ids": shifted, "labels": labels}
     out = matta.CoTraining(nested, Classification()).eval()(batch)
     torch.testing.assert_close(out.ta_loss, nested.ta(**batch).loss)
+    with pytest.raises(
+        matta.errors.LabelError, match=r"CausalLM, which shifts the labels, .* shifted already; expected"
+    ):
+        matta.CoTraining(nested, CausalLM())(batch)
+    whole = {**batch, "decoder_input_ids": labels.clamp(min=0)}  # not shifted: CausalLM is right
+    out = matta.CoTraining(nested, CausalLM()).eval()(whole)
+    expected = nested.ta(**{**whole, "labels": None}).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(out.ta_loss, torch.nn.functional.cross_entropy(expected, labels[:, 1:].flatten()))

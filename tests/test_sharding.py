@@ -219,7 +219,7 @@ def judged(cotrain: matta.CoTraining, evaluate: Any) -> tuple[dict[str, float], 
     calls: list[None] = []
     hook = cotrain.nested.ta.head.register_forward_hook(lambda *_: calls.append(None))
     torch.manual_seed(7)
-    values = RunEvaluation(cotrain, evaluate, None, None).judge(0)
+    values = RunEvaluation(cotrain, evaluate, None, None, None).judge(0)
     hook.remove()
     return values, len(calls)
 

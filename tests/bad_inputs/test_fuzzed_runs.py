@@ -70,7 +70,7 @@ class Run:
 
     def resume(self) -> None:
         """Take up the newest checkpoint."""
-        given: dict[str, Any] = dict.fromkeys(("epochs", "clip_norm", "evaluate_every", "best", "rollback"))
+        given: dict[str, Any] = dict.fromkeys(("epochs", "clip_norm", "evaluate_every", "best", "patience", "rollback"))
         counts = {"steps": 2, "accumulate": 1, "checkpoint_every": 1, "max_nonfinite": 10, "log_every": 50}
         settings = Settings(**given, **counts, precision="no", resume=True)
         feed, folder = Feed(DATA, self.accelerator, None), RunFolder(self.path, resume=True)

@@ -27,7 +27,7 @@ from matta.sizes.submodels import SubModel, live, random_sub_model, sizes_betwee
 from matta.training.known_step import KnownStep
 from matta.training.loss_schedule import Ramp, Turns, Weights
 from matta.training.processes import num_processes, summed
-from matta.training.step_labels import Teachers, as_teachers, has_labels, weighted_batch
+from matta.training.step_labels import Teachers, as_teachers, has_labels, refuse_shifted_twice, weighted_batch
 from matta.training.step_output import CoTrainingOutput, kept_logits
 
 
@@ -96,9 +96,9 @@ class CoTraining(nn.Module):
         accumulate: Forwards to one optimizer step.
 
     Raises:
-        MattaError: no nesting, no objective (its class, say), weights that are no field's name, labels that would be
-            shifted twice, a Teacher that is no module, fewer than one forward to a step, or temperature and labels
-            that are out of range, or without a Teacher that can use them.
+        MattaError: no nesting, no objective (its class, say), weights that are no field's name, a Teacher that is no
+            module, fewer than one forward to a step, or temperature and labels that are out of range, or without a
+            Teacher that can use them.
 
     Example:
         >>> import matta
@@ -129,11 +129,6 @@ class CoTraining(nn.Module):
         require_kind(
             "weights", objective.weights, (str, NoneType), "the name of the field of the batch that holds them"
         )
-        if isinstance(objective, CausalLM) and getattr(getattr(nested.ta, "config", None), "is_encoder_decoder", False):
-            raise MattaError(
-                "received CausalLM, which shifts the labels, for an encoder and decoder, which takes them shifted in "
-                "decoder_input_ids; expected matta.objectives.Classification()"
-            )
         if not isinstance(accumulate, int) or accumulate < 1:
             raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
         if temperature != 1.0 and not objective.makes_probabilities:
@@ -151,6 +146,7 @@ class CoTraining(nn.Module):
         self.accumulate = accumulate
         self.teachers = Teachers(modules=as_teachers(teacher), temperature=temperature, labels=labels)
         self._live: dict[SubModel, nn.Module] = {}
+        self._has_shift_to_check = isinstance(objective, CausalLM)
         self._known_step = KnownStep()
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -239,9 +235,12 @@ class CoTraining(nn.Module):
         """The losses of a batch; with `num_labels`, those of the whole step, `loss` is divided by them.
 
         Raises:
-            LabelError: labels are missing, or do not fit the logits.
+            LabelError: labels are missing, do not fit the logits, or would be shifted twice.
         """
         inputs, given = weighted_batch(batch, self.objective)
+        if self._has_shift_to_check and not torch.compiler.is_compiling():
+            self._has_shift_to_check = False
+            refuse_shifted_twice(inputs, given)
         labels = self._labels(inputs, given)
         cast = self._cast()
         own = list(self.nested.students)

@@ -121,5 +121,23 @@ def as_teachers(teacher: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Mod
     return tuple(several)
 
 
+def refuse_shifted_twice(inputs: Any, labels: Any) -> None:
+    """Refuse, for an objective that shifts the labels, a decoder's inputs that are these labels shifted already.
+
+    Raises:
+        LabelError: they are.
+    """
+    ids = inputs.get("decoder_input_ids") if isinstance(inputs, Mapping) else None
+    if not (isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape):
+        return
+    counts = labels[..., :-1] >= 0
+    is_shifted = (labels[..., :-1] == ids[..., 1:])[counts]
+    if not torch.equal(ids, labels) and is_shifted.numel() and bool(is_shifted.all()):
+        raise LabelError(
+            "received CausalLM, which shifts the labels, and decoder_input_ids that are the labels shifted already; "
+            "expected matta.objectives.Classification()"
+        )
+
+
 def _mean(*labels: Tensor) -> Tensor:
     return torch.stack(labels).mean(0)
