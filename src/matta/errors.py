@@ -14,11 +14,15 @@ Example:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+_LONGEST: Final = 4000  # characters of a message
 
 
 class MattaError(ValueError):
     """Any error of matta's that the user can mend.
+
+    Of a message that a value received has made very long the middle is left out.
 
     Example:
         >>> import matta
@@ -28,6 +32,10 @@ class MattaError(ValueError):
         >>> issubclass(matta.errors.RunError, matta.MattaError) and issubclass(matta.MattaError, ValueError)
         True
     """
+
+    def __init__(self, message: str = "") -> None:
+        half = _LONGEST // 2
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:half]} … {message[-half:]}")
 
 
 class LayoutError(MattaError):

@@ -19,6 +19,7 @@ from test_fuzzed_readers import PIECES, require_one_line
 MOST = settings.default.max_examples if settings.default.max_examples < 1000 else 10_000  # type: ignore[union-attr]
 """Tries: the latter under `make stress`."""
 _NONE, _MORE = object(), object()
+_LONG = "long" * 10_000  # must not come back whole in a message
 VALUES = (None, True, False, 0, -1, 1, 2**70, 1.5, 1e308, float("nan"), "", "a", "..", "\ud800", [], {}, [1], {"a": 1})
 
 
@@ -85,7 +86,7 @@ def every_change(good: bytes, most: int) -> Iterator[bytes]:
     lines = [good] if _json(good) is not None else good.splitlines()
     values = [{"": json.loads(line)} for line in lines]
     places = [(index, path) for index, outer in enumerate(values) for path in _places(outer[""])]
-    changes = list(product(places, (*VALUES, _NONE, _MORE)))
+    changes = list(product(places, (*VALUES, _LONG, [_LONG], _NONE, _MORE)))
     for (index, path), value in changes[:: -(-len(changes) // most)]:
         changed = json.dumps(_with_value(values[index], path, value)).encode()
         yield b"\n".join([*lines[:index], changed, *lines[index + 1 :]])
