@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import matta
 from matta.errors import NestingError, TracingError
@@ -262,3 +263,16 @@ def test_a_parameter_in_the_place_of_a_slice_is_refused() -> None:
         live.weight = nn.Parameter(torch.zeros(3, 2))
     live.load_state_dict(plain.state_dict())
     assert torch.equal(live.weight, plain.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_moving_average_of_a_nesting_is_one_of_its_student(training: bool) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4)), layouts={"0.*": 1})
+    average = AveragedModel(nested).train(training)
+    average.update_parameters(nested)
+    before = nested.student[0].weight.detach().clone()
+    with torch.no_grad():
+        nested.ta[0].weight.add_(1)
+    average.update_parameters(nested)
+    torch.testing.assert_close(average.module.student[0].weight, before + 0.5)
