@@ -209,6 +209,8 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
         matta.save(_nested(), tmp_path)
     with pytest.raises(CheckpointError, match="exists and holds no saved nesting"):
         matta.save(_nested(), tmp_path / "thesis.txt")
+    with pytest.raises(CheckpointError, match="thesis.txt is a file, so that .* cannot be made"):
+        matta.save(_nested(), tmp_path / "thesis.txt" / "nesting")
     assert (tmp_path / "thesis.txt").read_text() == "important"
 
 
@@ -366,6 +368,8 @@ def test_an_edited_plan_is_refused_even_where_it_would_fit(saved: Path, edit: st
         (lambda: [Net(6, 3), Net()], r"does not fit the modules"),
         (lambda: [Net(), Net(6, 4)], r"does not fit: ta.blocks.3.* is only in the modules; build"),
         (lambda: [nn.Linear(3, 2), Net(6, 3)], r"does not fit the modules"),
+        (lambda: [_nested().student, Net(6, 3)], r"does not fit the modules: the Student cannot be nested: it is live"),
+        (lambda: [Net(), Net], r"does not fit the modules: the TA is type; expected a torch.nn.Module"),
         (lambda: [Net()], r"received 1 modules for a nesting of 1 Student\(s\); expected load\(path, nested\)"),
         (lambda: [Net(), Net(), Net()], r"received 3 modules"),
         (list, r"received 0 modules"),

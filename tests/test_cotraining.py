@@ -529,3 +529,24 @@ def test_the_step_is_read_anew_after_anything_but_a_forward() -> None:
     assert twin.read(counter_of_twin) == 3
     known.advance(counter)
     assert (known.read(counter), known.read(counter_of_twin)) == (8, 3)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan")])
+def test_a_number_of_labels_that_is_none_is_refused(wrong: float) -> None:
+    cotrain = _cotraining()
+    with pytest.raises(MattaError, match=f"received num_labels={wrong}; expected a number over 0"):
+        cotrain((X, Y), num_labels=wrong)
+    assert cotrain.step == 0
+
+
+@pytest.mark.parametrize("wrong", [{"weights": (1, 1, 1)}, {"ramp": 3}, {"turns": matta.Turns}])
+def test_settings_of_another_kind_are_refused(wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong))
+    with pytest.raises(MattaError, match=f"received .* as {name}; expected a matta.{name.title()}, or None"):
+        _cotraining(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"start": -1}, {"steps": float("nan")}, {"start": float("inf")}])
+def test_a_ramp_of_no_number_of_steps_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MattaError, match="expected start and steps of zero or more"):
+        matta.Ramp(**wrong)

@@ -512,6 +512,7 @@ def test_it_learns_and_adagrad_bears_the_rates_of_a_stream(graft: Any, lr: float
         {"betas": (0.9,)},
         {"betas": 0.9},
         {"lr": "high"},
+        {"lr": float("inf")},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
         {"graft": "lion"},
@@ -606,3 +607,60 @@ def test_a_grid_joins_what_it_cuts(rows: int, columns: int, block_size: int) -> 
     assert max(blocks.shape[2:]) <= block_size
     assert blocks.shape[0] * blocks.shape[1] == grid.num_blocks
     assert torch.equal(grid.join(blocks), matrix)
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_a_state_of_another_precision_is_taken_over(graft: Any, before: torch.dtype, after: torch.dtype) -> None:
+    first, second = (nn.Linear(3, 2, dtype=dtype) for dtype in (before, after))
+    second.load_state_dict(first.state_dict())
+    saved, resumed = (Shampoo(each, **settings(graft=graft)) for each in (first, second))
+    steps = gradients_of((2, 4), 8)
+    for step in steps[:4]:
+        follow(saved, list(first.parameters()), [[step[:, :3].to(before), step[:, 3].to(before)]])
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(saved.state_dict())
+    for step in steps[4:]:
+        for optimizer, module, dtype in ((saved, first, before), (resumed, second, after)):
+            follow(optimizer, list(module.parameters()), [[step[:, :3].to(dtype), step[:, 3].to(dtype)]])
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-3, atol=1e-4)
+    kept = [value for each in resumed.state_dict()["state"].values() for name, value in each.items() if name != "step"]
+    assert {value.dtype for value in kept} == {after}
+
+
+def test_a_state_of_other_shapes_is_refused_before_anything_changes() -> None:
+    saved = Shampoo(nn.Linear(3, 2), **settings(lr=0.5))
+    follow(saved, saved.param_groups[0]["params"], [[torch.ones(2, 3), torch.ones(2)]])
+    for other in (nn.Linear(3, 8), nn.Linear(2, 2)):  # of more blocks the first state would be broadcast
+        optimizer = Shampoo(other, **settings())
+        with pytest.raises(OptimizerError, match="exp_avg of shape .* in the same order"):
+            optimizer.load_state_dict(saved.state_dict())
+        assert optimizer.param_groups[0]["lr"] == settings()["lr"]
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("wrong", [{}, {"model": {}, "optimizer": {}}, None, []])
+def test_what_is_no_state_is_refused(wrong: Any) -> None:
+    with pytest.raises(OptimizerError, match="as the state; expected what Shampoo.state_dict"):
+        Shampoo(nn.Linear(3, 2)).load_state_dict(wrong)
+
+
+def test_a_module_is_added_as_a_group() -> None:
+    table, head = nn.Embedding(5, 4), nn.Linear(4, 2)
+    optimizer = Shampoo(head)
+    optimizer.add_param_group({"params": nn.Sequential(table, nn.Linear(4, 4)), "lr": 0.5})
+    assert [(len(each["params"]), each["precondition"], each["lr"]) for each in optimizer.param_groups[1:]] == [
+        (2, True, 0.5),
+        (1, False, 0.5),
+    ]
+    with pytest.raises(OptimizerError, match="lr=-1"):
+        optimizer.add_param_group({"params": nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), "lr": -1})
+    assert len(optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize("name", ["maximize", "amsgrad", "momentum", "nesterov"])
+def test_settings_of_other_optimizers_in_a_group_are_refused(name: str) -> None:
+    with pytest.raises(OptimizerError, match=f"received {name}=True in a group"):
+        Shampoo([{"params": nn.Linear(3, 2).parameters(), name: True}])
+    Shampoo([{"params": nn.Linear(3, 2).parameters(), name: False}])

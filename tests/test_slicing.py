@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import matta
 from matta.errors import NestingError, TracingError
@@ -210,3 +211,68 @@ def test_a_nesting_is_pickled_whole() -> None:
     with torch.no_grad():
         again.ta[0].weight.zero_()
     assert not torch.equal(again.student(x), nested.student(x))
+
+
+def test_a_functional_call_uses_the_weights_that_it_is_given() -> None:
+    owner, live, plain = _live()
+    given = {name: each.detach() for name, each in plain.named_parameters()}
+    gradients = torch.func.grad(lambda each: torch.func.functional_call(live, each, (X,)).sum())(given)
+    assert torch.equal(torch.func.functional_call(live, given, (X,)), plain(X))
+    plain(X).sum().backward()
+    assert torch.equal(gradients["weight"], plain.weight.grad)
+    assert torch.equal(live.weight, owner.weight[[0, 1, 4]])
+
+
+def test_a_functional_call_follows_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, width), nn.Linear(width, 5, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(index))
+
+    torch.manual_seed(0)
+    nested, plain, index = matta.nest(Tied(2), Tied(4)), Tied(2), torch.arange(5)
+    found = torch.func.functional_call(nested.student, dict(plain.named_parameters()), (index,))
+    assert torch.equal(found, plain(index))
+
+
+@pytest.mark.parametrize("name", ["half", "double", "bfloat16"])
+def test_a_conversion_of_a_live_module_alone_is_refused(name: str) -> None:
+    owner, live, _ = _live()
+    with pytest.raises(NestingError, match=f"received {name}.*expected it for the nesting or the TA"):
+        getattr(live, name)()
+    getattr(owner, name)()
+    assert getattr(live, name)() is live
+    assert live.weight.dtype == owner.weight.dtype
+
+
+def test_a_live_module_is_not_frozen_or_moved_alone() -> None:
+    _, live, _ = _live()
+    for call in (lambda: live.requires_grad_(False), lambda: live.to("meta"), lambda: live.to(torch.half)):
+        with pytest.raises(NestingError, match="weights are slices of the TA's"):
+            call()
+    assert live.to("cpu").float().requires_grad_() is live
+
+
+def test_a_parameter_in_the_place_of_a_slice_is_refused() -> None:
+    _, live, plain = _live()
+    with pytest.raises(NestingError, match="in the place of 'weight'"):
+        live.weight = nn.Parameter(torch.zeros(3, 2))
+    live.load_state_dict(plain.state_dict())
+    assert torch.equal(live.weight, plain.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_moving_average_of_a_nesting_is_one_of_its_student(training: bool) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4)), layouts={"0.*": 1})
+    average = AveragedModel(nested).train(training)
+    average.update_parameters(nested)
+    before = nested.student[0].weight.detach().clone()
+    with torch.no_grad():
+        nested.ta[0].weight.add_(1)
+    average.update_parameters(nested)
+    torch.testing.assert_close(average.module.student[0].weight, before + 0.5)

@@ -187,7 +187,7 @@ class OptimizerError(MattaError):
         >>> from torch import nn
         >>> matta.Shampoo(nn.Linear(3, 1).parameters(), lr=-1.0)
         Traceback (most recent call last):
-        matta.errors.OptimizerError: lr=-1.0 is out of range; expected a number from 0 up
+        matta.errors.OptimizerError: lr=-1.0 is out of range; expected a finite number from 0 up
     """
 
 

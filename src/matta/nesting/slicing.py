@@ -25,6 +25,7 @@ from matta.nesting.layout import Axis
 from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
 
 _SLICES = "_live_slices"
+_CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cpu", "cuda", "requires_grad_")
 
 
 @final
@@ -243,11 +244,12 @@ def _plain(
 
 
 def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The present weights of a live module by name: own parameters and slices, tied ones once.
+    """The present weights of a live module by name: own parameters and slices, tied ones once, or as one tensor.
 
     Slices of sharded parameters have no contents here: what asks for names and shapes must not wait for all processes.
     """
     seen: set[Any] = set()
+    tied: dict[Any, Tensor] = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
         slices: dict[str, LiveSlice] = part.__dict__.get(_SLICES, {})
@@ -258,11 +260,16 @@ def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[s
         for name, live in slices.items():
             if not (once and live.key in seen):
                 seen.add(live.key)
-                yield prefix + name, live.outline() if live.is_sharded else getattr(part, name)
+                if live.key not in tied:
+                    tied[live.key] = live.outline() if live.is_sharded else getattr(part, name)
+                yield prefix + name, tied[live.key]
 
 
 def _read(name: str) -> Callable[[nn.Module], Tensor]:
     def read(self: nn.Module) -> Tensor:
+        given: Tensor | None = self._parameters.get(name)
+        if given is not None:  # for one call, by torch.func.functional_call
+            return given
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
@@ -276,7 +283,7 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
 
 def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
     live: LiveSlice | None = self.__dict__[_SLICES].get("weight")
-    if live is None or not self.sparse:
+    if live is None or not self.sparse or self._parameters.get("weight") is not None:
         return nn.EmbeddingBag.forward(self, *args, **options)
     table: Tensor = getattr(live.owner, live.name)
     return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
@@ -292,6 +299,8 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         body: dict[str, Any] = {name: property(_read(name)) for name in names}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
+        body |= {"register_parameter": _register_parameter}
+        body |= {name: _converting(name) for name in _CONVERSIONS}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
         if base.forward is nn.EmbeddingBag.forward:
             body["forward"] = _look_up_bags
@@ -314,6 +323,34 @@ def _named_parameters(
     own = ((name, each) for name, each in self._parameters.items() if each is not None)
     for name, tensor in live_parameters(self, once=remove_duplicate) if recurse else own:
         yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    if name in self.__dict__.get(_SLICES, {}) and param is not None:
+        raise NestingError(
+            f"received a parameter in the place of {name!r}, which is a slice of the TA's; expected its values: "
+            f"nested.student.load_state_dict(...) writes them into the TA; matta.extract(nested) has parameters"
+        )
+    nn.Module.register_parameter(self, name, param)
+
+
+def _converting(name: str) -> Callable[..., nn.Module]:
+    """`nn.Module.to` and the like, refused where they would leave the slices, which are the TA's, as they are."""
+
+    def convert(self: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        sources = [getattr(live.owner, live.name) for live in slices_of(self).values()]
+        for dtype, device in {(source.dtype, source.device) for source in sources}:
+            one = nn.ParameterList([torch.empty(0, dtype=dtype, device=device)])
+            getattr(one, name)(*args, **options)
+            if (one[0].dtype, one[0].device, one[0].requires_grad) != (dtype, device, True):
+                raise NestingError(
+                    f"received {name}(...) for a live {type(self).__name__}, whose weights are slices of the TA's, "
+                    f"{dtype} on {device}; expected it for the nesting or the TA, or for what matta.extract gives"
+                )
+        result: nn.Module = getattr(super(type(self), self), name)(*args, **options)
+        return result
+
+    return convert
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

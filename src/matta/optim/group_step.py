@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matta.errors import OptimizerError
 from matta.optim.divided_parameters import is_sharded, local, sharding_group
 from matta.optim.exchange import Exchange, Strip, of_strip, strip_index, strips_of
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
@@ -38,7 +39,7 @@ class GroupStep:
                 shape = (is_sharded(parameter), found[0].grid.block_shape)
                 pieces.setdefault(key, {}).setdefault(shape, []).extend(found)
             elif parameter.numel():
-                place.plain.append(parameter)
+                place.take(parameter)
         kept = _by_piece(state, strips)
         for key, by_shape in pieces.items():
             places[key].stacks = [Stack(each, kept, self.graft, key[1]) for each in by_shape.values()]
@@ -86,6 +87,13 @@ class _Place:
         self.stacks: list[Stack] = []
         self.plain: list[Tensor] = []
 
+    def take(self, parameter: Tensor) -> None:
+        """A parameter that is not preconditioned; a state of another type (loaded, say) becomes one of this place's."""
+        self.plain.append(parameter)
+        kept = self.state.get(parameter, {})
+        for name in kept.keys() & set(self.graft.state_names):
+            kept[name] = kept[name].to(self.dtype)
+
     def move(self, group: Mapping[str, Any]) -> None:
         """One step of the graft, along the preconditioned direction where there is one."""
         parameters = [each for each in self.plain if each.grad is not None]
@@ -130,6 +138,30 @@ class _Place:
             for name in self.graft.state_names:
                 state[name] = torch.zeros_like(parameter, dtype=self.dtype, memory_format=torch.contiguous_format)
         return state
+
+
+def refuse_misfit(parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse a state of a whole parameter of another shape, which would be broadcast, or fail in the next step.
+
+    Raises:
+        OptimizerError: with both shapes.
+    """
+    if is_sharded(parameter) or any(strip_index(name) is not None for name in state):
+        return
+    shapes = dict.fromkeys(state, tuple(parameter.shape)) | {"step": ()}
+    if is_preconditioned(parameter, group):
+        grid = _grid(parameter, group)
+        rows, columns = grid.block_shape
+        shapes = dict.fromkeys(state, (grid.num_blocks, rows, columns)) | {"step": ()}
+        for side, name in ((rows, "left"), (columns, "right")):
+            shapes |= dict.fromkeys((name, f"{name}_root"), (grid.num_blocks, side, side))
+    for name, value in state.items():
+        if tuple(value.shape) != shapes[name]:
+            raise OptimizerError(
+                f"received a state with {name} of shape {tuple(value.shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}, which needs {shapes[name]}; expected the parameters that it was saved of, "
+                f"in the same order"
+            )
 
 
 def _is_sparse(parameter: Tensor) -> bool:

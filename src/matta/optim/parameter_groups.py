@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -102,6 +103,11 @@ def check_group(group: Mapping[str, Any]) -> None:
             is_right = False
         if not is_right:
             raise OptimizerError(f"{name}={group[name]!r} is out of range; expected {expected}")
+    for name in _NOT_OURS:
+        if group.get(name):
+            raise OptimizerError(
+                f"received {name}={group[name]!r} in a group, which Shampoo has not; expected {_INSTEAD}"
+            )
     for parameter in group["params"]:
         if is_sharded(parameter):
             sharding_group(parameter)
@@ -109,12 +115,16 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 
 
+_NOT_OURS = ("maximize", "amsgrad", "momentum", "nesterov", "dampening")  # other optimizers', which change the steps
+_INSTEAD = "betas for momentum, and the negative of the loss to maximize it"
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral)
 
 
 _RANGES: Sequence[tuple[str, str, Callable[[Any], bool]]] = (
-    ("lr", "a number from 0 up", lambda value: value >= 0),
+    ("lr", "a finite number from 0 up", lambda value: 0 <= value < math.inf),
     (
         "betas",
         "two numbers from 0 to below 1",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from matta.errors import OptimizerError
 from matta.optim.divided_parameters import is_sharded, local, placed, sharding_group, whole_on_first
 from matta.optim.exchange import gathered, joined_strips, of_strip
-from matta.optim.group_step import GroupStep
+from matta.optim.group_step import GroupStep, refuse_misfit
 from matta.optim.parameter_groups import check_group, distinct, expand_modules, refuse_sparse_matrices
 
 Graft = Literal["adam", "adagrad", "sgd"]
@@ -107,19 +107,20 @@ class Shampoo(torch.optim.Optimizer):
         super().__init__(expand_modules(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, with settings of their own where the group holds any; a repeated one counts once.
+        """Adds parameters or a module, with the settings that the group holds; a repeated parameter counts once.
 
         Raises:
             OptimizerError: as in the constructor.
         """
-        params = param_group["params"]
-        if not isinstance(params, Tensor):
-            params = distinct(params)
-        super().add_param_group({**param_group, "params": params})
+        before = len(self.param_groups)
         try:
-            check_group(self.param_groups[-1])
+            for group in expand_modules([param_group]):
+                params = group["params"]
+                params = params if isinstance(params, Tensor) else distinct(params)
+                super().add_param_group({**group, "params": params})
+                check_group(self.param_groups[-1])
         except OptimizerError:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
 
     @overload
@@ -219,9 +220,12 @@ class Shampoo(torch.optim.Optimizer):
         the strips that it owns, and shards of the rest (`share_of_state`, of any number of processes).
 
         Raises:
-            OptimizerError: the state is another optimizer's.
+            OptimizerError: the state is another optimizer's, or of parameters of other shapes.
             ValueError: the groups differ from this optimizer's (as in every torch optimizer).
         """
+        if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+            keys = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise OptimizerError(f"received {keys} as the state; expected what Shampoo.state_dict() gave")
         # "differentiable" is torch's, which it adds whenever a state was loaded; older states have no "young_eps"
         ours = self.defaults.keys() - {"differentiable", "young_eps"}
         missing = sorted(ours - {name for group in state_dict["param_groups"] for name in group})
@@ -229,10 +233,13 @@ class Shampoo(torch.optim.Optimizer):
             raise OptimizerError(
                 f"received a state without {', '.join(missing)}; expected one that Shampoo.state_dict() gave"
             )
-        # torch would cast the state to the parameters' type, so it gets the groups alone
-        super().load_state_dict({**state_dict, "state": {}})
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [parameter for group in self.param_groups for parameter in group["params"]]
+        for group, settings in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for number, parameter in zip(settings["params"], group["params"], strict=False):
+                refuse_misfit(parameter, settings, state_dict["state"].get(number, {}))
+        # torch would cast the state to the parameters' type, so it gets the groups alone
+        super().load_state_dict({**state_dict, "state": {}})
         for number, parameter in zip(saved, params, strict=True):
             if number in state_dict["state"]:
                 values = state_dict["state"][number]

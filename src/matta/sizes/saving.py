@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import get_rank
 
 from matta.errors import DAMAGE, CheckpointError, NestingError, require_kind
+from matta.nesting.acceptance import require_nestable
 from matta.nesting.declarations import LayerMap
 from matta.nesting.layout import Axis, Segment
 from matta.nesting.nested import Nested, nested_from_plans, require_nested
@@ -52,7 +53,10 @@ def save(nested: Nested, path: str | os.PathLike[str]) -> Path:
         ['CRC32SUMS', 'nested.json', 'nested.safetensors']
     """
     require_nested(nested)
+    require_kind("path", path, (str, os.PathLike), "the folder to write; the nesting comes before it")
     target = Path(path)
+    if file := next((each for each in target.parents if each.is_file()), None):
+        raise CheckpointError(f"{file} is a file, so that {target} cannot be made; expected a path in a folder")
     if target.exists() and not (target / DESCRIPTION).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and holds no saved nesting; expected a new path or an earlier nesting")
     tensors, extra = split_state(nested)
@@ -152,6 +156,8 @@ def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...])
             f"load(path, student, ..., ta)"
         )
     try:
+        for index, module in enumerate(modules):
+            require_nestable(module, "Student" if index < len(plans) else "TA")
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
         raise CheckpointError(

@@ -129,6 +129,8 @@ class CoTraining(nn.Module):
         require_kind(
             "weights", objective.weights, (str, NoneType), "the name of the field of the batch that holds them"
         )
+        for name, found, kind in (("weights", weights, Weights), ("ramp", ramp, Ramp), ("turns", turns, Turns)):
+            require_kind(name, found, (kind, NoneType), f"a matta.{kind.__name__}, or None")
         if not isinstance(accumulate, int) or accumulate < 1:
             raise MattaError(f"received accumulate={accumulate!r}; expected a whole number from 1 up")
         if temperature != 1.0 and not objective.makes_probabilities:
@@ -236,7 +238,10 @@ class CoTraining(nn.Module):
 
         Raises:
             LabelError: labels are missing, do not fit the logits, or would be shifted twice.
+            MattaError: `num_labels` is a number that is not over 0.
         """
+        if not isinstance(num_labels, Tensor | NoneType) and not num_labels > 0:
+            raise MattaError(f"received num_labels={num_labels}; expected a number over 0, as cotrain.num_labels gives")
         inputs, given = weighted_batch(batch, self.objective)
         if self._has_shift_to_check and not torch.compiler.is_compiling():
             self._has_shift_to_check = False

@@ -43,7 +43,7 @@ class Ramp:
     Steps are optimizer steps: training-mode forwards divided by `accumulate` of `CoTraining`.
 
     Raises:
-        MattaError: a negative number of steps.
+        MattaError: a number of steps that is negative or not finite.
 
     Example:
         >>> [Ramp(start=10, steps=20).at(t) for t in (0, 10, 20, 30, 99)]
@@ -54,7 +54,7 @@ class Ramp:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.steps < 0:
+        if not (0 <= self.start < float("inf") and 0 <= self.steps < float("inf")):
             raise MattaError(f"received {self}; expected start and steps of zero or more")
 
     def at(self, step: int) -> float:
