@@ -105,7 +105,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if is_sharded(parameter):
             sharding_group(parameter)
-        if not parameter.is_floating_point():
+        if parameter.is_complex():  # indices kept as a parameter never have a gradient: they stay as they are
             raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 
 
