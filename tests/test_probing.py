@@ -319,3 +319,28 @@ def test_a_sparse_buffer_is_copied_and_compared(layout: str) -> None:
     other.neighbours = 2 * other.neighbours
     with pytest.raises(NestingError, match="the TA's buffer neighbours has other values than the Student's"):
         matta.nest(Graph(4, layout), other, example=example, warm_start=True, probe=False)
+
+
+class FieldConvolutions(nn.Module):
+    """Kernels over fields, not over the channels of their embeddings; of the fields the two largest values stay."""
+
+    def __init__(self, embedding: int, channels: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, embedding) for _ in range(4))
+        self.convolution = nn.Conv2d(1, channels, (3, 1), padding=(1, 0))
+        self.head = nn.Linear(channels * 2 * embedding, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        fields = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], dim=1)
+        found = self.convolution(fields[:, None]).relu()
+        places = found.topk(2, dim=2).indices.sort(dim=2).values
+        return self.head(found.gather(2, places).flatten(1))
+
+
+def test_embeddings_beside_the_places_of_a_convolution_are_laid_out() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 4))
+    nested = matta.nest(FieldConvolutions(3, 2), FieldConvolutions(5, 4), example=(ids, None))
+    nested.requires_grad_(False)
+    student, ta = nested.student, nested.ta
+    assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 2, 5)[:, :2, :, :3].flatten(1))
