@@ -344,3 +344,31 @@ def test_embeddings_beside_the_places_of_a_convolution_are_laid_out() -> None:
     nested.requires_grad_(False)
     student, ta = nested.student, nested.ta
     assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 2, 5)[:, :2, :, :3].flatten(1))
+
+
+class GatedFields(nn.Module):
+    """Embeddings one after the other, each field times a weight of its own that is repeated over its channels."""
+
+    def __init__(self, embedding: int, gate_first: bool) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, embedding) for _ in range(4))
+        self.gate, self.embedding, self.gate_first = nn.Parameter(torch.randn(4)), embedding, gate_first
+        self.body = nn.Linear(4 * embedding, 4 * embedding)
+        self.head = nn.Linear(4 * embedding, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        fields = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], dim=1).flatten(1)
+        gate = self.gate.softmax(0)[:, None].repeat(1, self.embedding).view(1, -1)
+        gated = gate * fields if self.gate_first else fields * gate
+        return self.head(gated + fields * self.body(gated).relu())
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_a_weight_for_each_field_does_not_tie_the_channels_of_its_embedding(gate_first: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 4))
+    nested = matta.nest(GatedFields(3, gate_first), GatedFields(5, gate_first), example=(ids, None))
+    nested.requires_grad_(False)
+    student, ta = nested.student, nested.ta
+    assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 5)[:, :, :3].flatten(1))
+    assert torch.equal(student.body.weight, ta.body.weight.view(4, 5, 4, 5)[:, :3, :, :3].flatten(2).flatten(0, 1))
