@@ -372,3 +372,24 @@ def test_a_weight_for_each_field_does_not_tie_the_channels_of_its_embedding(gate
     student, ta = nested.student, nested.ta
     assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 5)[:, :, :3].flatten(1))
     assert torch.equal(student.body.weight, ta.body.weight.view(4, 5, 4, 5)[:, :3, :, :3].flatten(2).flatten(0, 1))
+
+
+class SeenNotAgain(nn.Module):
+    """Scores for all items, of which those that were seen get minus infinity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.items, self.scores = nn.Embedding(9, width), nn.Linear(width, 9, bias=False)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        logits = self.scores(self.items(seen).mean(1))
+        return logits.scatter_(1, seen, float("-inf"))
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_infinities_that_both_compute_are_no_difference(warm_start: bool) -> None:
+    seen = torch.randint(9, (4, 3), generator=torch.Generator().manual_seed(0))
+    nested = matta.nest(SeenNotAgain(4), SeenNotAgain(6), example=(seen, None), warm_start=warm_start)
+    ordered = matta.order(nested.ta, example=(seen, None), data=[(seen, None)])
+    torch.testing.assert_close(ordered(seen), nested.ta(seen))
