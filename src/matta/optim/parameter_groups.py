@@ -34,7 +34,7 @@ def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
     tables = {
         id(parameter)
         for each in module.modules()
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag)
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) or getattr(each, "sparse", False) is True
         for parameter in each.parameters(recurse=False)
     }
     embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
