@@ -192,6 +192,22 @@ def test_what_cannot_be_measured_is_refused(nested: matta.Nested, wrong: dict[st
         made(**{"nested": nested, **wrong})
 
 
+def test_a_batch_size_that_the_modules_do_not_take_is_refused_first_and_others_are_timed() -> None:
+    class Squeezing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([super().forward(x).squeeze(), x[:, 0]], dim=1)
+
+    def never(module: nn.Module) -> float:
+        raise AssertionError
+
+    pair = matta.nest(Squeezing(*tower(4)), Squeezing(*tower(8)))
+    refusal = r"batch size 1 fails: .*pass batch_sizes=\(12,\), or calls=0 for no latency"
+    with pytest.raises(ChoiceError, match=refusal):
+        matta.family(pair, evaluate=never, example=EXAMPLE, progress=False)
+    for settings in ({"batch_sizes": (12,)}, {"calls": 0}):
+        matta.family(pair, evaluate=lambda module: 1.0, example=EXAMPLE, progress=False, **settings)
+
+
 def test_without_a_shared_layer_there_is_nothing_to_choose() -> None:
     with pytest.raises(ChoiceError, match="shares no layer"):
         made(matta.nest(tower(4), tower(8), share="none"))

@@ -319,3 +319,77 @@ def test_a_sparse_buffer_is_copied_and_compared(layout: str) -> None:
     other.neighbours = 2 * other.neighbours
     with pytest.raises(NestingError, match="the TA's buffer neighbours has other values than the Student's"):
         matta.nest(Graph(4, layout), other, example=example, warm_start=True, probe=False)
+
+
+class FieldConvolutions(nn.Module):
+    """Kernels over fields, not over the channels of their embeddings; of the fields the two largest values stay."""
+
+    def __init__(self, embedding: int, channels: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, embedding) for _ in range(4))
+        self.convolution = nn.Conv2d(1, channels, (3, 1), padding=(1, 0))
+        self.head = nn.Linear(channels * 2 * embedding, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        fields = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], dim=1)
+        found = self.convolution(fields[:, None]).relu()
+        places = found.topk(2, dim=2).indices.sort(dim=2).values
+        return self.head(found.gather(2, places).flatten(1))
+
+
+def test_embeddings_beside_the_places_of_a_convolution_are_laid_out() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 4))
+    nested = matta.nest(FieldConvolutions(3, 2), FieldConvolutions(5, 4), example=(ids, None))
+    nested.requires_grad_(False)
+    student, ta = nested.student, nested.ta
+    assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 2, 5)[:, :2, :, :3].flatten(1))
+
+
+class GatedFields(nn.Module):
+    """Embeddings one after the other, each field times a weight of its own that is repeated over its channels."""
+
+    def __init__(self, embedding: int, gate_first: bool) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, embedding) for _ in range(4))
+        self.gate, self.embedding, self.gate_first = nn.Parameter(torch.randn(4)), embedding, gate_first
+        self.body = nn.Linear(4 * embedding, 4 * embedding)
+        self.head = nn.Linear(4 * embedding, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        fields = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], dim=1).flatten(1)
+        gate = self.gate.softmax(0)[:, None].repeat(1, self.embedding).view(1, -1)
+        gated = gate * fields if self.gate_first else fields * gate
+        return self.head(gated + fields * self.body(gated).relu())
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_a_weight_for_each_field_does_not_tie_the_channels_of_its_embedding(gate_first: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 4))
+    nested = matta.nest(GatedFields(3, gate_first), GatedFields(5, gate_first), example=(ids, None))
+    nested.requires_grad_(False)
+    student, ta = nested.student, nested.ta
+    assert torch.equal(student.head.weight, ta.head.weight.view(1, 4, 5)[:, :, :3].flatten(1))
+    assert torch.equal(student.body.weight, ta.body.weight.view(4, 5, 4, 5)[:, :3, :, :3].flatten(2).flatten(0, 1))
+
+
+class SeenNotAgain(nn.Module):
+    """Scores for all items, of which those that were seen get minus infinity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.items, self.scores = nn.Embedding(9, width), nn.Linear(width, 9, bias=False)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        logits = self.scores(self.items(seen).mean(1))
+        return logits.scatter_(1, seen, float("-inf"))
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_infinities_that_both_compute_are_no_difference(warm_start: bool) -> None:
+    seen = torch.randint(9, (4, 3), generator=torch.Generator().manual_seed(0))
+    nested = matta.nest(SeenNotAgain(4), SeenNotAgain(6), example=(seen, None), warm_start=warm_start)
+    ordered = matta.order(nested.ta, example=(seen, None), data=[(seen, None)])
+    torch.testing.assert_close(ordered(seen), nested.ta(seen))

@@ -541,6 +541,24 @@ def test_complex_parameters_are_refused() -> None:
         Shampoo([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
 
+def test_indices_kept_as_a_parameter_stay_as_they_are() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+            self.index = nn.Parameter(torch.triu_indices(3, 3, 1), requires_grad=False)
+            self.mask = nn.Parameter(torch.ones(3, 3).triu().bool(), requires_grad=False)
+
+    module = Pairs()
+    optimizer = Shampoo(module, lr=0.1, weight_decay=0.1)
+    first, second = module.weight[module.index]
+    (first * second).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(module.index, torch.triu_indices(3, 3, 1)) and bool((module.weight < 1).all())
+    assert torch.equal(module.mask, torch.ones(3, 3).triu().bool())
+
+
 # roots and their schedule
 
 

@@ -186,3 +186,34 @@ def test_a_million_rows_are_never_copied() -> None:
             cotrain((IDS, LABELS)).loss.backward()
             matta.Evaluation(data=[(IDS, LABELS)], objective=matta.objectives.Binary())(nested)
     assert max(largest) < 100_000
+
+
+class Remainders(nn.Module):
+    """Rows of two small tables, by quotient and remainder, in a module that calls the lookups itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.sparse = True
+        self.quotients, self.remainders = (nn.Parameter(torch.randn(5, width)) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        parts = ((ids // 5, self.quotients), (ids % 5, self.remainders))
+        first, second = (nn.functional.embedding_bag(ids, table, mode="sum", sparse=True) for ids, table in parts)
+        return first * second
+
+
+def test_a_module_of_ones_own_that_looks_up_sparsely_gets_the_gradient_of_a_dense_one() -> None:
+    ids, found = torch.tensor([[3], [7], [24]]), []
+    for is_sparse in (True, False):
+        pair = [nn.Sequential(Remainders(width), nn.Linear(width, 1)) for width in (2, 4)]
+        nested = matta.nest(*pair, example=(ids, None))
+        if not is_sparse:
+            for each in (nested.student, nested.ta):
+                each[0].forward = lambda ids, own=each[0]: own.quotients[ids[:, 0] // 5] * own.remainders[ids[:, 0] % 5]
+        (nested.student(ids).sum() + nested.ta(ids).square().sum()).backward()
+        table = nested.ta[0].quotients
+        assert table.grad is not None and table.grad.is_sparse == is_sparse
+        found.append(table.grad.to_dense())
+        matta.Shampoo(nested).step()
+    torch.testing.assert_close(*found)

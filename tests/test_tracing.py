@@ -84,6 +84,12 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum": lambda x: torch.einsum("bc,db->dc", x, torch.eye(2)),
     "baddbmm": lambda x: torch.baddbmm(torch.ones(1), torch.ones(1, 2, 2), x[None])[0],
     "pooling": lambda x: F.max_pool1d(F.avg_pool1d(x[:, :, None].expand(-1, -1, 4), 2), 2).squeeze(-1),
+    "pooling beside them": lambda x: F.avg_pool2d(F.max_pool2d(x[:, None, None].expand(-1, -1, 4, -1), (2, 1)), (2, 1))[
+        :, 0, 0
+    ],
+    "kernels of length one": lambda x: F.conv2d(x[:, None, None].expand(-1, -1, 3, -1), torch.ones(1, 1, 3, 1))[
+        :, 0, 0
+    ],
     "resampling": lambda x: F.interpolate(x[:, :, None], scale_factor=2.0).sum(-1),
     "attention over rows": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "distance": lambda x: x * (x * x).sum(-1, keepdim=True) + (x @ x.T) @ x,
@@ -327,6 +333,21 @@ def test_a_flattened_axis_repeats_each_channel() -> None:
 
     layout = trace_layouts(model(2), model(5), (torch.ones(1, 1, 2, 2), None))["2.weight"]
     assert layout.axes == {1: (Segment((2, 4), (5, 4)),)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "settings", "is_seen"),
+    [((2, 1), {}, True), ((2, 3), {"padding": (0, 1)}, False), ((1, 1), {"stride": (1, 2)}, False)],
+)
+def test_channels_beside_a_convolution_stay_in_sight_if_its_kernel_has_length_one_there(
+    kernel: tuple[int, int], settings: dict[str, tuple[int, int]], is_seen: bool
+) -> None:
+    def convolved(x: Tensor) -> Tensor:
+        fields = x[:, None, None].expand(-1, -1, 2, -1)
+        return F.conv2d(fields, torch.ones(1, 1, *kernel), **settings)[:, 0, 0]  # type: ignore[arg-type]
+
+    found = trace(Through(convolved, 4 if "stride" in settings else 8), (torch.ones(2, 3), None))
+    assert (found.axes.get(("head.weight", 1)) == found.axes["entry.weight", 0]) == is_seen
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=20), st.integers(1, 4))

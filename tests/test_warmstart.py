@@ -268,3 +268,27 @@ def test_a_buffer_that_a_training_has_set_is_named(with_example: bool) -> None:
     ta.mean.copy_(student.mean)
     nested = matta.nest(student, ta, warm_start=True, example=example)
     torch.testing.assert_close(nested.ta(X), student(X))
+
+
+class WithHidden(nn.Module):
+    """Returns its hidden state before or behind the logits."""
+
+    def __init__(self, width: int, is_first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.body, self.head, self.is_first = nn.Linear(5, width), nn.Linear(width, 1), is_first
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.body(x).relu()
+        score = self.head(hidden)
+        return (hidden, score) if self.is_first else {"score": score, "hidden": hidden}
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_hidden_state_returned_beside_the_logits_may_grow(is_first: bool) -> None:
+    student, ta = WithHidden(4, is_first), WithHidden(8, is_first)
+    key: Any = 1 if is_first else "score"
+    expected = student(X)[key]
+    nested = matta.nest(student, ta, example=(X, Y), warm_start=True)
+    torch.testing.assert_close(nested.ta(X)[key], expected)
+    assert not torch.equal(WithHidden(8, is_first)(X)[key], expected)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from matta.choosing.family import Family, Size
-from matta.choosing.measuring import measure_cost, measure_latency, resized, usable_device
+from matta.choosing.measuring import measure_cost, measure_latency, num_examples, resized, run_example, usable_device
 from matta.choosing.searching import Choice, search
-from matta.errors import ChoiceError, require_kind
+from matta.errors import ChoiceError, MattaError, first_line, require_kind
 from matta.nesting.batches import Batch, map_tensors, split_labels
 from matta.nesting.nested import Nested, require_nested
 from matta.sizes.extraction import extract
@@ -84,6 +84,8 @@ def family(
     inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
     judge = _Judge(nested, evaluate, inputs, place)
     layers = _layers(nested)
+    if calls:
+        _require_batch_sizes(judge, batch_sizes)
     with _bar(progress, min(max_evaluations, 2 ** len(layers))) as advance:
 
         def loss(choice: Choice) -> float:
@@ -172,6 +174,25 @@ def _additive_cost(judge: _Judge, layers: Sequence[Sequence[str]]) -> Callable[[
         return base + sum(share for share, wide in zip(shares, choice, strict=True) if wide)
 
     return cost
+
+
+def _require_batch_sizes(judge: _Judge, batch_sizes: Sequence[int]) -> None:
+    """Refuse batch sizes that the modules do not take, before anything is evaluated.
+
+    Raises:
+        ChoiceError: there is one.
+    """
+    module = judge.module(student_spec(judge.nested))
+    run_example(module, judge.inputs)
+    for batch_size in batch_sizes:
+        try:
+            run_example(module, resized(judge.inputs, batch_size))
+        except MattaError as error:
+            raise ChoiceError(
+                f"received batch_sizes={tuple(batch_sizes)}, but the example cut to batch size {batch_size} fails: "
+                f"{first_line(error.__cause__ or error)}; expected modules that take it, and inputs with a row for "
+                f"each example: pass batch_sizes=({num_examples(judge.inputs)},), or calls=0 for no latency"
+            ) from error
 
 
 def _timed(

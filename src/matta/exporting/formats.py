@@ -29,6 +29,7 @@ from matta.nesting.batches import (
     eval_mode,
     map_tensors,
     outputs_by_name,
+    relative_difference,
     split_labels,
     tensor_names,
     tensors_of,
@@ -209,8 +210,7 @@ def _difference(expected: Tensor, got: Tensor) -> float:
             f"the exported file gives logits of shape {tuple(got.shape)}, and the module {tuple(expected.shape)}, "
             f"for a batch of another size: an operation of the module has taken a length for a constant"
         )
-    scale = expected.abs().max().clamp(min=1e-12)
-    return float(((got - expected).abs().max() / scale).nan_to_num(nan=float("inf")))
+    return relative_difference(expected, got)
 
 
 def _safetensors(module: nn.Module, target: Path) -> Exported:

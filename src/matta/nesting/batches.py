@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -113,6 +114,25 @@ def outputs_of(output: Any) -> list[Tensor]:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     found = tree_leaves(output if logits is None else logits)
     return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of two outputs of one shape, relative to the largest finite value of the first.
+
+    Infinities that both have, such as the logits of what must not be chosen, are no difference.
+
+    Example:
+        >>> import torch
+        >>> relative_difference(torch.tensor([2.0, -torch.inf]), torch.tensor([1.0, -torch.inf]))
+        0.5
+    """
+    if not expected.numel():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    one, other = expected.detach().to(wide), found.detach().to(wide)
+    error = float((one - other).abs().masked_fill(one == other, 0.0).max())
+    scale = float(one.abs().masked_fill(one.isinf(), 0.0).max())
+    return error / max(scale, 1e-12) if error == error else float("inf")
 
 
 def has_logits(output: Any) -> bool:

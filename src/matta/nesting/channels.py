@@ -141,7 +141,8 @@ class Channels:
     def tie(self, first: Row, second: Row) -> Row:
         """Make the channels of two rows the same, index by index; the row of both.
 
-        What repeats itself along all but one factor of a product is that factor.
+        What repeats itself along all but one factor of a product is that factor. Where one row repeats each channel and
+        the other repeats itself, both are factors: a gate for each field, over embeddings one after the other.
         """
         for whole, other in ((first, second), (second, first)):
             for factors in self._factors.get(_key(whole), ()):
@@ -149,6 +150,9 @@ class Channels:
                 if place is not None:
                     self.tie(factors[place[0]], place[1])
                     return whole
+        for slow, fast in ((first, second), (second, first)):
+            if (crossed := _crossed(slow, fast)) is not None:
+                return self.merge(crossed)
         both = (first != 0) & (second != 0)
         one, other = first[both], second[both]
         while True:
@@ -226,6 +230,18 @@ class Channels:
                 own.append(rest.pop(0))
             found += self.split(factor, tuple(own)) if len(own) > 1 else (factor,)
         return found
+
+
+def _crossed(slow: Row, fast: Row) -> tuple[Row, Row] | None:
+    """The two factors, if one row repeats each of its channels and the other, as a whole, repeats itself as often."""
+    changes = (slow != slow[:1]).nonzero()
+    run = int(changes[0]) if len(changes) else 1
+    if run == 1 or len(slow) % run or not bool(((slow != 0) & (fast != 0)).all()):
+        return None
+    outer, inner = slow[::run], fast[:run]
+    is_so = torch.equal(outer.repeat_interleave(run), slow) and torch.equal(inner.repeat(len(outer)), fast)
+    are_distinct = is_so and len(outer.unique()) == len(outer) and len(inner.unique()) == len(inner)
+    return (outer, inner) if are_distinct else None
 
 
 def common_factors(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...] | None:

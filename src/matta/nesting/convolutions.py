@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from matta.nesting.channels import Call, Known, Row, Rows
@@ -12,8 +13,18 @@ _PLACES: Final = "each of them has several places"
 def spatial(known: Known, call: Call) -> None:
     """Pooling and resampling work on the last one, two or three axes."""
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in call.name), call.first.ndim - 2)
-    rows = known.rows(call.first)
-    known.put(call.result, {axis: row for axis, row in rows.items() if axis < call.first.ndim - spatial})
+    first, rows = call.first.ndim - spatial, known.rows(call.first)
+    kept = _in_place(call, call.bound.get("kernel_size"))
+    known.put(call.result, {axis: row for axis, row in rows.items() if axis < first or axis - first in kept})
+
+
+def _in_place(call: Call, kernel: Sequence[int] | None) -> set[int]:
+    """Which axes in space or time an operator leaves as they are: its kernel has length one there, and moves by one."""
+    if not kernel:
+        return set()
+    strides, padding = call.bound.get("stride") or kernel, call.bound.get("padding") or [0]
+    settings = [list(each) * len(kernel) if len(each) == 1 else list(each) for each in (kernel, strides, padding)]
+    return {axis for axis, each in enumerate(zip(*settings, strict=True)) if each == (1, 1, 0)}
 
 
 def convolution(known: Known, call: Call) -> None:
@@ -28,6 +39,8 @@ def convolution(known: Known, call: Call) -> None:
         known.sum_over((call["weight"], source))
         known.tie_all([(0, side[axis]) for side, axis in ((data, 1), (weight, source)) if axis in side])
         rows |= known.tie_all([(1, row) for axis, row in weight.items() if axis == target])
+    kept = _in_place(call, call["weight"].shape[2:])
+    rows |= {axis: row for axis, row in data.items() if axis - 2 in kept}
     bias = known.rows(call["bias"]).items()
     known.put(call.result, known.tie_all([*rows.items(), *((1, row) for _, row in bias)]))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matta.errors import OrderError
 from matta.nesting.acceptance import require_nestable
-from matta.nesting.batches import Batch, call, map_tensors, outputs_of, split_labels
+from matta.nesting.batches import Batch, call, map_tensors, outputs_of, relative_difference, split_labels
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import named_axes
@@ -207,15 +207,7 @@ def _distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest difference, relative to the largest value of each tensor."""
     if [each.shape for each in before] != [each.shape for each in after]:
         return float("inf")
-    worst = 0.0
-    for one, other in zip(before, after, strict=True):
-        if one.numel():
-            wide = torch.complex128 if one.is_complex() else torch.float64
-            error = (one.to(wide) - other.to(wide)).abs().max()
-            scale = one.to(wide).abs().max().clamp(min=1e-12)
-            distance = float(error / scale)
-            worst = max(worst, distance if distance == distance else float("inf"))
-    return worst
+    return max(map(relative_difference, before, after), default=0.0)
 
 
 def _require_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError, LayoutError, NestingError, ProbeError
-from matta.nesting.batches import call, has_logits, outputs_of
+from matta.nesting.batches import call, has_logits, outputs_of, relative_difference
 from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.declarations import LayerMap
 from matta.nesting.known_modules import axis_role, output_axis
@@ -161,9 +161,7 @@ def _narrowed(found: Tensor, expected: Tensor, axis: Axis) -> Tensor | None:
 def _error(expected: Tensor, found: Tensor) -> float:
     if expected.shape != found.shape:
         return float("inf")
-    error = float((expected - found).abs().max()) if expected.numel() else 0.0
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
-    return error / max(scale, 1e-12) if error == error else float("inf")
+    return relative_difference(expected, found)
 
 
 def _in_type(inputs: Any, dtype: torch.dtype | None) -> Any:

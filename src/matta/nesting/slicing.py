@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from matta.errors import NestingError
 from matta.nesting.copying import deep_copy
 from matta.nesting.layout import Axis
-from matta.nesting.sparse_tables import SparseSlice, is_sparse_table, lookup_bags
+from matta.nesting.sparse_tables import SparseSlice, lookup_bags, may_look_up
 
 _SLICES = "_live_slices"
 _CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cpu", "cuda", "requires_grad_")
@@ -273,7 +273,7 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         live: LiveSlice | None = self.__dict__[_SLICES].get(name)
         if live is None:  # while it is being copied
             raise AttributeError(name)
-        is_sparse = is_sparse_table(self)
+        is_sparse = may_look_up(self, live.axes)
         if is_sparse or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return live.read(contiguous=not (self.training and torch.is_grad_enabled()), sparse=is_sparse)
         return live.as_parameter()

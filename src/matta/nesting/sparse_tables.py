@@ -20,6 +20,11 @@ def is_sparse_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
 
 
+def may_look_up(module: nn.Module, axes: tuple[Axis, ...]) -> bool:
+    """Whether a parameter of these axes may get a sparse gradient: modules of one's own say `sparse` as torch's do."""
+    return getattr(module, "sparse", False) is True and len(axes) == 2
+
+
 class SparseSlice(torch.autograd.Function):
     """The slice of a table, a view where it can be, with a gradient that is as sparse as the slice's own."""
 

@@ -30,7 +30,7 @@ class GroupStep:
         pieces: dict[Any, dict[Any, list[Piece]]] = {}
         strips = _strips(group)
         self.strips = [strip for each in strips.values() for strip in each]
-        for parameter in group["params"]:
+        for parameter in filter(torch.is_floating_point, group["params"]):  # others never have a gradient
             key = (parameter.device, _state_dtype(parameter))
             place = places.setdefault(key, _Place(state, self.graft, key[1]))
             if is_preconditioned(parameter, group):

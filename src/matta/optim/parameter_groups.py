@@ -35,7 +35,7 @@ def shampoo_groups(module: nn.Module) -> list[dict[str, Any]]:
     tables = {
         id(parameter)
         for each in module.modules()
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag)
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) or getattr(each, "sparse", False) is True
         for parameter in each.parameters(recurse=False)
     }
     embedded = [parameter for parameter in module.parameters() if id(parameter) in tables]
@@ -111,7 +111,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if is_sharded(parameter):
             sharding_group(parameter)
-        if not parameter.is_floating_point():
+        if parameter.is_complex():  # indices kept as a parameter never have a gradient: they stay as they are
             raise OptimizerError(f"received a parameter of type {parameter.dtype}; expected real floating point")
 
 
