@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import matta
-from matta.errors import NestingError, TracingError
-from matta.nesting.copying import copy_module
+from matta.errors import NestingError, SubModelError, TracingError
+from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.layout import Axis, Layout
 from matta.nesting.slicing import LiveSlice, bind, is_live, live_parameters, materialize, skeleton, slices_of
 
@@ -210,3 +210,62 @@ def test_a_nesting_is_pickled_whole() -> None:
     with torch.no_grad():
         again.ta[0].weight.zero_()
     assert not torch.equal(again.student(x), nested.student(x))
+
+
+class _RunByFunctions(nn.Module):
+    """Two residual blocks whose forwards are functions that hold the layers: in a closure, a default, a list."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, width), nn.Linear(width, 2)) for width in widths)
+        first, both = self.blocks[0], [*self.blocks]
+        self.first = lambda x: x + first(x).tanh()
+        self.second = lambda x, *, last=both[1]: self.first(x) + last(self.first(x)) * len(both)
+        self.register_forward_hook(lambda *called: called[-1] + both[0][1].bias.sum())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x)
+
+
+def test_functions_that_hold_modules_hold_those_of_the_copy() -> None:
+    torch.manual_seed(0)
+    module = _RunByFunctions(3, 3)
+    before = module(X)
+    copied, shared = deep_copy(module), copy_module(module, {})
+    assert torch.equal(copied(X), before)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(X), before)
+    assert torch.equal(module(X), X)
+    assert torch.equal(shared(X), X)
+
+
+class _RunsItself(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"first": nn.Linear(2, width), "last": nn.Linear(width, 2)})
+        parts = self.parts
+        self.run = lambda x: parts["last"](parts["first"](x).tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.run(x)
+
+
+def test_a_model_run_by_functions_is_nested_and_extracted() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(*(nn.Sequential(_RunsItself(n), _RunsItself(n)) for n in (3, 5)), example=(X, None))
+    mixed = matta.SubModel({"0": "wide"})
+    for spec, widths in ((None, (3, 3)), (mixed, (5, 3)), (matta.wide(nested), (5, 5))):
+        extracted, plain = matta.extract(nested, spec), nn.Sequential(*map(_RunsItself, widths))
+        plain.load_state_dict(extracted.state_dict())
+        assert torch.equal(extracted(X), plain(X))
+    assert torch.equal(extracted(X), nested.ta(X))
+
+
+def test_a_sub_model_that_would_run_replaced_blocks_is_refused() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(_RunByFunctions(3, 3), _RunByFunctions(5, 5), example=(X, None))
+    assert torch.equal(matta.extract(nested)(X), nested.student(X))
+    with pytest.raises(SubModelError, match=r"holds blocks in (_forward_hooks|first), .*read from the nn.ModuleList"):
+        matta.extract(nested, matta.SubModel({matta.layer_names(nested)[0]: "wide"}))
