@@ -60,6 +60,44 @@ def test_heads_of_one_matrix_lie_in_those_of_the_ta(
         assert plan.placements["out.weight"].axes[1].positions() == rows
 
 
+class FusedGroups(nn.Module):
+    """Attention of groups of query heads, each with one key head, from one matrix; heads of two channels."""
+
+    def __init__(self, groups: int, queries: int) -> None:
+        super().__init__()
+        self.groups, self.queries = groups, queries
+        self.sizes = [2 * groups * queries, 2 * groups, 2 * groups]
+        self.qkv, self.out = nn.Linear(5, sum(self.sizes), bias=False), nn.Linear(self.sizes[0], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each.unflatten(-1, (-1, 2)).transpose(1, 2) for each in self.qkv(x).split(self.sizes, -1))
+        k, v = (each.repeat_interleave(self.queries, 1) for each in (k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("student", "ta", "heads"),
+    [
+        ((1, 2), (2, 2), [0, 1]),
+        ((1, 2), (2, 4), [0, 1]),
+        ((1, 2), (1, 4), [0, 1]),
+        ((1, 3), (3, 3), [0, 1, 2]),
+        ((2, 2), (4, 2), [0, 1, 2, 3]),
+        ((2, 2), (2, 3), [0, 1, 3, 4]),
+    ],
+)
+def test_query_heads_of_one_matrix_stay_with_their_key_head(
+    student: tuple[int, int], ta: tuple[int, int], heads: list[int]
+) -> None:
+    torch.manual_seed(0)
+    plan = matta.nest(FusedGroups(*student), FusedGroups(*ta), example=(torch.randn(2, 4, 5), None)).plan
+    queries = [2 * head + i for head in heads for i in range(2)]
+    keys, width = [*range(2 * student[0])], 2 * ta[0] * ta[1]
+    fused = [*queries, *(width + each for each in keys), *(width + 2 * ta[0] + each for each in keys)]
+    assert plan.placements["qkv.weight"].axes[0].positions() == fused
+    assert plan.placements["out.weight"].axes[1].positions() == queries
+
+
 def test_a_head_of_images_that_code_picks_from_three_parts_is_followed() -> None:
     class Images(nn.Module):
         def __init__(self, channels: int, heads: int) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import matta
-from matta.errors import NestingError, TracingError
-from matta.nesting.copying import copy_module
+from matta.errors import NestingError, SubModelError, TracingError
+from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.layout import Axis, Layout
 from matta.nesting.slicing import LiveSlice, bind, is_live, live_parameters, materialize, skeleton, slices_of
 
@@ -276,3 +276,62 @@ def test_a_moving_average_of_a_nesting_is_one_of_its_student(training: bool) -> 
         nested.ta[0].weight.add_(1)
     average.update_parameters(nested)
     torch.testing.assert_close(average.module.student[0].weight, before + 0.5)
+
+
+class _RunByFunctions(nn.Module):
+    """Two residual blocks whose forwards are functions that hold the layers: in a closure, a default, a list."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, width), nn.Linear(width, 2)) for width in widths)
+        first, both = self.blocks[0], [*self.blocks]
+        self.first = lambda x: x + first(x).tanh()
+        self.second = lambda x, *, last=both[1]: self.first(x) + last(self.first(x)) * len(both)
+        self.register_forward_hook(lambda *called: called[-1] + both[0][1].bias.sum())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x)
+
+
+def test_functions_that_hold_modules_hold_those_of_the_copy() -> None:
+    torch.manual_seed(0)
+    module = _RunByFunctions(3, 3)
+    before = module(X)
+    copied, shared = deep_copy(module), copy_module(module, {})
+    assert torch.equal(copied(X), before)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(X), before)
+    assert torch.equal(module(X), X)
+    assert torch.equal(shared(X), X)
+
+
+class _RunsItself(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"first": nn.Linear(2, width), "last": nn.Linear(width, 2)})
+        parts = self.parts
+        self.run = lambda x: parts["last"](parts["first"](x).tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.run(x)
+
+
+def test_a_model_run_by_functions_is_nested_and_extracted() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(*(nn.Sequential(_RunsItself(n), _RunsItself(n)) for n in (3, 5)), example=(X, None))
+    mixed = matta.SubModel({"0": "wide"})
+    for spec, widths in ((None, (3, 3)), (mixed, (5, 3)), (matta.wide(nested), (5, 5))):
+        extracted, plain = matta.extract(nested, spec), nn.Sequential(*map(_RunsItself, widths))
+        plain.load_state_dict(extracted.state_dict())
+        assert torch.equal(extracted(X), plain(X))
+    assert torch.equal(extracted(X), nested.ta(X))
+
+
+def test_a_sub_model_that_would_run_replaced_blocks_is_refused() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(_RunByFunctions(3, 3), _RunByFunctions(5, 5), example=(X, None))
+    assert torch.equal(matta.extract(nested)(X), nested.student(X))
+    with pytest.raises(SubModelError, match=r"holds blocks in (_forward_hooks|first), .*read from the nn.ModuleList"):
+        matta.extract(nested, matta.SubModel({matta.layer_names(nested)[0]: "wide"}))

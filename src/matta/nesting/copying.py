@@ -7,13 +7,15 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
+from matta.nesting.closures import rebind_functions
 
+_Module = TypeVar("_Module", bound=nn.Module)
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
 _PLAIN: Final = frozenset((bool, int, float, str, type(None)))
 _COMPRESSED: Final = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)  # copy.deepcopy fails
@@ -33,9 +35,10 @@ def copy_module(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn
     return deep_copy(module, memo)
 
 
-def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def deep_copy(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
     """What copy.deepcopy gives, with tensors that a forward left among the attributes cut off from their graph.
 
+    Functions among the attributes that hold modules, in closures or defaults, hold those of the copy.
     A module that FSDP2 has sharded is copied without FSDP, with whole parameters: all processes must call this.
 
     Raises:
@@ -46,7 +49,10 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         with _without_fsdp(module, memo):
             cut = {id(tensor): tensor.detach().clone() for _, _, tensor in graph_tensors(module)}
             cut |= {id(each): each.detach().clone() for each in module.buffers() if each.layout in _COMPRESSED}
-            return copy.deepcopy(module, {**cut, **memo})
+            memo = {**cut, **memo}
+            made = copy.deepcopy(module, memo)
+            rebind_functions(module, memo)
+            return made
     except (RuntimeError, TypeError, NotImplementedError, pickle.PicklingError) as error:
         raise NestingError(
             f"{type(module).__name__} cannot be copied by copy.deepcopy: {error}; expected attributes that can be "

@@ -18,6 +18,7 @@ from torch import nn
 
 from matta.errors import GrowthError
 from matta.nesting.batches import Batch, call, split_labels
+from matta.nesting.copying import deep_copy
 from matta.nesting.widening import as_random_as, matches, widened
 
 Initialise = Callable[[nn.Module], Any]
@@ -72,7 +73,7 @@ def grow(
             raise GrowthError(f"{argument}={changes!r}; expected a mapping from names to new values")
     if widths and example is None:
         raise GrowthError("widths= needs an example batch, to find what the layers feed; pass example=")
-    grown = copy.deepcopy(student)
+    grown = deep_copy(student)
     if config:
         grown = reconfigured(student, config)
         _check_larger(student, grown, config)
@@ -185,7 +186,7 @@ def _deepen(module: nn.Module, layers: Mapping[str, int]) -> None:
                     f"layers={{{pattern!r}: {count!r}}}: {name!r} has {len(stack)} blocks; "
                     f"expected a whole number of at least as many"
                 )
-            stack.extend(copy.deepcopy(stack[-1]) for _ in range(count - len(stack)))
+            stack.extend(deep_copy(stack[-1]) for _ in range(count - len(stack)))
 
 
 def _stacks(module: nn.Module) -> Iterator[tuple[str, Any]]:

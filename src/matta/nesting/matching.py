@@ -351,18 +351,21 @@ class _Overlay:
         The Student has one of what repeats, and so no axis for it where the TA has one.
         """
         fits = part.repeat == 1 < other.repeat and part.size <= other.repeat
-        return fits and _homes(self.student, part.dimension) < _homes(self.ta, other.dimension)
+        if not fits:
+            return False
+        own, theirs = _homes(self.student, part.dimension), _homes(self.ta, other.dimension)
+        axes = [{place[:2] for place in places} for places in (own, theirs)]
+        return axes[0] < axes[1] or own < theirs  # one axis of a fused projection holds queries and keys
 
 
-def _homes(trace: Trace, dimension: int) -> set[tuple[str, int]]:
-    """The axes that a dimension is a part of, or a factor of a part."""
+def _homes(trace: Trace, dimension: int) -> set[tuple[str, int, int]]:
+    """The axes that a dimension is a part of, or a factor of a part, and which part of them."""
 
-    def holds(parts: Iterable[Part]) -> bool:
-        return any(
-            part.dimension == dimension or any(map(holds, trace.dimensions[part.dimension].factors)) for part in parts
-        )
+    def holds(part: Part) -> bool:
+        factors = trace.dimensions[part.dimension].factors
+        return part.dimension == dimension or any(holds(each) for factor in factors for each in factor)
 
-    return {key for key, parts in trace.axes.items() if holds(parts)}
+    return {(*key, i) for key, parts in trace.axes.items() for i, part in enumerate(parts) if holds(part)}
 
 
 def _singly(parts: tuple[Part, ...]) -> tuple[Part, ...]:

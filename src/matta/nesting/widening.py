@@ -6,7 +6,6 @@ handed out before it has run on the example and been traced again.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from matta.errors import GrowthError, TracingError
 from matta.nesting.batches import Batch
+from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import Part, Trace
 from matta.nesting.tracing import trace
 
@@ -31,7 +31,7 @@ def widened(module: nn.Module, widths: Mapping[str, float], example: Batch) -> n
     """
     before = trace(module, example)
     sizes = _new_sizes(module, before, widths)
-    grown = copy.deepcopy(module)
+    grown = deep_copy(module)
     _resize(grown, {key: _length(parts, sizes) for key, parts in before.axes.items()})
     _mend_plain_norms(grown, {name: _length(parts, sizes) for name, parts in before.outputs.items()})
     after = _prove(grown, example)

@@ -6,7 +6,6 @@ it take the place of the one before it, which ends the batches that it has begun
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import threading
@@ -38,7 +37,7 @@ from matta.nesting.batches import (
     tensor_names,
     tensors_of,
 )
-from matta.nesting.copying import copy_module
+from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.nested import Nested
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
@@ -104,7 +103,7 @@ class ServedModels:
         self._runtime, self._threads, self._open_axes, self._logits = runtime, threads, tuple(open_axes), logits
         torch.set_num_threads(threads)
         is_there = all(each.device == self.device for each in nested.parameters())
-        self._source = nested if is_there else copy.deepcopy(nested).to(self.device)
+        self._source = nested if is_there else deep_copy(nested).to(self.device)
         self._inputs = split_labels(example)[0]
         count, self._names = num_examples(self._inputs), tensor_names(self._inputs)
         tensors = dict(zip(self._names, tensors_of(self._inputs), strict=True))
@@ -149,7 +148,7 @@ class ServedModels:
         if isinstance(self._source, Nested):
             version = self._load_family(self._source, folder, number)
         else:
-            build = partial(copy.deepcopy, self._source)
+            build = partial(deep_copy, self._source)
             snapshot = read_snapshot(folder, build, model=_only_model(folder), version=number)
             version = Version(name=str(snapshot.version), modules=self._modules(snapshot.module))
         with torch.inference_mode():
@@ -167,7 +166,7 @@ class ServedModels:
 
     def _load_family(self, source: Nested, folder: Path, number: int | None) -> Version:
         """A copy of the nesting with the weights of a version."""
-        nested = copy.deepcopy(source)
+        nested = deep_copy(source)
         snapshot = read_snapshot(folder, lambda: nested.ta, model="ta", version=number)
         if nested.plan.private:
             read_snapshot(folder, lambda: nested.student, model="student", version=snapshot.version)

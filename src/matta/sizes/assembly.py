@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from matta.errors import SubModelError
+from matta.nesting.closures import holders
 from matta.nesting.copying import copy_module, holds_same
 from matta.nesting.declarations import LayerMap, translate
 from matta.nesting.known_modules import DEPTHS, LAYER_INDICES, size_attributes
@@ -31,6 +32,7 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     widths = [choices[unit.name] for unit in units if not unit.is_block]
     narrow = bool(widths) and set(widths) == {"narrow"}
     made, sources = _student_base(student) if narrow else _ta_base(ta)
+    before = list(made.modules())
     for layers in block_lists(student, plan):
         blocks = [unit for unit in units if unit.layers == layers]
         kept = [(layers.indices[i], "narrow") for i in range(len(layers.indices))] if narrow and not blocks else None
@@ -43,8 +45,25 @@ def assemble(ta: nn.Module, student: nn.Module, plan: Plan, units: Sequence[Unit
     if {choices[unit.name] for unit in units} - {"skip"} == {"narrow"}:
         _take_sizes(made, student)
     _share_configs(made)
+    _refuse_stale(made, before)
     bind(made, sources)
     return made
+
+
+def _refuse_stale(made: nn.Module, before: Sequence[nn.Module]) -> None:
+    """Blocks that were replaced must not be run from a function or a plain list that still holds them.
+
+    Raises:
+        SubModelError: with the attributes.
+    """
+    now = set(made.modules())
+    names = holders(made, [each for each in before if each not in now])
+    if names:
+        raise SubModelError(
+            f"{type(made).__name__} holds blocks in {', '.join(names[:4])} (a function or a plain list) as well as in "
+            f"its nn.ModuleList, so that a sub-model would run the replaced ones; expected blocks that are read from "
+            f"the nn.ModuleList in each forward; the Student and the TA (nested.ta) can be extracted as they are"
+        )
 
 
 def _refuse_mixture(choices: Choices) -> None:
