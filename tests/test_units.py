@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +139,31 @@ def test_layers_are_named_after_what_puts_the_width_out() -> None:
     assert {spot[0] for spot in units["user"].spots} == {"user.weight", "item.weight", "mlp.0.weight"}
     assert {spot[0] for spot in units["mlp.0"].spots} == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight"}
     assert not any(unit.is_block for unit in units.values())
+
+
+class TwoTowers(nn.Module):
+    """The last layer of one tower is as wide as the table of the other, with whose rows it is multiplied."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(7, width), nn.Embedding(9, width)
+        self.tower = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return (self.tower(self.user(user)) * self.item(item)).sum(-1)
+
+
+def test_widths_that_a_run_shows_as_one_are_one_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.arange(4), torch.arange(4)
+    nested = matta.nest(TwoTowers(2, 6), TwoTowers(5, 8), example=(inputs, torch.ones(4)))
+    assert matta.layer_names(nested) == ("user", "tower.0")
+    again = matta.load(matta.save(nested, tmp_path / "saved"), TwoTowers(2, 6), TwoTowers(5, 8))
+    assert matta.layer_names(again) == ("user", "tower.0")
+    for name in matta.layer_names(nested):
+        assert matta.extract(again, matta.SubModel({name: "wide"}))(*inputs).shape == (4,)
+
+
+def test_equal_widths_one_after_the_other_stay_apart_with_an_example() -> None:
+    nested = matta.nest(_tower(4), _tower(6), example=(torch.randn(2, 3), torch.zeros(2)))
+    assert matta.layer_names(nested) == ("0", "2", "4")

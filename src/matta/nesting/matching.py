@@ -64,6 +64,7 @@ class Shown:
     unread: frozenset[str] = frozenset()
     products: frozenset[str] = frozenset()
     spanning: frozenset[str] = frozenset()
+    met: tuple[frozenset[tuple[str, int]], ...] = ()
     lost: Mapping[tuple[str, int], str] = field(default_factory=dict)
     reordered: frozenset[str] = frozenset()
     spread: Spreads = lambda moment: None
@@ -91,6 +92,7 @@ def shown_layouts(student: nn.Module, ta: nn.Module, example: Batch) -> Shown:
         unread=one.unread | other.unread,
         products=overlay.products(),
         spanning=overlay.spanning(),
+        met=overlay.met(),
         lost={**one.lost(), **other.lost()},
         reordered=overlay.reordered(),
         spread=cache(overlay.spread),
@@ -218,6 +220,13 @@ class _Overlay:
     def products(self) -> frozenset[str]:
         """The parameters with a growing axis that the code splits, or makes frequencies for, by numbers of its own."""
         return self._with_growing(lambda dimension: bool(dimension.factors)) | self._of_ranges()
+
+    def met(self) -> tuple[frozenset[tuple[str, int]], ...]:
+        """The growing axes of parameters that have one width, for each width of several."""
+        growing = _growing(self.student, self.ta, buffers=False)
+        axes = {(name, axis) for name, each in growing.items() for axis in each}
+        found = (axes.intersection(each.members) for each in self.student.dimensions)
+        return tuple(frozenset(each) for each in found if len(each) > 1)
 
     def reordered(self) -> frozenset[str]:
         """The parameters with a growing axis whose channels data order."""

@@ -179,7 +179,7 @@ def nest(
     for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
         if example is not None and seen is not None:
             settled = settle_pair(each, ta, plans[i], example, seen, rules.declares) if probe else plans[i]
-            plans[i] = replace(settled, products=seen.products, spanning=seen.spanning)
+            plans[i] = replace(settled, products=seen.products, spanning=seen.spanning, met=seen.met)
     if warm_start is True:
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())

@@ -49,7 +49,8 @@ class Plan:
     """The nesting of one Student: shared parameters by Student name, private ones, module lists.
 
     `products` are Student parameters of which the modules' code splits an axis that grows (into heads), by numbers
-    that go with the other widths; `spanning` are those with a width that several blocks of a list share.
+    that go with the other widths; `spanning` are those with a width that several blocks of a list share. `met` are the
+    axes (parameter, axis) of each width that grows, as a run has shown them.
     """
 
     placements: Mapping[str, Placement]
@@ -57,6 +58,7 @@ class Plan:
     layers: tuple[LayerMap, ...]
     products: frozenset[str] = frozenset()
     spanning: frozenset[str] = frozenset()
+    met: tuple[frozenset[tuple[str, int]], ...] = ()
 
     @property
     def num_shared(self) -> int:

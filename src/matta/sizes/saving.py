@@ -302,6 +302,7 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
         "layers": [[each.student, each.ta, each.indices, each.num_ta] for each in plan.layers],
         "products": sorted(plan.products),
         "spanning": sorted(plan.spanning),
+        "met": sorted(sorted(each) for each in plan.met),
     }
 
 
@@ -314,7 +315,8 @@ def _plan_from_json(saved: Mapping[str, Any]) -> Plan:
         LayerMap(_name(student), _name(ta), tuple(indices), num) for student, ta, indices, num in saved["layers"]
     )
     products, spanning = (frozenset(map(_name, saved.get(key, ()))) for key in ("products", "spanning"))
-    return Plan(placements, tuple(map(_name, saved["private"])), layers, products, spanning)
+    met = tuple(frozenset((_name(name), int(axis)) for name, axis in each) for each in saved.get("met", ()))
+    return Plan(placements, tuple(map(_name, saved["private"])), layers, products, spanning, met)
 
 
 def _name(value: object) -> str:

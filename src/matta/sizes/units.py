@@ -56,7 +56,7 @@ def find_units(student: nn.Module, ta: nn.Module, plan: Plan) -> tuple[Unit, ...
     if is_one_width:
         units = [Unit(HIDDEN)]
     else:
-        units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, outside)]
+        units = [Unit(_name(student, spots), spots=frozenset(spots)) for spots in _split(student, plan, outside)]
     if not is_one_width or any(each.num_ta != len(each.indices) for each in lists):
         units += [Unit(f"{_prefix(each.ta)}{i}", each, i) for each in lists for i in range(each.num_ta)]
     return tuple(sorted(units, key=_position(ta)))
@@ -146,21 +146,25 @@ def _spots(name: str, placement: Placement) -> Iterator[tuple[Spot, Growth]]:
                 yield (name, axis, index), growth
 
 
-def _split(student: nn.Module, widths: dict[Growth, list[Spot]]) -> Iterator[list[Spot]]:
-    """Widths that are equal but follow one another in a stack of layers are told apart."""
+def _split(student: nn.Module, plan: Plan, widths: dict[Growth, list[Spot]]) -> Iterator[list[Spot]]:
+    """Widths that are equal but follow one another in a stack of layers are told apart, unless a run has shown one."""
     for spots in widths.values():
         stack = _stack(student, spots)
-        if stack is None:
-            yield spots
-            continue
-        group: list[Spot] = []
-        for spot in stack:
-            if group and _role(student, spot) in ("out", "embedding") and any(_role(student, s) == "in" for s in group):
-                yield group
-                group = []
-            group.append(spot)
-        if group:
+        groups = [spots] if stack is None else list(_told_apart(student, stack))
+        homes = {(spot[0], spot[1]): i for i, group in enumerate(groups) for spot in group}
+        is_parted = any(len({homes[axis] for axis in each if axis in homes}) > 1 for each in plan.met)
+        yield from [spots] if is_parted else groups
+
+
+def _told_apart(student: nn.Module, stack: list[Spot]) -> Iterator[list[Spot]]:
+    group: list[Spot] = []
+    for spot in stack:
+        if group and _role(student, spot) in ("out", "embedding") and any(_role(student, s) == "in" for s in group):
             yield group
+            group = []
+        group.append(spot)
+    if group:
+        yield group
 
 
 def _stack(student: nn.Module, spots: list[Spot]) -> list[Spot] | None:
