@@ -7,8 +7,9 @@ needs to be known, and no module is edited.
 Read in this order:
 
 - `layout`, `declarations`, `plan`: an axis and its segments, what the user declares, and the finished map.
-- `copying`, `closures`: copies of modules, and of functions that hold them. `slicing`: live modules, whose weights are slices of another module's parameters.
-  `sparse_tables`: those of embeddings with sparse gradients. `sharded_slices`: under FSDP2.
+- `copying`, `closures`: copies of modules, and of functions that hold them. `slicing`: live modules, whose weights are
+  slices of another module's parameters. `sparse_tables`: those of embeddings with sparse gradients. `sharded_slices`:
+  under FSDP2.
 - `placing`, with `ambiguity` and `known_modules`: the map from names and sizes; what sizes leave open is refused.
 - `channels`, `operators` with `operator_kinds`, `moved_channels` and `convolutions`, `dimensions`, `tracing`: channels
   followed through a run of a model.
