@@ -179,6 +179,9 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         RunError: the configuration is not one of a decoder, or cannot be built.
     """
+    for name, value in config.to_dict().items():
+        if isinstance(value, int) and abs(value) >= 1 << 31:  # so many layers or tokens would take all memory
+            raise RunError(f"{config.model_type} cannot be built: {name}={value}; expected a size below 2^31")
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError, AssertionError) as error:
