@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
+from matta.nesting.closures import OF_MODULES
 from matta.nesting.copying import deep_copy, graph_tensors
 from matta.nesting.plan import Placement
 from matta.nesting.slicing import is_live
@@ -71,9 +72,7 @@ def _hidden_weights(path: str, part: nn.Module, registered: Collection[nn.Module
                 f"parameters of a floating type: nest first, and quantise what is extracted"
             )
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        if name not in ("_modules", "_parameters", "_buffers") and any(
-            _is_layer(each) and each not in registered for each in inside
-        ):
+        if name not in OF_MODULES and any(_is_layer(each) and each not in registered for each in inside):
             yield (
                 f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters"
                 f"; expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-_OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
+OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
+"""The attributes in which torch keeps what is registered."""
 
 
 def rebind_functions(module: nn.Module, memo: dict[int, Any]) -> None:
@@ -24,7 +25,7 @@ def rebind_functions(module: nn.Module, memo: dict[int, Any]) -> None:
     made: dict[int, FunctionType] = {}
     for part in [each for each in held.values() if isinstance(each, nn.Module)]:
         for name, value in vars(part).items():
-            if name in _OF_MODULES:
+            if name in OF_MODULES:
                 continue
             copied = vars(memo[id(part)]).get(name)
             if isinstance(value, FunctionType) and copied is value:
@@ -40,7 +41,7 @@ def holders(module: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
         ".".join(filter(None, (path, name)))
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if name not in _OF_MODULES and _reaches(value, held, set())
+        if name not in OF_MODULES and _reaches(value, held, set())
     ]
 
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.closures import rebind_functions
+from matta.nesting.closures import OF_MODULES, rebind_functions
 
 _Module = TypeVar("_Module", bound=nn.Module)
 FOLLOWS: Final = "_follows_fsdp"  # marks what gathers sharded parameters before it reads them; see `sharded_slices`
 _PLAIN: Final = frozenset((bool, int, float, str, type(None)))
 _COMPRESSED: Final = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)  # copy.deepcopy fails
-_OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
 _OF_FSDP: Final = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", FOLLOWS)  # attributes under FSDP2 alone
 
 
@@ -110,7 +109,7 @@ def attribute_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for path, part in module.named_modules():
         for name, value in vars(part).items():
-            if name in _OF_MODULES:
+            if name in OF_MODULES:
                 continue
             several = isinstance(value, tuple | list)
             for i, each in enumerate(value if several else [value]):

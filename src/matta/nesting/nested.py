@@ -201,17 +201,14 @@ def nested_from_plans(students: Sequence[nn.Module], ta: nn.Module, plans: Seque
         named = dict(student.named_parameters(remove_duplicate=False))
         if set(named) != {*plan.placements, *plan.private}:
             wrong = min(set(named) ^ {*plan.placements, *plan.private})
-            raise NestingError(
-                f"the plan does not fit the Student: {wrong} is in only one of them; build the modules that it was "
-                f"made for"
-            )
+            raise NestingError(f"the plan does not fit the Student: {wrong} is in only one of them")
         for name, placement in plan.placements.items():
             target = ta_parameter(name, placement.ta, ta)
             sizes = tuple(axis.student_size for axis in placement.axes), tuple(axis.ta_size for axis in placement.axes)
             if sizes != (tuple(named[name].shape), tuple(target.shape)):
                 raise NestingError(
                     f"the plan does not fit: {name} is planned as {sizes[0]} of {sizes[1]}, and is "
-                    f"{tuple(named[name].shape)} of {tuple(target.shape)}; build the modules that it was made for"
+                    f"{tuple(named[name].shape)} of {tuple(target.shape)}"
                 )
     return Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
 

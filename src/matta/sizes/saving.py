@@ -161,7 +161,7 @@ def _nest(folder: Path, plans: tuple[Plan, ...], modules: tuple[nn.Module, ...])
         return nested_from_plans(modules[:-1], modules[-1], plans)
     except NestingError as error:
         raise CheckpointError(
-            f"{folder} does not fit the modules: {error}; build them with the sizes they were saved with"
+            f"{folder} does not fit the modules: {error}; build them as they were saved, of the same class and sizes"
         ) from None
 
 
