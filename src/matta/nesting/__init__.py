@@ -14,7 +14,8 @@ Read in this order:
 - `channels`, `operators` with `operator_kinds`, `moved_channels` and `convolutions`, `dimensions`, `tracing`: channels
   followed through a run of a model.
 - `matching`: one traced model over another, which gives the layout of fused axes and of heads.
-- `probing`, with `silencing` and `lockstep`: both models run, and compared, with all but the Student's slices silenced.
+- `probing`, with `silencing`, `lockstep` and `draws`: both models run, and compared, with all but the Student's
+  slices silenced.
 - `nested`, with `acceptance`: `nest` puts these together.
 - `ordering`, with `channel_groups`, `importance` and `principal_axes`: a trained TA's channels in the order in which
   they matter; `block_ranking`: which of its blocks to keep; `ta_start`: a Student that starts as its slice.

@@ -5,7 +5,7 @@ differ between a Student and its TA by design, and hide whether weights lie in t
 is recorded operator by operator, and the TA's run takes its numbers where the two run the same operators. Where the
 flow of the data has shown which channels are the Student's, the others stay silent, though an operator makes ones of
 zeros (a sigmoid, a bias over all), and what looks at all channels at once (a softmax over experts, a norm) sees the
-Student's alone.
+Student's alone. Random numbers are replaced (`matta.nesting.draws`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from matta.nesting.channels import Moment, Place, Steps, name_of
+from matta.nesting.draws import drawn, is_draw
 from matta.nesting.layout import Axis
 from matta.nesting.operator_kinds import is_whole, may_fill
 from matta.nesting.operators import plain_kernels
@@ -77,7 +78,7 @@ class Lockstep(TorchDispatchMode):
             spread = self.spreads(moment)
         if spread is not None and is_whole(func) and other is not None:
             return _of_the_students(func, args, kwargs or {}, spread, other)
-        out = _with_numbers(func, args, kwargs or {}, step, other)
+        out = drawn(func, args, kwargs or {}) if is_draw(func) else _with_numbers(func, args, kwargs or {}, step, other)
         if spread is not None and may_fill(func) and isinstance(out, Tensor):
             _silence(out, spread.made[0])
         return out

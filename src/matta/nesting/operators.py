@@ -364,10 +364,12 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(
         "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
         "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "
-        "bernoulli".split(),
+        "bernoulli poisson".split(),
         _keep,
     ),
-    **dict.fromkeys("_local_scalar_dense nonzero multinomial bincount equal zero fill".split(), _forget),
+    **dict.fromkeys(
+        "_local_scalar_dense nonzero multinomial bincount equal zero fill _is_all_true _is_any_true".split(), _forget
+    ),
     **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
     **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation", "_sparse_addmm"], _add_product),
     **dict.fromkeys(["convolution", "_convolution"], convolution),
@@ -379,7 +381,7 @@ _RULES: Final[dict[str, _Rule]] = {
     ),
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
-    **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface"], _pointwise),
+    **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface", "normal", "binomial"], _pointwise),
     **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], _transformed),
     "masked_select": masked,
     **dict.fromkeys(["_pack_padded_sequence", "_pad_packed_sequence"], packed),

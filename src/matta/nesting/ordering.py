@@ -20,6 +20,7 @@ from matta.nesting.batches import Batch, call, map_tensors, outputs_of, relative
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import named_axes
+from matta.nesting.draws import WithoutChance
 from matta.nesting.importance import Importance, Loss, channel_scores
 from matta.nesting.principal_axes import principal_axes, turn
 
@@ -193,8 +194,7 @@ def permute(module: nn.Module, group: Group, new: Tensor) -> None:
 
 def _outputs(module: nn.Module, example: Batch) -> list[Tensor]:
     modes = [(part, part.training) for part in module.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(_SEED)
+    with torch.no_grad(), WithoutChance():
         try:
             found = outputs_of(call(module.eval(), split_labels(example)[0]))
         finally:

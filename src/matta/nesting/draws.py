@@ -1,0 +1,68 @@
+"""Random numbers without chance, while two runs are compared.
+
+A latent code, noise on a router, dropout that stays on: a module may draw in eval mode too, and at two widths no seed
+gives it the same numbers. So what is drawn is the middle of what could be: the expected value, of a normal
+distribution half a standard deviation above it, since its scale is to be seen. What has no middle, such as the indices
+of a sample, is drawn from one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matta.nesting.channels import name_of
+
+_SEED: Final = 20250523
+_DRAWS: Final = frozenset(
+    "rand rand_like uniform randn randn_like normal bernoulli exponential poisson multinomial randint randint_like "
+    "randperm random geometric binomial log_normal cauchy".split()
+)
+
+
+@final
+class WithoutChance(TorchDispatchMode):
+    """While it is active, nothing is drawn by chance."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, or what stands for it."""
+        return drawn(func, args, kwargs or {}) if is_draw(func) else func(*args, **(kwargs or {}))
+
+
+def is_draw(func: Any) -> bool:
+    """Whether an operator returns random numbers, and nothing else."""
+    return torch.Tag.nondeterministic_seeded in func.tags and name_of(func) in _DRAWS
+
+
+def drawn(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What such an operator returns, without chance; no generator but a new one moves on."""
+    device = kwargs.get("device") or next((each.device for each in args if isinstance(each, Tensor)), "cpu")
+    middle = _middle(func, args, kwargs)  # before the draw, which may write into what it takes
+    out: Tensor = func.overloadpacket(*args, **{**kwargs, "generator": torch.Generator(device).manual_seed(_SEED)})
+    return out if middle is None or not out.is_floating_point() else out.copy_(torch.as_tensor(middle))
+
+
+def _middle(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    given = {argument.name: argument.default_value for argument in func._schema.arguments}
+    given |= {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    given |= kwargs
+    match name_of(func):
+        case "rand" | "rand_like" | "randn" | "randn_like":
+            return 0.5
+        case "uniform":
+            return (given["from"] + given["to"]) / 2
+        case "normal":
+            return given["mean"] + given["std"] / 2
+        case "bernoulli":
+            return given.get("p", given["self"])
+        case "exponential":
+            return 1 / given["lambd"]
+        case "poisson":
+            return given["self"]
+    return None
