@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -268,6 +270,18 @@ def go_on(folder: str, stop: int) -> None:
         torch.save(found, Path(folder, f"chain-{os.environ.get('RANK', '0')}.pt"))
 
 
+def evaluate_longer_than_messages_wait(folder: str, seconds: float) -> None:
+    """A process of several, of which the main one evaluates for longer than torch waits for a message."""
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+
+    def evaluate(_: Any) -> dict[str, float]:
+        time.sleep(1.2 * seconds)
+        return {"loss": 0.5}
+
+    result = Trained(batches(), evaluate=evaluate).result
+    Path(folder, os.environ["RANK"]).write_text(str([each.values for each in result.evaluations]), encoding="utf-8")
+
+
 def torchrun(world: int, folder: Path, call: str = "") -> subprocess.CompletedProcess[str]:
     """Run `work`, or another call, in processes that nothing but the launcher tells of each other."""
     script = folder / "script.py"
@@ -328,6 +342,13 @@ def test_two_then_one_then_four_processes_are_one_run(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"chain-{rank}.pt", weights_only=True)
         for part in ("weights", "losses", "steps"):
             torch.testing.assert_close(found[part], whole_run[part], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.stress
+def test_the_others_wait_for_an_evaluation_as_long_as_it_takes(tmp_path: Path) -> None:
+    ended = torchrun(2, tmp_path, f"evaluate_longer_than_messages_wait({str(tmp_path)!r}, 30)")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert [Path(tmp_path, rank).read_text(encoding="utf-8") for rank in "01"] == ["[{'loss': 0.5}]"] * 2
 
 
 def test_one_process_weighs_every_label_of_a_step_alike() -> None:

@@ -32,7 +32,7 @@ from matta.sizes.saving import held_state, require_fit
 from matta.sizes.storage import SUMS, has_checksums, read_checksums, verify
 from matta.sizes.weight_files import SHARD
 from matta.training.plain_state import PackedState, unpacked
-from matta.training.processes import gathered, is_main_process, num_processes, process_rank
+from matta.training.processes import PATIENCE, gathered, is_main_process, num_processes, process_rank
 
 TRAINING: Final = "training"
 PROCESS: Final = "process-"
@@ -64,7 +64,8 @@ class ShareWriter:
             use_non_blocking_copy=has_device,
         )
         self._stager = DefaultStager(options)
-        self._group: Any = distributed.new_group(backend="gloo")  # of its own: training sends messages meanwhile
+        # of its own: training sends messages meanwhile
+        self._group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def copy(
         self,

@@ -210,8 +210,7 @@ class Training:
     def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
         """Take up the newest checkpoint but for its place in the data; False where there is none."""
         assert self.folder is not None
-        self.folder.wait()
-        self.accelerator.wait_for_everyone()
+        self.folder.wait_together()
         state = self.folder.load(self.cotrain, self.optimizer)
         if state is None:
             return False
@@ -268,8 +267,7 @@ class Training:
         if self.stopped_by is None:
             return
         self._save()
-        self.folder.wait()
-        self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+        self.folder.wait_together()  # a launcher ends all processes with the first
         raise ended_by(self.stopped_by, f"stopped after step {self.step}; continue with resume=True")
 
     def _is_complete(self) -> bool:
@@ -292,6 +290,7 @@ class Training:
                 self.folder.save_nested(self.step, self.cotrain.nested)
                 if isinstance(self.optimizer, Shampoo) and not self.is_sharded:
                     save_factors(self.optimizer, self.cotrain.nested, self.folder.path)
+            self.folder.wait_together()
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> None:
@@ -338,6 +337,7 @@ class Training:
         if self.is_sharded:
             self.folder.save_shares(self.step, self.cotrain, self.optimizer, self._state(), own)
         else:
+            self.folder.wait_together()  # on a slow disk the main process waits for its last one
             feeds = gathered_by_main(own)
             if self.accelerator.is_main_process:
                 whole = {**self._state(), "feeds": feeds, "optimizer": self.optimizer.state_dict()}

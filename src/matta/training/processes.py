@@ -6,6 +6,8 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+PATIENCE: Final = timedelta(days=30)
+"""How long a process waits for another that evaluates or writes, where torch's messages would end the run."""
 _MISSING: Final = object()
 _JOINING: Final = threading.Lock()  # Accelerate's state is half made while another thread makes it
 _SIZES: Final = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -74,6 +78,17 @@ def of_main(value: T) -> T:
     if num_processes() > 1:
         distributed.broadcast_object_list(values)
     return values[0]
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here, as long as it takes."""
+    if num_processes() > 1:
+        distributed.barrier(group=_patient_group(distributed.group.WORLD))
+
+
+@lru_cache(maxsize=1)
+def _patient_group(_: Any) -> Any:
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def dealt(pieces: Iterable[T], *, together: bool = True) -> Iterator[tuple[T, bool]]:

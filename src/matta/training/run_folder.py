@@ -45,7 +45,7 @@ from matta.sizes.storage import put_back, verify, whole_folder, write_json
 from matta.sizes.weight_files import weights_in
 from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares, require_types
 from matta.training.plain_state import PackedState, cpu_copy, read_state
-from matta.training.processes import gathered, is_main_process, of_main
+from matta.training.processes import gathered, is_main_process, of_main, wait_for_all
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -212,6 +212,15 @@ class RunFolder:
             whole = self.checkpoints()
             remedy = f"mend that, and resume from {whole[-1].name}" if whole else "mend that, and begin afresh"
             raise RunError(f"a checkpoint could not be written to {self.path}: {error}; {remedy}") from None
+
+    def wait_together(self) -> None:
+        """Return when the last checkpoints of all processes are on disk; all call this.
+
+        Raises:
+            RunError: that of this process could not be written.
+        """
+        self.wait()
+        wait_for_all()
 
     def close(self) -> None:
         """Wait for the last checkpoint, and let others write here.
