@@ -201,6 +201,7 @@ FOUND = [
     ("cached tokens", '{"size": 9}', None),
     ("cached tokens", '{"size": 18, "kind": ",u2", "fingerprint": "", "counts": {}}', None),
     ("listing", "[]", None),
+    ("latest", "9" * 5000, r"latest is damaged: it names 9{50}; expected a version"),
     ("configuration", '{"model_type": "gpt2", "n_layer": 1180591620717411303424}', r"expected a size below 2\^31"),
 ]
 

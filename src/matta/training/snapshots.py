@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -270,8 +271,8 @@ def newest_version(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds no snapshot; expected what matta.Snapshots published") from None
     except ValueError:
         name = "what is no text"
-    if not name.isdigit():
-        raise CheckpointError(f"{folder / LATEST} is damaged: it names {name}; expected a version: publish again")
+    if not re.fullmatch("[0-9]{1,20}", name):
+        raise CheckpointError(f"{folder / LATEST} is damaged: it names {name:.50}; expected a version: publish again")
     return folder / name
 
 
