@@ -213,6 +213,58 @@ def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path, share: str
     torch.testing.assert_close(models.run("TA", {"input_0": EXAMPLE[0]})[0]["logits"], nested.ta(EXAMPLE[0]).detach())
 
 
+def normed(seed: int, share: str | list[str]) -> matta.Nested:
+    """A pair whose BatchNorms have seen other data."""
+
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
+
+    torch.manual_seed(seed)
+    nested = matta.nest(build(4), build(16), share=share)
+    for module in (nested.student, nested.ta):
+        module.train()(torch.randn(64, 6) * (seed + 1) + seed)
+        module.eval()
+    return nested
+
+
+@pytest.mark.parametrize("share", ["all", "none", ["0.*", "1.*"]], ids=str)
+def test_a_new_version_brings_what_the_student_has_of_its_own(tmp_path: Path, share: str | list[str]) -> None:
+    """Running statistics, and parameters that it does not share: those of the version, not of the start."""
+    old, new = normed(0, share), normed(1, share)
+    models, told = ServedModels(old, example=EXAMPLE), Told()
+    watch = told.watch(models, tmp_path)
+    published(tmp_path, new)
+    watch.look()
+    assert (told.swapped, told.refused) == (["1"], [])
+    for size, spec in models.specs.items():
+        expected = matta.extract(new, spec).eval()(EXAMPLE[0]).detach()
+        torch.testing.assert_close(models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"], expected)
+    matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(new)}).publish(normed(2, share))
+    watch.look()
+    assert "version 2 has the TA alone, and the Student has" in told.refused[0][1]
+    assert models.current.name == "1"
+
+
+def test_buffers_that_never_change_need_no_student(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(6, width), nn.Linear(width, 1)
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.out(self.hidden(x).relu())
+
+    torch.manual_seed(0)
+    models, told = ServedModels(matta.nest(Scaled(4), Scaled(16)), example=EXAMPLE), Told()
+    new = matta.nest(Scaled(4), Scaled(16))
+    matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(new)}).publish(new)
+    told.watch(models, tmp_path).look()
+    assert (told.swapped, told.refused) == (["1"], [])
+    logits = models.run("Student", {"input_0": EXAMPLE[0]})[0]["logits"]
+    torch.testing.assert_close(logits, new.student(EXAMPLE[0]).detach())
+
+
 def spoil(version: Path, how: str) -> None:
     if how == "a bit":
         file = version / "ta.safetensors"

@@ -41,7 +41,7 @@ from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.nested import Nested
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
-from matta.sizes.extraction import share
+from matta.sizes.extraction import extract, share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
@@ -165,11 +165,23 @@ class ServedModels:
         self.pinned[version.name] = version
 
     def _load_family(self, source: Nested, folder: Path, number: int | None) -> Version:
-        """A copy of the nesting with the weights of a version."""
+        """A copy of the nesting with the weights of a version, and its running statistics.
+
+        Raises:
+            CheckpointError: a model of it is damaged, or does not fit.
+            ServeError: the Student has something of its own, and was not published.
+        """
         nested = deep_copy(source)
         snapshot = read_snapshot(folder, lambda: nested.ta, model="ta", version=number)
-        if nested.plan.private:
-            read_snapshot(folder, lambda: nested.student, model="student", version=snapshot.version)
+        own = nested.plan.private or _moved_buffers(source, nested)
+        if own:
+            if not (folder / f"{snapshot.version:08d}" / "student.safetensors").is_file():
+                raise ServeError(
+                    f"version {snapshot.version} has the TA alone, and the Student has {own[0]} of its own; expected "
+                    f'both: Snapshots(models={{"ta": matta.wide(nested), "student": None}})'
+                )
+            student = read_snapshot(folder, lambda: extract(nested), version=snapshot.version).module
+            _take_own(nested, student)
         return Version(name=str(snapshot.version), modules=self._modules(nested))
 
     def _modules(self, source: nn.Module) -> Mapping[str, nn.Module]:
@@ -308,6 +320,22 @@ def _only_model(folder: Path) -> str:
     except CheckpointError:
         models = []
     return models[0] if len(models) == 1 else "student"
+
+
+def _moved_buffers(old: Nested, new: Nested) -> list[str]:
+    """Buffers of the Student, if those of the TA are not what they were: running statistics are each model's own."""
+    before = dict(old.ta.named_buffers())
+    is_moved = any(not torch.equal(each, before[name]) for name, each in new.ta.named_buffers())
+    return [name for name, _ in new.student.named_buffers()] if is_moved else []
+
+
+@torch.no_grad()
+def _take_own(nested: Nested, student: nn.Module) -> None:
+    """Copy from a plain Student what the nested one does not share with the TA."""
+    values = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    private = [each for each in nested.student.named_parameters() if each[0] in nested.plan.private]
+    for name, own in (*private, *nested.student.named_buffers()):
+        own.copy_(values[name])
 
 
 @final
