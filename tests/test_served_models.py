@@ -150,6 +150,76 @@ def test_ids_of_bags_by_offsets_would_be_those_of_the_example_and_are_refused(ro
         ServedModels(matta.nest(Bags(2), Bags(4), example=example), example=example)
 
 
+class ByBatch(nn.Module):
+    """A linear layer, and something of the whole batch."""
+
+    def __init__(self, weight: float, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.norm, self.out = weight, norm or nn.Identity(), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x) - self.weight * x.mean(0))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_model_whose_answers_depend_on_other_rows_is_refused(rows: int, alike: bool) -> None:
+    """One client's rows would change the answer to another."""
+    x = torch.ones(rows, 6) if alike else EXAMPLE[0][:rows]
+    with pytest.raises(ServeError, match=r"apart when the other rows of its batch are others; .* with max_batch=1"):
+        ServedModels(ByBatch(1.0), example=(x, None))
+    models = ServedModels(ByBatch(1.0), example=(x, None), max_rows=1)  # a row alone has no others
+    assert models.sizes == ("model",)
+
+
+def test_statistics_of_the_batch_are_refused_and_running_ones_are_served() -> None:
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    with pytest.raises(ServeError, match="apart when the other rows"):
+        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
+    with pytest.raises(
+        ServeError, match=r"runs on the 2 rows of the example and fails on 1 of them with ValueError: E"
+    ):
+        ServedModels(ByBatch(0.0, norm), example=(EXAMPLE[0][:2], None))
+    assert ServedModels(ByBatch(0.0, nn.BatchNorm1d(6)).train(), example=EXAMPLE).sizes == ("model",)
+
+
+def test_a_little_of_the_batch_and_answers_that_do_not_repeat_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Dropping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5))
+
+    ServedModels(pair(), example=EXAMPLE)
+    assert not caplog.messages
+    ServedModels(ByBatch(0.01), example=EXAMPLE)
+    assert "of the largest apart when the other rows of its batch are others (layers that scale" in caplog.messages[0]
+    torch.manual_seed(0)
+    ServedModels(Dropping(6, 1), example=EXAMPLE)
+    assert "apart from call to call; look for a dropout" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_roundings_are_no_dependence_on_other_rows(dtype: torch.dtype) -> None:
+    class Rounding(nn.Linear):
+        """As kernels that add up in another order for another number of rows."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + torch.finfo(dtype).eps * (len(x) % 3))
+
+    models = ServedModels(Rounding(6, 1).to(dtype), example=(EXAMPLE[0].to(dtype), None))
+    assert models.outputs[0].dtype == dtype
+
+
+def test_classes_without_numbers_are_served() -> None:
+    class Best(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            best = super().forward(x).argmax(1)
+            return {"best": best, "is_first": best == 0}
+
+    models = ServedModels(Best(6, 3), example=EXAMPLE)
+    assert [each.datatype for each in models.outputs] == ["INT64", "BOOL"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
