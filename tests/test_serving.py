@@ -400,6 +400,35 @@ def test_an_answer_that_cannot_be_logged_is_still_given(tmp_path: Path) -> None:
         assert client.post(INFER, json=asked()).status_code == 200
 
 
+def test_a_log_without_a_split_has_each_answer_under_its_size(tmp_path: Path) -> None:
+    models = ServedModels(pair(), example=EXAMPLE)
+    application = Application(models, ServeSettings(log=tmp_path / "log.jsonl", name="ranker"))
+    with TestClient(application.asgi) as client:
+        for name, parameters in (("a", {}), ("b", {"size": "Student"})):
+            assert client.post(INFER, json=asked(id=name, parameters=parameters)).status_code == 200
+        client.post("/v2/models/ranker/outcomes", content='{"id": "a", "outcomes": [1]}')
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["id"], each.get("arm")) for each in found] == [
+        ("answer", "a", "TA"),
+        ("answer", "b", "Student"),
+        ("outcome", "a", None),
+    ]
+
+
+def test_weights_of_the_start_are_not_version_one_of_the_snapshots(tmp_path: Path) -> None:
+    settings = ServeSettings(snapshots=tmp_path, poll_s=0.02, name="ranker")
+    application = Application(ServedModels(pair(), example=EXAMPLE), settings)
+    with TestClient(application.asgi) as client:
+        assert client.post(INFER, json=asked()).json()["model_version"] == "0"
+        assert "matta_model_version 0.0" in client.get("/metrics").text
+        other = pair(1)
+        matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(other)}).publish(other)
+        wait_until(lambda: client.post(INFER, json=asked()).json()["model_version"] == "1")
+        assert "matta_model_version 1.0" in client.get("/metrics").text
+    alone = Application(ServedModels(pair(), example=EXAMPLE), ServeSettings())
+    assert b"matta_model_version 1.0" in alone.metrics.text(0)
+
+
 def test_a_log_needs_one_value_for_each_row(tmp_path: Path) -> None:
     serving = Serving(nested=nn.Linear(3, 2), example=(torch.ones(2, 3), None))
     with pytest.raises(ServeError, match="expected one logit for each row"):

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Final, final
 
 from starlette.applications import Starlette
@@ -36,6 +37,7 @@ from matta.serving.serving_metrics import ServingMetrics
 from matta.serving.size_policy import SizePolicy
 
 LOG: Final = logging.getLogger("matta.serve")
+BEFORE: Final = "0"  # the version of the weights of the start, where snapshots count from 1
 LINGER_S: Final = 2.0
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MEGABYTE: Final = 2**20
@@ -67,6 +69,9 @@ class Application:
         self.metrics = ServingMetrics()
         self.is_draining = False
         self._watch = None
+        if settings.snapshots is not None:
+            models.current = replace(models.current, name=BEFORE)
+        self.metrics.serves(models.current.name)
         if settings.snapshots is not None:
             self._watch = VersionWatch(models, settings.snapshots, swapped=self._swapped, refused=self._refused)
             self._watch.look()
@@ -213,8 +218,8 @@ class Application:
         arm, size, version = self._chosen(asked, identity, version)
         answer = await self._answer(asked, size, version)
         seconds = time.perf_counter() - start
-        if arm is not None and self.log is not None:
-            self._write(identity, arm, answer, seconds)
+        if self.log is not None and (arm is not None or self.split is None):  # of a split, what it drew alone
+            self._write(identity, arm or answer.size, answer, seconds)
         head = {
             "model_name": self.settings.name,
             "model_version": answer.version,
