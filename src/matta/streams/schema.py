@@ -44,6 +44,8 @@ class Numeric:
 class Categorical:
     """A category: text or a whole number, known by its text. Id 0 is that of a missing one.
 
+    However they are written, 7, 7.0 and "7.0" are one category, and so are true and "True".
+
     Args:
         buckets: Ids from 1 are hashes: nothing is remembered, and categories may share an id.
         vocabulary: In place of `buckets`: ids from 2 are given out as categories first appear, to at most
