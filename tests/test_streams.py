@@ -389,6 +389,16 @@ def test_times_of_two_kinds_are_each_read_as_what_they_are(tmp_path: Path, colum
     assert found is not None and found.tolist() == [1_357_016_400.0] * 4 + [1_356_998_400.0]
 
 
+def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
+    schema = Schema(columns={"x": Numeric()}, label="late", time="time")
+    times = ["2013-01-01T05:00:00.1234567Z", "2013-01-01T07:00:00.123456789+02:00", "2013-01-01 05:00:00.123456999"]
+    rows = Rows([{"x": 1, "late": 0, "time": each} for each in [*times, "2013-01-01T05:00:00.12x", "05:00:00.1234567"]])
+    stream = Stream(rows, schema, batch_size=5, quarantine=tmp_path / "bad.jsonl")
+    found = next(stream).times
+    assert found is not None and found.tolist() == [1_357_016_400.123456] * 3
+    assert stream.counts.bad_rows == 2
+
+
 KINDS = {
     "list": pa.list_(pa.int64()),
     "struct": pa.struct([("a", pa.int64())]),

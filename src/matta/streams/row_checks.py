@@ -171,16 +171,25 @@ def _to_seconds(array: pa.Array) -> pa.Array:
     """Seconds since 1970 of numbers, dates, and text of one form."""
     if _is_text(array):
         text = pc.utf8_trim_whitespace(pc.cast(array, pa.string()))
-        for kind in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
-            try:
-                return _to_seconds(pc.cast(text, kind))
-            except pa.ArrowException:
-                continue
-        raise pa.ArrowInvalid("no time")
+        found = _times_of(text)
+        if found is None:  # perhaps of more digits than microseconds have, as Go and .NET write them
+            found = _times_of(pc.replace_substring_regex(text, r"(:\d\d\.\d{6})\d+", r"\1"))
+        if found is None:
+            raise pa.ArrowInvalid("no time")
+        return _to_seconds(found)
     if pa.types.is_temporal(array.type):
         micros = pc.cast(pc.cast(array, pa.timestamp("us"), safe=False), pa.int64())
         return pc.divide(pc.cast(micros, pa.float64(), safe=False), 1e6)
     return _to_float(array)
+
+
+def _times_of(text: pa.Array) -> pa.Array | None:
+    for kind in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return pc.cast(text, kind)
+        except pa.ArrowException:
+            continue
+    return None
 
 
 def _is_text(array: pa.Array) -> bool:

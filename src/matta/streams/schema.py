@@ -15,6 +15,9 @@ from matta.errors import RunError
 class Numeric:
     """A number, normalised by running statistics; one that is missing becomes 0 and is marked.
 
+    It is given in standard deviations from the mean of what came before its batch, at most 10; in the first batch, and
+    as long as it never changes, it is 0.
+
     Args:
         low: Smallest value that is accepted.
         high: Largest value that is accepted.
