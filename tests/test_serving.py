@@ -475,6 +475,25 @@ def test_several_heads_are_several_outputs(runtime: str) -> None:
         assert [each["name"] for each in answer.json()["outputs"]] == ["minutes"]
 
 
+def test_a_failure_is_told_with_its_traceback_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if bool((x == 7).any()):
+                raise RuntimeError("seven")
+            if bool((x == 8).any()):
+                raise RuntimeError("eight")
+            return super().forward(x)
+
+    models = ServedModels(Failing(3, 1), example=(torch.ones(2, 3), None))
+    with TestClient(Application(models, ServeSettings()).asgi) as client:
+        for value in (7, 7, 8, 7, 8):
+            entry = {"name": "input_0", "datatype": "FP32", "shape": [1, 3], "data": [value] * 3}
+            assert client.post("/v2/models/model/infer", json={"inputs": [entry]}).status_code == 500
+    told = [(each.getMessage(), bool(each.exc_info)) for each in caplog.records if each.name == "matta.serve"]
+    seven, eight = "the model failed: RuntimeError: seven", "the model failed: RuntimeError: eight"
+    assert told == [(seven, True), (seven, False), (eight, True), (seven, False), (eight, False)]
+
+
 def test_an_answer_without_its_rows_does_not_end_the_batches() -> None:
     class Losing(Watched):
         def forward(self, x: Tensor) -> dict[str, Tensor]:

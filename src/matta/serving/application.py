@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -67,6 +68,7 @@ class Application:
         self.split = Split(shares=settings.shares, salt=settings.salt) if settings.shares else None
         self.log = AnswerLog(settings.log, split=self.split) if settings.log is not None else None
         self.metrics = ServingMetrics()
+        self._failures: set[tuple[object, ...]] = set()
         self.is_draining = False
         self._watch = None
         if settings.snapshots is not None:
@@ -257,8 +259,15 @@ class Application:
                 raise ProtocolError(400, f"the model does not take these inputs: {first_line(error)}") from None
             if empty := [name for name, each in asked.inputs.items() if not each.numel()]:
                 raise ProtocolError(400, f"the model does not take an input without values: {empty[0]}") from None
-            LOG.exception("the model failed")
+            self._tell_failure(error)
             raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Log a failure of the model, with its traceback the first time: a client must not fill the disk."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__, place.filename, place.lineno
+        known, self._failures = kind in self._failures, self._failures | {kind}
+        LOG.error("the model failed: %s: %s", kind[0], first_line(error), exc_info=None if known else error)
 
     def _write(self, identity: str, arm: str, answer: Answer, seconds: float) -> None:
         """Log an answer; what cannot be logged (a full disk, values that are not finite) does not keep it back."""
