@@ -121,6 +121,33 @@ def test_too_few_outcomes_give_no_interval(tmp_path: Path) -> None:
     assert compare([nothing]).arms[0].metric is None
 
 
+def test_an_arm_of_a_few_requests_gives_no_interval(tmp_path: Path) -> None:
+    """That none of its first ones had an outcome of 5% says nothing, however many requests the other arm has."""
+    log = experiment(
+        tmp_path, same, shares={"A": 0.99, "B": 0.01}, count=1500, rate=lambda arm: {"A": 0.05, "B": 0.0}[arm]
+    )
+    report = compare([log], metric="rate")
+    assert 5 < report.arms[1].joined < 20
+    assert report.pairs[0].difference is not None
+    assert report.pairs[0].decision == "go on: too few outcomes yet"
+
+
+def test_auc_waits_for_both_labels_in_both_arms() -> None:
+    draw = np.random.default_rng(1)
+    outcomes, scores = (draw.random(1000) < 0.2).astype(float), draw.normal(size=1000)
+    large = auc_loss(scores, outcomes, np.arange(1000), 1000)
+    few = np.array([1.0] * 19 + [0.0] * 200)
+    small = auc_loss(scores[:219], few, np.arange(219), 219)
+    assert (large.num_rarer, small.num_rarer) == (int(outcomes.sum()), 19)
+    assert math.isinf(auc_interval(large, small, alpha=0.05, tuned_for=1000).half_width)
+    assert math.isfinite(auc_interval(large, large, alpha=0.05, tuned_for=1000).half_width)
+    one = auc_loss(np.arange(200.0), (np.arange(200) == 0).astype(float), np.arange(200), 200)
+    assert (one.loss, one.num_rarer) == (1.0, 1)  # the only positive is below all others, and says next to nothing
+    assert math.isinf(auc_interval(large, one, alpha=0.05, tuned_for=1000).half_width)
+    alike = auc_loss(scores[:219], few, np.zeros(219, np.int64), 1)  # all of one request
+    assert alike.num_rarer == 1
+
+
 def test_several_arms_share_alpha(tmp_path: Path) -> None:
     log = experiment(tmp_path, sharper, shares={"A": 2, "B": 1, "C": 1}, count=6000)
     report = compare([log], control="A", alpha=0.05)

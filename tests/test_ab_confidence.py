@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from matta.ab_testing.confidence_sequences import (
     FIRST_UNITS,
     MIN_UNITS,
+    arms_have_begun,
     confidence_sequence,
     half_width,
     pseudo_outcomes,
@@ -122,3 +123,26 @@ def test_looking_after_every_batch_raises_few_false_alarms(share: float, rate: f
         fixed_alarms += bool((begun & (np.abs(found.means) > fixed))[looks].any())
     assert alarms / 200 <= ALPHA
     assert fixed_alarms / 200 > 2 * ALPHA
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.01, 0.02), (0.01, 0.3), (0.95, 0.02)])
+def test_a_small_arm_raises_few_false_alarms(share: float, rate: float) -> None:
+    """Until its units come, the deviations are those of the other arm alone."""
+    draw, size = np.random.default_rng(5), 20_000
+    alarms, early_alarms = 0, 0
+    for _ in range(100):
+        values, in_b = (draw.random(size) < rate).astype(float), draw.random(size) < share
+        found = confidence_sequence(pseudo_outcomes(values, in_b, share), alpha=ALPHA, tuned_for=5000)
+        is_alarm = np.abs(found.means) > found.half_widths
+        alarms += bool((is_alarm & arms_have_begun(values, in_b)[size - len(is_alarm) :]).any())
+        early_alarms += bool(is_alarm.any())
+    assert alarms / 100 <= ALPHA < early_alarms / 100
+
+
+def test_arms_begin_when_each_has_enough_units() -> None:
+    coins, in_b = np.tile([0.0, 1.0, 1.0, 0.0], 500), np.arange(2000) % 20 == 0
+    assert in_b[: arms_have_begun(coins, in_b).argmax() + 1].sum() == 20
+    np.testing.assert_array_equal(arms_have_begun(coins, ~in_b), arms_have_begun(coins, in_b))
+    assert not arms_have_begun(np.ones(500), in_b[:500]).any()
+    dead = np.where(in_b, 0.0, coins)  # an arm in which nothing happens is found as well
+    assert arms_have_begun(dead, in_b)[-1]

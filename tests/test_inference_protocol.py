@@ -30,7 +30,7 @@ def body(*inputs: dict[str, Any], **rest: Any) -> bytes:
 GOOD = body(entry(data=[1.0, 2.0]))
 
 
-@pytest.mark.parametrize("data", [[[1, 2], [3, 4.5]], [1, 2, 3, 4.5]])
+@pytest.mark.parametrize("data", [[[1, 2], [3, 4.5]], [1, 2, 3, 4.5], [[[1, 2]], [[3, 4.5]]]])
 def test_json_data_are_flat_or_nested(data: list[Any]) -> None:
     request = read_request(body(entry(shape=(2, 2), data=data)), None, [X], [LOGITS])
     assert torch.equal(request.inputs["x"], torch.tensor([[1, 2], [3, 4.5]]))
@@ -101,6 +101,12 @@ MALFORMED = {
     "too few data": body(entry(data=[1])),
     "too many data": body(entry(data=[1, 2, 3])),
     "ragged data": body(entry(shape=(2, 2), data=[[1, 2], [3]])),
+    "nested the other way": body(entry(shape=(3, 2), data=[[1, 3, 5], [2, 4, 6]])),
+    "nested in rows of another length": body(entry(shape=(2, 2), data=[[1, 2, 3, 4]])),
+    "a flag of text": body(entry(data=[1, 2]), parameters={"binary_data_output": "false"}),
+    "a flag of an output that is a number": body(
+        entry(data=[1, 2]), outputs=[{"name": "logits", "parameters": {"binary_data": 1}}]
+    ),
     "data of text": body(entry(data=["1", "2"])),
     "data of booleans and text": body(entry(data=[True, "x"])),
     "data of null": body(entry(data=[None, 1])),

@@ -150,6 +150,76 @@ def test_ids_of_bags_by_offsets_would_be_those_of_the_example_and_are_refused(ro
         ServedModels(matta.nest(Bags(2), Bags(4), example=example), example=example)
 
 
+class ByBatch(nn.Module):
+    """A linear layer, and something of the whole batch."""
+
+    def __init__(self, weight: float, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.norm, self.out = weight, norm or nn.Identity(), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x) - self.weight * x.mean(0))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_model_whose_answers_depend_on_other_rows_is_refused(rows: int, alike: bool) -> None:
+    """One client's rows would change the answer to another."""
+    x = torch.ones(rows, 6) if alike else EXAMPLE[0][:rows]
+    with pytest.raises(ServeError, match=r"apart when the other rows of its batch are others; .* with max_batch=1"):
+        ServedModels(ByBatch(1.0), example=(x, None))
+    models = ServedModels(ByBatch(1.0), example=(x, None), max_rows=1)  # a row alone has no others
+    assert models.sizes == ("model",)
+
+
+def test_statistics_of_the_batch_are_refused_and_running_ones_are_served() -> None:
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    with pytest.raises(ServeError, match="apart when the other rows"):
+        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
+    with pytest.raises(
+        ServeError, match=r"runs on the 2 rows of the example and fails on 1 of them with ValueError: E"
+    ):
+        ServedModels(ByBatch(0.0, norm), example=(EXAMPLE[0][:2], None))
+    assert ServedModels(ByBatch(0.0, nn.BatchNorm1d(6)).train(), example=EXAMPLE).sizes == ("model",)
+
+
+def test_a_little_of_the_batch_and_answers_that_do_not_repeat_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Dropping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5))
+
+    ServedModels(pair(), example=EXAMPLE)
+    assert not caplog.messages
+    ServedModels(ByBatch(0.01), example=EXAMPLE)
+    assert "of the largest apart when the other rows of its batch are others (layers that scale" in caplog.messages[0]
+    torch.manual_seed(0)
+    ServedModels(Dropping(6, 1), example=EXAMPLE)
+    assert "apart from call to call; look for a dropout" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_roundings_are_no_dependence_on_other_rows(dtype: torch.dtype) -> None:
+    class Rounding(nn.Linear):
+        """As kernels that add up in another order for another number of rows."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + torch.finfo(dtype).eps * (len(x) % 3))
+
+    models = ServedModels(Rounding(6, 1).to(dtype), example=(EXAMPLE[0].to(dtype), None))
+    assert models.outputs[0].dtype == dtype
+
+
+def test_classes_without_numbers_are_served() -> None:
+    class Best(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            best = super().forward(x).argmax(1)
+            return {"best": best, "is_first": best == 0}
+
+    models = ServedModels(Best(6, 3), example=EXAMPLE)
+    assert [each.datatype for each in models.outputs] == ["INT64", "BOOL"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -211,6 +281,58 @@ def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path, share: str
     watch.look()
     assert models.current.name == "2"
     torch.testing.assert_close(models.run("TA", {"input_0": EXAMPLE[0]})[0]["logits"], nested.ta(EXAMPLE[0]).detach())
+
+
+def normed(seed: int, share: str | list[str]) -> matta.Nested:
+    """A pair whose BatchNorms have seen other data."""
+
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
+
+    torch.manual_seed(seed)
+    nested = matta.nest(build(4), build(16), share=share)
+    for module in (nested.student, nested.ta):
+        module.train()(torch.randn(64, 6) * (seed + 1) + seed)
+        module.eval()
+    return nested
+
+
+@pytest.mark.parametrize("share", ["all", "none", ["0.*", "1.*"]], ids=str)
+def test_a_new_version_brings_what_the_student_has_of_its_own(tmp_path: Path, share: str | list[str]) -> None:
+    """Running statistics, and parameters that it does not share: those of the version, not of the start."""
+    old, new = normed(0, share), normed(1, share)
+    models, told = ServedModels(old, example=EXAMPLE), Told()
+    watch = told.watch(models, tmp_path)
+    published(tmp_path, new)
+    watch.look()
+    assert (told.swapped, told.refused) == (["1"], [])
+    for size, spec in models.specs.items():
+        expected = matta.extract(new, spec).eval()(EXAMPLE[0]).detach()
+        torch.testing.assert_close(models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"], expected)
+    matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(new)}).publish(normed(2, share))
+    watch.look()
+    assert "version 2 has the TA alone, and the Student has" in told.refused[0][1]
+    assert models.current.name == "1"
+
+
+def test_buffers_that_never_change_need_no_student(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(6, width), nn.Linear(width, 1)
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.out(self.hidden(x).relu())
+
+    torch.manual_seed(0)
+    models, told = ServedModels(matta.nest(Scaled(4), Scaled(16)), example=EXAMPLE), Told()
+    new = matta.nest(Scaled(4), Scaled(16))
+    matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(new)}).publish(new)
+    told.watch(models, tmp_path).look()
+    assert (told.swapped, told.refused) == (["1"], [])
+    logits = models.run("Student", {"input_0": EXAMPLE[0]})[0]["logits"]
+    torch.testing.assert_close(logits, new.student(EXAMPLE[0]).detach())
 
 
 def spoil(version: Path, how: str) -> None:

@@ -400,6 +400,35 @@ def test_an_answer_that_cannot_be_logged_is_still_given(tmp_path: Path) -> None:
         assert client.post(INFER, json=asked()).status_code == 200
 
 
+def test_a_log_without_a_split_has_each_answer_under_its_size(tmp_path: Path) -> None:
+    models = ServedModels(pair(), example=EXAMPLE)
+    application = Application(models, ServeSettings(log=tmp_path / "log.jsonl", name="ranker"))
+    with TestClient(application.asgi) as client:
+        for name, parameters in (("a", {}), ("b", {"size": "Student"})):
+            assert client.post(INFER, json=asked(id=name, parameters=parameters)).status_code == 200
+        client.post("/v2/models/ranker/outcomes", content='{"id": "a", "outcomes": [1]}')
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(each["kind"], each["id"], each.get("arm")) for each in found] == [
+        ("answer", "a", "TA"),
+        ("answer", "b", "Student"),
+        ("outcome", "a", None),
+    ]
+
+
+def test_weights_of_the_start_are_not_version_one_of_the_snapshots(tmp_path: Path) -> None:
+    settings = ServeSettings(snapshots=tmp_path, poll_s=0.02, name="ranker")
+    application = Application(ServedModels(pair(), example=EXAMPLE), settings)
+    with TestClient(application.asgi) as client:
+        assert client.post(INFER, json=asked()).json()["model_version"] == "0"
+        assert "matta_model_version 0.0" in client.get("/metrics").text
+        other = pair(1)
+        matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(other)}).publish(other)
+        wait_until(lambda: client.post(INFER, json=asked()).json()["model_version"] == "1")
+        assert "matta_model_version 1.0" in client.get("/metrics").text
+    alone = Application(ServedModels(pair(), example=EXAMPLE), ServeSettings())
+    assert b"matta_model_version 1.0" in alone.metrics.text(0)
+
+
 def test_a_log_needs_one_value_for_each_row(tmp_path: Path) -> None:
     serving = Serving(nested=nn.Linear(3, 2), example=(torch.ones(2, 3), None))
     with pytest.raises(ServeError, match="expected one logit for each row"):
@@ -444,6 +473,25 @@ def test_several_heads_are_several_outputs(runtime: str) -> None:
         torch.testing.assert_close(torch.tensor(minutes["data"]).view(2, 2), expected["minutes"])
         answer = client.post("/v2/models/model/infer", json={**request, "outputs": [{"name": "minutes"}]})
         assert [each["name"] for each in answer.json()["outputs"]] == ["minutes"]
+
+
+def test_a_failure_is_told_with_its_traceback_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if bool((x == 7).any()):
+                raise RuntimeError("seven")
+            if bool((x == 8).any()):
+                raise RuntimeError("eight")
+            return super().forward(x)
+
+    models = ServedModels(Failing(3, 1), example=(torch.ones(2, 3), None))
+    with TestClient(Application(models, ServeSettings()).asgi) as client:
+        for value in (7, 7, 8, 7, 8):
+            entry = {"name": "input_0", "datatype": "FP32", "shape": [1, 3], "data": [value] * 3}
+            assert client.post("/v2/models/model/infer", json={"inputs": [entry]}).status_code == 500
+    told = [(each.getMessage(), bool(each.exc_info)) for each in caplog.records if each.name == "matta.serve"]
+    seven, eight = "the model failed: RuntimeError: seven", "the model failed: RuntimeError: eight"
+    assert told == [(seven, True), (seven, False), (eight, True), (seven, False), (eight, False)]
 
 
 def test_an_answer_without_its_rows_does_not_end_the_batches() -> None:

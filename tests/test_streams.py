@@ -6,11 +6,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -296,6 +301,142 @@ def test_a_category_may_be_missing_from_all_rows(events: Path, ending: str) -> N
     assert quarantined(events) == []
 
 
+NOT_A_NUMBER = float("nan")
+SAME = {
+    "7": [7, 7.0, "7", "7.0", b"7", np.int32(7), np.float32(7), np.array(7), torch.tensor(7), Decimal("7.00")],
+    "true": [True, "true", "True", np.bool_(True)],
+    "a": ["a", b"a", np.str_("a")],
+    None: [None, "", NOT_A_NUMBER, np.float32("nan"), pandas.NA, pandas.NaT],
+    "2020-01-02": ["2020-01-02", date(2020, 1, 2)],
+    "2020-01-02 03:00:00": ["2020-01-02 03:00:00", datetime(2020, 1, 2, 3), pandas.Timestamp("2020-01-02 03:00")],
+    "8d7b1e3c-0000-4000-8000-000000000001": [UUID("8d7b1e3c-0000-4000-8000-000000000001")],
+}
+NO_CATEGORY = {
+    "1.5": ([1.5, np.float32(1.5), torch.tensor(1.5), Decimal("1.5")], "a whole number"),
+    "object": ([object()], "received a object; expected one value"),
+    "many": ([torch.ones(2), np.ones(2)], "; expected "),
+}
+BESIDE: dict[str, list[Any]] = {
+    "alone": [],
+    "text": ["b"],
+    "number": [3],
+    "fraction": [2.5],
+    "truth": [False],
+    "nothing": [None],
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_category_is_what_it_is_whatever_stands_beside_it(tmp_path: Path, beside: str) -> None:
+    """With None, NaN too, of which pandas makes much: a category "nan" would be learned, and not be served."""
+    schema = Schema(columns={"user": Categorical(vocabulary=9)}, label="late")
+
+    def stream(cell: Any, columns: bool = False) -> Stream:
+        cells = [cell, *BESIDE[beside]]
+        events: Any = (
+            [{"user": cells, "late": [0] * len(cells)}] if columns else [{"user": c, "late": 0} for c in cells]
+        )
+        return Stream(Rows(events, columns=columns), schema, batch_size=9, quarantine=tmp_path / "bad.jsonl")
+
+    for expected, cells in SAME.items():
+        for cell, columns in product(cells, (False, True)):
+            found = stream(cell, columns)
+            ids = next(found)["categorical"][:, 0].tolist()
+            assert ids[0] == (0 if expected is None else 2)
+            known = found.encoder.state_dict()["vocabularies"]["user"]
+            assert known[:1] == [expected] if expected else expected not in known
+            assert found.encoder.encode([{"user": cell}])["categorical"].tolist() == [ids[:1]]
+    for cells, reason in NO_CATEGORY.values():
+        for cell, columns in product(cells, (False, True)):
+            (tmp_path / "bad.jsonl").unlink(missing_ok=True)
+            found = stream(cell, columns)
+            assert len(labels_of(found)) == len(BESIDE[beside]) - (beside == "fraction")
+            found.state_dict()
+            line = json.loads((tmp_path / "bad.jsonl").read_text().splitlines()[0])
+            assert (line["row"], reason in line["reason"]) == (0, True)
+            with pytest.raises(RunError, match="row 0 does not fit the schema: user: received"):
+                found.encoder.encode([{"user": cell}])
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_what_pandas_writes_is_what_is_served(events: Path, ending: str) -> None:
+    """A column of whole numbers or truths with a gap is written as 7.0 and True to CSV."""
+    frame = pandas.DataFrame({"user": [7, None, 8, 7], "origin": [True, False, True, None], "late": [0, 1, 0, 1]})
+    if ending == "csv":
+        frame.to_csv(events / "a.csv", index=False)
+    elif ending == "jsonl":
+        frame.to_json(events / "a.jsonl", orient="records", lines=True)
+    else:
+        frame.to_parquet(events / "a.parquet")
+    columns = {"user": Categorical(vocabulary=9), "origin": Categorical(buckets=1000)}
+    stream = stream_of(events, schema=Schema(columns=columns, label="late"))
+    ids = next(stream)["categorical"].tolist()
+    rows = [{"user": 7, "origin": True}, {"user": None, "origin": False}, {"user": 8, "origin": True}, {"user": 7}]
+    assert stream.encoder.encode(rows)["categorical"].tolist() == ids
+    assert [user for user, _ in ids] == [2, 0, 3, 2]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_times_of_two_kinds_are_each_read_as_what_they_are(tmp_path: Path, columns: bool) -> None:
+    """Arrow would make dates of both: 1,357,016,400 seconds would be 22 minutes past midnight in 1970."""
+    times = [datetime(2013, 1, 1, 5), 1_357_016_400, "2013-01-01T05:00:00Z", 1_357_016_400.0, date(2013, 1, 1)]
+    schema = Schema(columns={"x": Numeric()}, label="late", time="time")
+    events: Any = [{"x": 1, "late": 0, "time": each} for each in times]
+    if columns:
+        events = [{"x": [1] * 5, "late": [0] * 5, "time": times}]
+    stream = Stream(Rows(events, columns=columns), schema, batch_size=5, quarantine=tmp_path / "bad.jsonl")
+    found = next(stream).times
+    assert found is not None and found.tolist() == [1_357_016_400.0] * 4 + [1_356_998_400.0]
+
+
+def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
+    schema = Schema(columns={"x": Numeric()}, label="late", time="time")
+    times = ["2013-01-01T05:00:00.1234567Z", "2013-01-01T07:00:00.123456789+02:00", "2013-01-01 05:00:00.123456999"]
+    rows = Rows([{"x": 1, "late": 0, "time": each} for each in [*times, "2013-01-01T05:00:00.12x", "05:00:00.1234567"]])
+    stream = Stream(rows, schema, batch_size=5, quarantine=tmp_path / "bad.jsonl")
+    found = next(stream).times
+    assert found is not None and found.tolist() == [1_357_016_400.123456] * 3
+    assert stream.counts.bad_rows == 2
+
+
+KINDS = {
+    "list": pa.list_(pa.int64()),
+    "struct": pa.struct([("a", pa.int64())]),
+    "map": pa.map_(pa.string(), pa.int64()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_categories_of_parquet_are_set_aside(events: Path, kind: str) -> None:
+    cell = {"list": [1], "struct": {"a": 1}, "map": [("a", 1)]}[kind]
+    table = pa.table({"user": pa.array([cell, None, cell], KINDS[kind]), "late": [0, 1, 0]})
+    pq.write_table(table, events / "a.parquet")
+    stream = stream_of(events, schema=Schema(columns={"user": Categorical(vocabulary=3)}, label="late"))
+    assert labels_of(stream) == [1]
+    assert ["expected text in UTF-8" in each["reason"] for each in quarantined(events)] == [True, True]
+
+
+def test_columns_with_a_cell_that_is_none_set_its_row_aside(tmp_path: Path) -> None:
+    """It is told, and not taken for a missing one; also where a run resumes in the middle of the columns."""
+    schema = Schema(columns={"user": Categorical(vocabulary=9), "x": Numeric()}, label="late")
+    given = {"user": ["a", [1], "b", {"c": 1}, "a"], "x": [1, 2, 3, 4, 5], "late": [0, 0, 1, 0, 1]}
+
+    def stream() -> Stream:
+        return Stream(Rows([given], columns=True), schema, batch_size=2, quarantine=tmp_path / "bad.jsonl")
+
+    first = stream()
+    assert next(first)["labels"].tolist() == [0, 1]
+    state = first.state_dict()
+    second = stream()
+    second.load_state_dict(state)
+    assert labels_of(second) == [1]
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(each["row"], each["reason"], each["raw"]["x"]) for each in lines] == [
+        (1, "user: received a list; expected one value", 2),
+        (3, "user: received a dict; expected one value", 4),
+    ]
+
+
 def test_vocabularies_grow_to_their_limit(events: Path) -> None:
     (events / "a.jsonl").write_bytes(b"\n".join(changed(user=user) for user in ["b", "a", "b", None, "c", "d", "c"]))
     stream = stream_of(events, batch_size=10)
@@ -317,6 +458,18 @@ def test_numbers_are_normalised_by_what_came_before_the_batch(events: Path) -> N
                 expected = (values[now] - np.nanmean(values[before])) / np.nanstd(values[before])
             expected = np.clip(np.nan_to_num(expected), -10, 10)
             np.testing.assert_allclose(batch["numeric"][:, column], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1e9 + 0.1, -1e-9 / 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_column_that_never_changes_is_zero(tmp_path: Path, value: float, batch_size: int) -> None:
+    """The sum of 7 times 0.1 is not 0.7, and what is left over is no deviation to divide by."""
+    schema = Schema(columns={"x": Numeric()}, label="late")
+    rows = [{"x": None if i % 5 == 3 else value, "late": 0} for i in range(200)]
+    stream = Stream(Rows(rows), schema, batch_size=batch_size, quarantine=tmp_path / "bad.jsonl")
+    assert all((batch["numeric"][:, 0] == 0).all() for batch in stream)
+    found = stream.encoder.state_dict()["statistics"]
+    assert found == {"count": [160.0], "mean": [value], "squares": [0.0]}
 
 
 @pytest.mark.parametrize("columns", [("x", "y"), ("y",)], ids=len)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from matta.ab_testing.ab_settings import TUNED_FOR, check_choices
 from matta.ab_testing.confidence_sequences import (
+    MIN_EFFECTIVE,
+    arms_have_begun,
     confidence_sequence,
     half_width,
     has_begun,
@@ -261,10 +263,13 @@ class _Experiment:
     def _of_means(self, in_a: NDArray[np.bool_], in_b: NDArray[np.bool_], share: float, sign: int) -> _Interval:
         assert self.values is not None
         either = in_a | in_b
-        units = pseudo_outcomes(self.values[either], in_b[either], share, sign=sign)
+        values, of_b = self.values[either], in_b[either]
+        units = pseudo_outcomes(values, of_b, share, sign=sign)
         if not len(units):
             return _Interval()
         found = confidence_sequence(units, alpha=self.alpha, tuned_for=self.tuned_for)
+        if not arms_have_begun(values, of_b)[-1]:
+            return _Interval(float(found.means[-1]))
         return _Interval(float(found.means[-1]), float(found.half_widths[-1]), float(found.deviations[-1]))
 
     def _difference_of_auc(self, in_a: NDArray[np.bool_], in_b: NDArray[np.bool_]) -> _Interval:
@@ -326,7 +331,8 @@ def auc_interval(a: Auc, b: Auc, *, alpha: float, tuned_for: float) -> _Interval
     num_units = len(a.influences) + len(b.influences)
     squares = a.variance + b.variance
     fourths = sum(float(np.square(np.square(each.influences)).sum()) for each in (a, b))
-    if not math.isfinite(a.loss + b.loss) or not has_begun(num_units, squares, fourths):
+    is_small = 2 * min(a.num_rarer, b.num_rarer) < MIN_EFFECTIVE  # one positive has no deviation, and says little
+    if is_small or not math.isfinite(a.loss + b.loss) or not has_begun(num_units, squares, fourths):
         return _Interval(b.loss - a.loss)
     deviation = math.sqrt(squares * num_units)
     width = half_width(num_units, deviation, tuned_rho_squared(tuned_for, alpha), alpha)

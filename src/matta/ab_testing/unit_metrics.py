@@ -59,10 +59,14 @@ def _require_range(name: str, values: Floats, metric: str) -> None:
 @final
 @dataclass(frozen=True)
 class Auc:
-    """AucLoss (1 − AUROC) of an arm, and how far each unit moves it: `influences` have the sum zero."""
+    """AucLoss (1 − AUROC) of an arm, and how far each unit moves it: `influences` have the sum zero.
+
+    `num_rarer` is the number of units with a row of the rarer label.
+    """
 
     loss: float
     influences: Floats
+    num_rarer: int
 
     @property
     def variance(self) -> float:
@@ -83,7 +87,7 @@ def auc_loss(scores: Floats, outcomes: Floats, units: NDArray[np.int64], num_uni
     if not (positive | (outcomes == 0)).all():
         raise AbError("auc_loss expects outcomes of 0 or 1; for others try squared_error")
     if positive.all() or not positive.any():
-        return Auc(np.nan, np.zeros(num_units))
+        return Auc(np.nan, np.zeros(num_units), 0)
     order = np.argsort(scores)
     lower = _lower(scores[order], positive[order])  # rows of the other label below each row, ties half
     num_positive = int(positive.sum())
@@ -93,7 +97,8 @@ def auc_loss(scores: Floats, outcomes: Floats, units: NDArray[np.int64], num_uni
     loss = float(rows[positive].mean())
     weights = np.where(positive, 1 / num_positive, 1 / num_negative)
     influences = np.bincount(units, weights=(rows - loss) * weights, minlength=num_units)
-    return Auc(loss, np.asarray(influences, dtype=np.float64))
+    num_rarer = min(len(np.unique(units[of_label])) for of_label in (positive, ~positive))
+    return Auc(loss, np.asarray(influences, dtype=np.float64), num_rarer)
 
 
 def _lower(scores: Floats, positive: NDArray[np.bool_]) -> Floats:

@@ -8,9 +8,11 @@ import logging
 import math
 import re
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Final, final
 
 from starlette.applications import Starlette
@@ -36,6 +38,7 @@ from matta.serving.serving_metrics import ServingMetrics
 from matta.serving.size_policy import SizePolicy
 
 LOG: Final = logging.getLogger("matta.serve")
+BEFORE: Final = "0"  # the version of the weights of the start, where snapshots count from 1
 LINGER_S: Final = 2.0
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MEGABYTE: Final = 2**20
@@ -65,8 +68,12 @@ class Application:
         self.split = Split(shares=settings.shares, salt=settings.salt) if settings.shares else None
         self.log = AnswerLog(settings.log, split=self.split) if settings.log is not None else None
         self.metrics = ServingMetrics()
+        self._failures: set[tuple[object, ...]] = set()
         self.is_draining = False
         self._watch = None
+        if settings.snapshots is not None:
+            models.current = replace(models.current, name=BEFORE)
+        self.metrics.serves(models.current.name)
         if settings.snapshots is not None:
             self._watch = VersionWatch(models, settings.snapshots, swapped=self._swapped, refused=self._refused)
             self._watch.look()
@@ -213,8 +220,8 @@ class Application:
         arm, size, version = self._chosen(asked, identity, version)
         answer = await self._answer(asked, size, version)
         seconds = time.perf_counter() - start
-        if arm is not None and self.log is not None:
-            self._write(identity, arm, answer, seconds)
+        if self.log is not None and (arm is not None or self.split is None):  # of a split, what it drew alone
+            self._write(identity, arm or answer.size, answer, seconds)
         head = {
             "model_name": self.settings.name,
             "model_version": answer.version,
@@ -252,8 +259,15 @@ class Application:
                 raise ProtocolError(400, f"the model does not take these inputs: {first_line(error)}") from None
             if empty := [name for name, each in asked.inputs.items() if not each.numel()]:
                 raise ProtocolError(400, f"the model does not take an input without values: {empty[0]}") from None
-            LOG.exception("the model failed")
+            self._tell_failure(error)
             raise ProtocolError(500, f"the model failed: {type(error).__name__}") from None
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Log a failure of the model, with its traceback the first time: a client must not fill the disk."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__, place.filename, place.lineno
+        known, self._failures = kind in self._failures, self._failures | {kind}
+        LOG.error("the model failed: %s: %s", kind[0], first_line(error), exc_info=None if known else error)
 
     def _write(self, identity: str, arm: str, answer: Answer, seconds: float) -> None:
         """Log an answer; what cannot be logged (a full disk, values that are not finite) does not keep it back."""

@@ -210,6 +210,8 @@ def _from_json(data: Any, spec: TensorSpec, shape: list[int]) -> Tensor:
         _refuse(f"{spec.name}: the data are ragged or too large; expected {prod(shape)} numbers")
     if values.size != prod(shape):
         _refuse(f"{spec.name}: received {values.size} numbers; expected {prod(shape)} for the shape {shape}")
+    if values.ndim > 1 and _without_ones(values.shape) != _without_ones(shape):
+        _refuse(f"{spec.name}: received data nested as {list(values.shape)}; expected {shape}, or a flat list")
     kinds = "b" if spec.dtype == torch.bool else "biuf" if spec.dtype.is_floating_point else "biu"
     if values.size and values.dtype.kind not in kinds:
         _refuse(f"{spec.name}: received data of type {values.dtype}; expected {spec.datatype}")
@@ -225,6 +227,10 @@ def _from_json(data: Any, spec: TensorSpec, shape: list[int]) -> Tensor:
     return tensor.view(shape)
 
 
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [length for length in shape if length != 1]
+
+
 def _identity(values: Mapping[str, Any]) -> str:
     identity = values.get("id", "")
     if not isinstance(identity, str) or len(identity) > 256:
@@ -234,7 +240,7 @@ def _identity(values: Mapping[str, Any]) -> str:
 
 def _wanted(values: Mapping[str, Any], parameters: Mapping[str, Any], names: Sequence[str]) -> dict[str, bool]:
     """Which outputs are wanted, and whether as bytes."""
-    default = bool(parameters.get("binary_data_output", False))
+    default = _flag(parameters, "binary_data_output", default=False)
     asked = _list_of_mappings(values, "outputs", required=False)
     if not asked:
         return dict.fromkeys(names, default)
@@ -243,8 +249,15 @@ def _wanted(values: Mapping[str, Any], parameters: Mapping[str, Any], names: Seq
         name = each.get("name")
         if name not in names:
             _refuse(f"received the output {name!r}; expected of: {', '.join(names)}")
-        found[str(name)] = bool(_mapping(each, "parameters").get("binary_data", default))
+        found[str(name)] = _flag(_mapping(each, "parameters"), "binary_data", default=default)
     return found
+
+
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        _refuse(f"received {name}={value!r:.40}; expected true or false")
+    return value
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

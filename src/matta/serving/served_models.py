@@ -39,9 +39,10 @@ from matta.nesting.batches import (
 )
 from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.nested import Nested
+from matta.serving.batch_independence import require_own_rows
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
-from matta.sizes.extraction import share
+from matta.sizes.extraction import extract, share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
@@ -49,7 +50,6 @@ MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
 TIMED_CALLS: Final = 5
-NEAR: Final = 1e-3  # of the largest value: as far as the same rows may be apart in two batches
 MOST_BETWEEN: Final = 3  # sizes between Student and TA, where no family says which
 
 
@@ -116,7 +116,7 @@ class ServedModels:
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
             answers = self._checked(self.current)
-            self._require_own_rows(answers)
+            self._require_own_rows(answers, max_rows)
         self.outputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in answers.items())
         self.times = self._measure(max_rows)
 
@@ -165,11 +165,23 @@ class ServedModels:
         self.pinned[version.name] = version
 
     def _load_family(self, source: Nested, folder: Path, number: int | None) -> Version:
-        """A copy of the nesting with the weights of a version."""
+        """A copy of the nesting with the weights of a version, and its running statistics.
+
+        Raises:
+            CheckpointError: a model of it is damaged, or does not fit.
+            ServeError: the Student has something of its own, and was not published.
+        """
         nested = deep_copy(source)
         snapshot = read_snapshot(folder, lambda: nested.ta, model="ta", version=number)
-        if nested.plan.private:
-            read_snapshot(folder, lambda: nested.student, model="student", version=snapshot.version)
+        own = nested.plan.private or _moved_buffers(source, nested)
+        if own:
+            if not (folder / f"{snapshot.version:08d}" / "student.safetensors").is_file():
+                raise ServeError(
+                    f"version {snapshot.version} has the TA alone, and the Student has {own[0]} of its own; expected "
+                    f'both: Snapshots(models={{"ta": matta.wide(nested), "student": None}})'
+                )
+            student = read_snapshot(folder, lambda: extract(nested), version=snapshot.version).module
+            _take_own(nested, student)
         return Version(name=str(snapshot.version), modules=self._modules(nested))
 
     def _modules(self, source: nn.Module) -> Mapping[str, nn.Module]:
@@ -219,28 +231,15 @@ class ServedModels:
                 )
         return answers
 
-    def _require_own_rows(self, answers: Mapping[str, Tensor]) -> None:
-        """Refuse what all requests would share with the example, although each needs its own: ids of bags by offsets.
+    def _require_own_rows(self, answers: Mapping[str, Tensor], max_rows: int) -> None:
+        """Refuse a model whose answers change with the other rows of their batch, as the best size shows."""
+        module = self.current.modules[self.sizes[-1]]
 
-        A mask or a scale that all rows share does not change an answer when the batch has other rows.
-        """
-        if not self._constants:
-            return
-        count = num_examples(self._inputs)
-        part = resized(self._inputs, count // 2 or 2)
-        same = min(count, num_examples(part))
-        modules = self.current.modules
-        try:
-            others = self._call(modules[self.sizes[-1]], dict(zip(self._names, tensors_of(part), strict=True)))
-            is_same = all(_is_near(each[:same], others[name][:same]) for name, each in answers.items())
-        except Exception:  # of the user's module: any kind
-            is_same = False
-        if not is_same:
-            shapes = ", ".join(f"{name} of shape {tuple(each.shape)}" for name, each in self._constants.items())
-            raise ServeError(
-                f"an answer changes with the other rows of its batch, and {shapes} of the example has no row for each "
-                f"of its {count} examples; expected inputs with a row each, such as ids padded to (batch, length)"
-            )
+        def compute(inputs: Any) -> dict[str, Tensor]:
+            return self._call(module, dict(zip(self._names, tensors_of(inputs), strict=True)))
+
+        dtypes = {each.dtype for each in (*answers.values(), *self._source.parameters())}
+        require_own_rows(compute, self._inputs, self._constants, dtypes, max_rows=max_rows)
 
     def _measure(self, max_rows: int) -> dict[str, BatchTime]:
         """What batches of one row and of the most rows take, sizes in turn."""
@@ -269,11 +268,6 @@ def _require_rows(name: str, answer: Tensor, count: int) -> None:
             f"row for each example: batches of several requests must come apart again, also in the first input "
             f"(ids padded to (batch, length), not one after the other)"
         )
-
-
-def _is_near(expected: Tensor, got: Tensor) -> bool:
-    scale = float(expected.abs().max())
-    return bool(((got - expected).abs() <= NEAR * scale).all())
 
 
 def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | None]:
@@ -308,6 +302,22 @@ def _only_model(folder: Path) -> str:
     except CheckpointError:
         models = []
     return models[0] if len(models) == 1 else "student"
+
+
+def _moved_buffers(old: Nested, new: Nested) -> list[str]:
+    """Buffers of the Student, if those of the TA are not what they were: running statistics are each model's own."""
+    before = dict(old.ta.named_buffers())
+    is_moved = any(not torch.equal(each, before[name]) for name, each in new.ta.named_buffers())
+    return [name for name, _ in new.student.named_buffers()] if is_moved else []
+
+
+@torch.no_grad()
+def _take_own(nested: Nested, student: nn.Module) -> None:
+    """Copy from a plain Student what the nested one does not share with the TA."""
+    values = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    private = [each for each in nested.student.named_parameters() if each[0] in nested.plan.private]
+    for name, own in (*private, *nested.student.named_buffers()):
+        own.copy_(values[name])
 
 
 @final

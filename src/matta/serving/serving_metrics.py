@@ -50,6 +50,10 @@ class ServingMetrics:
     def swapped(self, version: str) -> None:
         """Count a version that is served now."""
         self._swapped.inc()
+        self.serves(version)
+
+    def serves(self, version: str) -> None:
+        """Note which version is served."""
         self._version.set(float(version))
 
     def refused(self) -> None:

@@ -6,9 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from math import isfinite
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, Final, Protocol, final
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +30,22 @@ or `RETRIED` as its offset, and its size then.
 """
 REFUSED: Final = -1
 RETRIED: Final = -2
+_NUMBERS: Final = {int, float, np.int32, np.int64, np.float32, np.float64}
+_SINGLE: Final = (
+    NoneType,
+    str,
+    bytes,
+    int,
+    float,
+    Decimal,
+    date,
+    time,
+    timedelta,
+    np.datetime64,
+    np.timedelta64,
+    Enum,
+    UUID,
+)
 
 
 @final
@@ -90,29 +111,85 @@ def refused(file: str, reason: str, *, size: int, retry: bool = False) -> Chunk:
     return Chunk(file=file, table=pa.table({}), rows=np.zeros(0, np.int64), start=place, end=place, bad=bad)
 
 
-def table_of(rows: list[dict[str, Any]], names: tuple[str, ...]) -> tuple[pa.Table, dict[int, str]]:
-    """Rows as columns, and what is wrong with some of them. Cells of mixed types become text."""
+def table_of(
+    rows: list[dict[str, Any]], names: tuple[str, ...], texts: frozenset[str]
+) -> tuple[pa.Table, dict[int, str]]:
+    """Rows as columns, and what is wrong with some of them.
+
+    Cells of mixed types become text, and those of the columns `texts`, categories, do so one by one: what a cell is
+    must not depend on those beside it. NaN and what pandas has for a missing value are missing.
+    """
     reasons: dict[int, str] = {}
-    columns = {}
-    for name in names:
-        cells = [row.get(name) for row in rows]
-        for index, cell in enumerate(cells):
-            if isinstance(cell, dict | list | tuple | set):
-                reasons[index] = f"{name}: received a {type(cell).__name__}; expected one value"
-                cells[index] = None
-        try:
-            columns[name] = pa.array(cells)
-        except (pa.ArrowException, OverflowError, TypeError, ValueError):
-            columns[name] = pa.array([None if cell is None else _text(cell) for cell in cells], pa.binary())
+    columns = {
+        name: column_of_cells(name, [row.get(name) for row in rows], reasons, is_text=name in texts) for name in names
+    }
     return pa.table(columns), reasons
 
 
-def _text(cell: Any) -> bytes:
-    if isinstance(cell, bytes):
+def column_of_cells(name: str, cells: list[Any], reasons: dict[int, str], *, is_text: bool) -> pa.Array:
+    """A column of a table; `reasons` learns which rows have a cell that is none."""
+    kinds = {type(cell) for cell in cells} - {NoneType}
+    if len(kinds) <= 1 or kinds <= _NUMBERS:  # of others Arrow makes one kind: of a date and 3 two dates
+        try:
+            found = pa.array(cells, from_pandas=True)
+            if not (pa.types.is_nested(found.type) or (is_text and _may_be_told_otherwise(found.type))):
+                return found
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):
+            pass
+    told: list[bytes | None] = []
+    for index, cell in enumerate(cells):
+        try:
+            told.append(text_of(cell, is_category=is_text))
+        except ValueError as error:
+            told.append(None)
+            reasons.setdefault(index, f"{name}: {error}")
+    return pa.array(told, pa.binary())
+
+
+def _may_be_told_otherwise(kind: pa.DataType) -> bool:
+    return not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
+def text_of(cell: Any, *, is_category: bool) -> bytes | None:
+    """A cell as text, 7 and 7.0 alike; None if it is missing.
+
+    Raises:
+        ValueError: it is not one value, or no category: a fraction.
+    """
+    cell = _single(cell)
+    if cell is None or isinstance(cell, bytes):
         return cell
-    if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()):
-        cell = str(cell).lower() if isinstance(cell, bool) else int(cell)
+    if isinstance(cell, str):
+        return cell.encode("utf-8", "surrogatepass")
+    if isinstance(cell, bool):
+        return str(cell).lower().encode()
+    if isinstance(cell, float | Decimal):
+        if cell != cell:
+            return None
+        if isfinite(cell) and cell == int(cell):
+            cell = int(cell)
+        elif is_category:
+            raise ValueError(f"received {cell}; expected text in UTF-8 or a whole number")
     return str(cell).encode("utf-8", "surrogatepass")
+
+
+def _single(cell: Any) -> Any:
+    """The value of a cell, out of NumPy's and torch's wrappings; None for what pandas has in the place of a value.
+
+    Raises:
+        ValueError: it is not one value.
+    """
+    given = type(cell).__name__
+    if given in ("NAType", "NaTType"):
+        return None
+    if not isinstance(cell, np.datetime64 | np.timedelta64) and callable(getattr(cell, "item", None)):
+        try:
+            cell = cell.item()
+        except (ValueError, RuntimeError, TypeError):
+            raise ValueError(f"received a {given}; expected one value") from None
+    if not isinstance(cell, _SINGLE):
+        raise ValueError(f"received a {given}; expected one value")
+    return cell
 
 
 @final

@@ -58,14 +58,16 @@ class Statistics:
     def with_rows(self, values: NDArray[np.float64], present: NDArray[np.bool_]) -> Statistics:
         """The statistics with some more rows, whose values are 0 where they are not present."""
         count = np.add.reduce(present, 0, dtype=np.float64)
-        mean = np.add.reduce(values, 0) / np.maximum(count, 1)
-        deviations = (values - mean) * present
+        first = values[present.argmax(0), np.arange(values.shape[1])]
+        shifted = (values - first) * present  # else the rounding of a constant's mean would pass for its deviation
+        offset = np.add.reduce(shifted, 0) / np.maximum(count, 1)
+        mean, deviations = first + offset, (shifted - offset) * present
         squares = np.einsum("ij,ij->j", deviations, deviations)
         total = np.maximum(self.count + count, 1)
         delta = (mean - self.mean) * (count > 0)
         return Statistics(
             count=self.count + count,
-            mean=self.mean + delta * count / total,
+            mean=self.mean + delta * (count / total),
             squares=self.squares + squares + delta * delta * self.count * count / total,
         )
 
@@ -211,7 +213,8 @@ class Encoder:
         given = list(rows)
         if isinstance(rows, Mapping) or not given:
             raise RunError(f"received {rows!r:.100}; expected a list of rows, such as [{{'price': 1.0}}]")
-        table, wrong = table_of([dict(each) for each in given], tuple(self.schema.columns))
+        names = tuple(self.schema.columns)
+        table, wrong = table_of([dict(each) for each in given], names, frozenset(self.schema.categorical))
         checked = check(Schema(columns=self.schema.columns, label=_NO_LABEL), table)
         reasons = {index: [each] for index, each in wrong.items()}
         for index, found in checked.reasons.items():

@@ -32,9 +32,9 @@ class Folder:
     Name files so that later events sort later, and write what cannot be read in part (Parquet) under a name
     that begins with "." or "_", then rename it: such names are passed over. CSV and JSONL files may grow while
     they are read; a line counts once its end is written, or nothing follows for `settle_s`. CSV has a
-    header, and no line breaks within cells. A file that comes late, with a name before those that were read,
-    is read next. A file is known by its name: one that is renamed is read again, and one whose beginning has changed
-    since it was read is set aside.
+    header, and no line breaks within cells; empty cells, NA, NaN, null and None are missing. A file that comes late,
+    with a name before those that were read, is read next. A file is known by its name: one that is renamed is read
+    again, and one whose beginning has changed since it was read is set aside.
 
     Args:
         path: The folder.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from matta.streams.chunks import table_of
+from matta.streams.chunks import table_of, text_of
 
 MISSING: Final = ["", "NA", "NaN", "nan", "null", "NULL", "None"]
 _PIECES: Final = 16
@@ -66,7 +66,7 @@ def parse_csv(lines: list[bytes], header: list[str], names: tuple[str, ...]) -> 
 
     text = b"\n".join(lines[index] for index in kept) if bad else whole
     if not kept:
-        return Parsed(table=table_of([], names)[0], bad=bad)
+        return Parsed(table=table_of([], names, frozenset())[0], bad=bad)
     table = pyarrow.csv.read_csv(
         io.BytesIO(text + b"\n"),
         read_options=pyarrow.csv.ReadOptions(use_threads=False, column_names=header, block_size=len(text) + 2),
@@ -92,7 +92,7 @@ def parse_json(lines: list[bytes], names: tuple[str, ...], texts: frozenset[str]
     if table is not None:
         return Parsed(table=table, indices=list(range(len(lines))))
     if len(lines) <= _SMALLEST:
-        return _parse_json_lines(lines, names)
+        return _parse_json_lines(lines, names, texts)
     size = max(_SMALLEST, -(-len(lines) // _PIECES))
     parts = [(start, parse_json(lines[start : start + size], names, texts)) for start in range(0, len(lines), size)]
     return Parsed(
@@ -129,7 +129,7 @@ def _json_kind(first: Any, *, is_text: bool) -> pa.DataType:
     return pa.string() if isinstance(first, str) else pa.float64()
 
 
-def _parse_json_lines(lines: list[bytes], names: tuple[str, ...]) -> Parsed:
+def _parse_json_lines(lines: list[bytes], names: tuple[str, ...], texts: frozenset[str]) -> Parsed:
     rows, indices, bad = [], [], {}
     for index, line in enumerate(lines):
         try:
@@ -142,7 +142,7 @@ def _parse_json_lines(lines: list[bytes], names: tuple[str, ...]) -> Parsed:
             indices.append(index)
         else:
             bad[index] = f"received a {type(row).__name__}; expected an object"
-    table, wrong = table_of(rows, names)
+    table, wrong = table_of(rows, names, texts)
     bad |= {indices[index]: reason for index, reason in wrong.items()}
     keep = [index for index in range(len(rows)) if index not in wrong]
     return Parsed(table=table.take(pa.array(keep, pa.int64())), indices=[indices[index] for index in keep], bad=bad)
@@ -165,4 +165,4 @@ def _as(part: pa.Array, kind: pa.DataType) -> pa.Array:
     if part.type == pa.null():
         return pa.nulls(len(part), kind)
     cells = part.to_pylist()
-    return pa.array([None if cell is None else cell if isinstance(cell, bytes) else str(cell) for cell in cells], kind)
+    return pa.array([text_of(cell, is_category=False) for cell in cells], kind)

@@ -52,6 +52,10 @@ def column_of(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name).combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if isinstance(column.type, pa.UuidType):
+        return pa.array([None if cell is None else str(cell) for cell in column.to_pylist()], pa.string())
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
@@ -60,7 +64,7 @@ def _category(table: pa.Table, name: str, column: Categorical, reasons: Reasons)
     given = column_of(table, name)
     if pa.types.is_floating(given.type):
         given = pc.if_else(pc.is_nan(given), None, given)
-    encoded = given.dictionary_encode()
+    encoded = _distinct(given)
     values = _converted(encoded.dictionary, _to_text, pa.string(), lambda _: None)
     bad = pc.and_(pc.is_valid(encoded.dictionary), pc.is_null(values)).to_numpy(zero_copy_only=False)
     bad = np.append(bad, False)  # something to point at where all are missing, and the dictionary is empty
@@ -131,12 +135,26 @@ def _converted(
     return pa.concat_arrays(part(given, 0)) if len(given) else pa.nulls(0, kind)
 
 
+def _distinct(array: pa.Array) -> pa.DictionaryArray:
+    """The distinct values; all of them where Arrow cannot compare them."""
+    try:
+        return array.dictionary_encode()
+    except pa.ArrowNotImplementedError:  # lists and mappings
+        return pa.DictionaryArray.from_arrays(pa.array(np.arange(len(array)), mask=~_valid(array)), array)
+
+
 def _to_text(array: pa.Array) -> pa.Array:
-    if pa.types.is_nested(array.type):
+    """Categories as text, in whatever way a whole number or a truth is written: pandas writes 7.0 and True to CSV."""
+    kind = array.type
+    if pa.types.is_nested(kind):
         raise pa.ArrowInvalid("nested")
-    if pa.types.is_floating(array.type):
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         array = pc.cast(array, pa.int64())
-    return pc.cast(array, pa.string())
+    text = pc.cast(array, pa.string())
+    if pa.types.is_temporal(kind):
+        return pc.replace_substring_regex(text, r"\.0+$", "")
+    text = pc.replace_substring_regex(text, r"^(-?[0-9]+)\.0+$", r"\1")
+    return pc.replace_substring_regex(pc.replace_substring_regex(text, "^True$", "true"), "^False$", "false")
 
 
 def _to_float(array: pa.Array) -> pa.Array:
@@ -153,21 +171,31 @@ def _to_seconds(array: pa.Array) -> pa.Array:
     """Seconds since 1970 of numbers, dates, and text of one form."""
     if _is_text(array):
         text = pc.utf8_trim_whitespace(pc.cast(array, pa.string()))
-        for kind in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
-            try:
-                return _to_seconds(pc.cast(text, kind))
-            except pa.ArrowException:
-                continue
-        raise pa.ArrowInvalid("no time")
+        found = _times_of(text)
+        if found is None:  # perhaps of more digits than microseconds have, as Go and .NET write them
+            found = _times_of(pc.replace_substring_regex(text, r"(:\d\d\.\d{6})\d+", r"\1"))
+        if found is None:
+            raise pa.ArrowInvalid("no time")
+        return _to_seconds(found)
     if pa.types.is_temporal(array.type):
         micros = pc.cast(pc.cast(array, pa.timestamp("us"), safe=False), pa.int64())
         return pc.divide(pc.cast(micros, pa.float64(), safe=False), 1e6)
     return _to_float(array)
 
 
+def _times_of(text: pa.Array) -> pa.Array | None:
+    for kind in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return pc.cast(text, kind)
+        except pa.ArrowException:
+            continue
+    return None
+
+
 def _is_text(array: pa.Array) -> bool:
     kind = array.type
-    return pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind)
+    is_large = pa.types.is_large_string(kind) or pa.types.is_large_binary(kind) or pa.types.is_string_view(kind)
+    return pa.types.is_string(kind) or pa.types.is_binary(kind) or is_large
 
 
 def _is_number(array: pa.Array) -> bool:

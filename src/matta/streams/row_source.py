@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from matta.errors import RunError
-from matta.streams.chunks import Bad, Chunk, Place, table_of
+from matta.streams.chunks import Bad, Chunk, Place, column_of_cells, table_of
 from matta.streams.schema import Schema
 
 NAME = "rows"
@@ -41,12 +41,13 @@ class Rows:
     ) -> None:
         self._events, self._columns, self._num_rows = events, columns, num_rows
         self._names: tuple[str, ...] = ()
+        self._texts: frozenset[str] = frozenset()
         self._next, self._skip = 0, 0
         self._iterator: Iterator[Any] = iter(())
 
     def begin(self, schema: Schema, places: dict[str, Place]) -> None:
         """Get ready to read the columns of a schema, from the places given on."""
-        self._names = schema.names
+        self._names, self._texts = schema.names, frozenset(schema.categorical)
         start = places.get(NAME, (0, 0, 0))[2]
         if callable(self._events):
             self._iterator, self._next, self._skip = iter(self._events(start)), start, 0
@@ -77,7 +78,7 @@ class Rows:
         return self._chunk(good, start, bad)
 
     def _chunk(self, rows: list[tuple[int, dict[str, Any]]], start: int, bad: list[Bad]) -> Chunk:
-        table, wrong = table_of([row for _, row in rows], self._names)
+        table, wrong = table_of([row for _, row in rows], self._names, self._texts)
         bad += [Bad(file=NAME, row=rows[i][0], reason=reason, raw=rows[i][1]) for i, reason in wrong.items()]
         keep = np.array([index for index in range(len(rows)) if index not in wrong], np.int64)
         return Chunk(
@@ -94,33 +95,56 @@ class Rows:
         given = next(self._iterator, None)
         if given is None:
             return None
-        table = self._table(given)
+        table, wrong = self._table(given)
         start, self._next = self._next, self._next + table.num_rows
         numbers = np.arange(start, self._next)
         seen = int(np.searchsorted(numbers, self._skip))
+        keep = np.array([index for index in range(seen, len(numbers)) if index not in wrong], np.int64)
         return Chunk(
             file=NAME,
-            table=table.slice(seen),
-            rows=numbers[seen:],
+            table=table.take(pa.array(keep)) if wrong else table.slice(seen),
+            rows=numbers[keep] if wrong else numbers[seen:],
             start=(0, start, start + seen),
             end=(0, self._next, self._next),
+            bad=[
+                Bad(
+                    file=NAME, row=start + index, reason=reason, raw={name: each[index] for name, each in given.items()}
+                )
+                for index, reason in sorted(wrong.items())
+                if index >= seen
+            ],
         )
 
-    def _table(self, given: Any) -> pa.Table:
+    def _table(self, given: Any) -> tuple[pa.Table, dict[int, str]]:
+        """The columns that are read, and what is wrong with some rows."""
+        wrong: dict[int, str] = {}
         if isinstance(given, pa.RecordBatch):
             given = pa.table(given)
         elif isinstance(given, Mapping):
-            given = self._table_of_columns({name: given[name] for name in self._names if name in given})
+            given, wrong = self._table_of_columns({name: given[name] for name in self._names if name in given})
         if not isinstance(given, pa.Table):
             raise RunError(f"received {type(given).__name__}; expected a mapping of columns or an Arrow table")
-        return given.select([name for name in self._names if name in given.column_names])
+        return given.select([name for name in self._names if name in given.column_names]), wrong
 
-    def _table_of_columns(self, columns: dict[str, Any]) -> pa.Table:
+    def _table_of_columns(self, columns: dict[str, Any]) -> tuple[pa.Table, dict[int, str]]:
         lengths = sorted({len(each) for each in columns.values()})
         if len(lengths) != 1:
             raise RunError(f"received columns of lengths {lengths}; expected columns of one length")
-        try:
-            return pa.table({name: pa.array(each) for name, each in columns.items()})
-        except (pa.ArrowException, TypeError, OverflowError):
-            rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-            return table_of(rows, tuple(columns))[0]
+        wrong: dict[int, str] = {}
+        table = {}
+        for name, each in columns.items():
+            typed = _typed(each)
+            if typed is None:
+                typed = column_of_cells(name, list(each), wrong, is_text=name in self._texts)
+            table[name] = typed
+        return pa.table(table), wrong
+
+
+def _typed(column: Any) -> pa.Array | None:
+    """A column whose cells are of one type, as NumPy, pandas and Arrow have them; None: who knows."""
+    if isinstance(column, list | tuple) or getattr(column, "dtype", None) == np.dtype(object):
+        return None
+    try:
+        return pa.array(column, from_pandas=True)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return None

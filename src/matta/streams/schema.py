@@ -15,6 +15,9 @@ from matta.errors import RunError
 class Numeric:
     """A number, normalised by running statistics; one that is missing becomes 0 and is marked.
 
+    It is given in standard deviations from the mean of what came before its batch, at most 10; in the first batch, and
+    as long as it never changes, it is 0.
+
     Args:
         low: Smallest value that is accepted.
         high: Largest value that is accepted.
@@ -43,6 +46,8 @@ class Numeric:
 @dataclass(frozen=True, kw_only=True)
 class Categorical:
     """A category: text or a whole number, known by its text. Id 0 is that of a missing one.
+
+    However they are written, 7, 7.0 and "7.0" are one category, and so are true and "True".
 
     Args:
         buckets: Ids from 1 are hashes: nothing is remembered, and categories may share an id.
