@@ -80,6 +80,11 @@ def family(
             f"threads={threads}; expected at least 2 evaluations, no negative number of calls, and batch sizes and "
             f"threads from 1 up"
         )
+    if not calls and tuple(batch_sizes) != (1,):
+        raise ChoiceError(
+            f"received batch_sizes={tuple(batch_sizes)} with calls=0, which times nothing, so that latency and memory "
+            f"would not be of these; expected calls over 0, or no batch_sizes"
+        )
     place = usable_device(device) if device is not None else next(nested.ta.parameters()).device
     inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
     judge = _Judge(nested, evaluate, inputs, place)
