@@ -161,6 +161,8 @@ def test_latencies_come_by_batch_size_or_not_at_all(nested: matta.Nested) -> Non
     assert "–" in str(without)
     with pytest.raises(ChoiceError, match="no latency was measured"):
         without.choose(latency_ms=1)
+    with pytest.raises(ChoiceError, match="no latency was measured"):
+        without.pareto("latency_ms")
     assert without.choose(quality=0.0).name == "TA"
 
 
@@ -171,6 +173,7 @@ def test_latencies_come_by_batch_size_or_not_at_all(nested: matta.Nested) -> Non
         ({"calls": -1}, "calls=-1"),
         ({"batch_sizes": ()}, r"batch_sizes=\(\)"),
         ({"batch_sizes": (0,)}, r"batch_sizes=\(0,\)"),
+        ({"batch_sizes": (8,), "calls": 0}, r"received batch_sizes=\(8,\) with calls=0, .*expected calls over 0"),
         ({"evaluate": lambda module: math.nan}, "evaluate gave nan for 'Student'"),
         ({"evaluate": 0.5}, "received float as evaluate; expected a function that takes a module"),
         ({"evaluate": lambda module: module(X)}, r"evaluate gave a tensor of shape \(12, 1\); expected one number"),

@@ -208,7 +208,7 @@ def test_a_mask_that_all_rows_share_is_exported(tmp_path: Path) -> None:
 def test_an_input_whose_name_hides_one_of_torch_is_named(tmp_path: Path) -> None:
     class Ranker(nn.Module):
         def forward(self, device: Tensor) -> Tensor:
-            return device + torch.arange(len(device), device=device.device)
+            return device + torch.arange(device.shape[0], device=device.device)
 
     with pytest.raises(ExportError, match="rename the input 'device', a name in torch's own code"):
         matta.export(Ranker(), tmp_path / "m.pt2", format="torch_export", example={"device": torch.ones(4)})
@@ -220,6 +220,88 @@ def by_sign(logit: Tensor) -> Tensor:
 
 def by_four(logit: Tensor) -> Tensor:
     return logit.view(2, -1).repeat(1, 1).flatten()[:4] if len(logit) == 4 else logit.view(4, -1)
+
+
+def alone(logit: Tensor) -> Tensor:
+    return 2 * logit if logit.shape[0] == 1 else logit
+
+
+def by_many(logit: Tensor) -> Tensor:
+    return logit if logit.shape[0] <= 100 else 2 * logit
+
+
+class Headed(nn.Linear):
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        torch.manual_seed(0)
+        super().__init__(3, 1)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
+
+
+ROWS = (torch.ones(4, 3), None)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_another_branch_for_one_row_is_found(format: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"differ by 0\.\d+ of the largest one where an open axis has length 1, on"):
+        matta.export(Headed(alone), tmp_path / "ranker", format=format, example=ROWS)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_length_that_is_fixed_by_len_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"'x'.* to be a constant \(4\); write x.shape\[0\] for len\(x\)") as told:
+        matta.export(Headed(lambda y: y / len(y)), tmp_path / "m.pt2", format="torch_export", example=ROWS)
+    assert "\n" not in str(told.value)
+
+
+def test_another_branch_for_many_rows_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="where an open axis has length 101, on which the module may branch"):
+        matta.export(Headed(by_many), tmp_path / "m.onnx", format="onnx", example=ROWS)
+    file = matta.export(Headed(by_many), tmp_path / "m.pt2", format="torch_export", example=ROWS).path
+    with pytest.raises(AssertionError, match="<= 100"):  # torch's own format says so itself
+        torch.export.load(file).module()(torch.ones(101, 3))
+
+
+def test_another_branch_for_longer_ids_is_found(tmp_path: Path) -> None:
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found = self.table(ids).cumsum(1)
+            return found if ids.shape[1] <= 8 else torch.cat([found[:, :8], found[:, 8:] - found[:, :-8]], dim=1)
+
+    ids = torch.arange(12).view(2, 6) % 9
+    with pytest.raises(ExportError, match="where an open axis has length 9, on which the module may branch"):
+        matta.export(Windowed(), tmp_path / "m", format="onnx", example=(ids, ids), open_axes=(0, 1))
+    assert matta.export(Windowed(), tmp_path / "m", format="onnx", example=(ids, ids)).error < 1e-5
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("is_double", [False, True])
+def test_flags_among_the_inputs_stay_as_they_are(format: Any, is_double: bool, tmp_path: Path) -> None:
+    class Flagged(Ranker):
+        def forward(self, user: Tensor, context: Tensor, is_double: bool = False, spare: Any = None) -> Tensor:
+            return super().forward(user, context) * (2 if is_double else 1)
+
+    module = Flagged().eval()
+    flags = {"is_double": is_double, "spare": None}
+    file = matta.export(module, tmp_path / "m.pt2", format=format, example={**EXAMPLE, **flags}).path
+    read = matta.OnnxModule(file) if format == "onnx" else torch.export.load(file).module()
+    torch.testing.assert_close(read(**batch(7), **flags), module(**batch(7), **flags))
+
+
+def test_an_output_with_the_name_of_an_input_is_refused(tmp_path: Path) -> None:
+    example = {"input": torch.ones(4, 3), "labels": None}
+
+    def outputs(output: Tensor) -> dict[str, Tensor]:
+        return {"score": output, "input": output}
+
+    with pytest.raises(ExportError, match="'input' is the name of an input and of an output, .*; rename the input"):
+        matta.export(nn.Linear(3, 1), tmp_path / "m.onnx", format="onnx", example=example, logits=outputs)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
@@ -266,6 +348,11 @@ def test_a_difference_beyond_the_tolerance_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(matta.MattaError, match=message):
         matta.export(**{"module": Ranker(), "path": tmp_path / "m", "format": "onnx", **arguments})
+
+
+def test_inputs_that_numpy_lacks_are_refused_in_a_line(onnx_file: Path) -> None:
+    with pytest.raises(ExportError, match="ONNX Runtime fails with .*BFloat16; the file takes user"):
+        matta.OnnxModule(onnx_file)(user=torch.ones(2).bfloat16(), context=torch.ones(2, 3))
 
 
 def test_the_folder_of_a_file_is_made(tmp_path: Path) -> None:

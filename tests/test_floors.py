@@ -27,7 +27,7 @@ MOST_FLOORS = {
     "optim": 4,
     "nesting": 8,
     "sizes": 4,
-    "choosing": 3,
+    "choosing": 4,
     "objectives": 5,
     "training": 5,
     "ab_testing": 4,

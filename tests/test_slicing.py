@@ -278,6 +278,48 @@ def test_a_moving_average_of_a_nesting_is_one_of_its_student(training: bool) -> 
     torch.testing.assert_close(average.module.student[0].weight, before + 0.5)
 
 
+class _Partly(nn.Module):
+    """Its middle parameter is private: what the Student owns and what it slices alternate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(width)) for _ in range(3))
+        self.norm, self.tied = nn.BatchNorm1d(width), nn.Module()
+        self.tied.a = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x[:, : len(self.a)] * self.a + self.b) * self.c + self.tied.a
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_moving_average_of_a_student_alone_is_that_of_its_weights(training: bool) -> None:
+    torch.manual_seed(0)
+    nested, x = matta.nest(_Partly(3), _Partly(5), private=["b"]).train(training), torch.randn(4, 5)
+    average = AveragedModel(nested.student, use_buffers=True)
+    average.update_parameters(nested.student)
+    before = {name: each.detach().clone() for name, each in nested.student.state_dict().items()}
+    with torch.no_grad():
+        for number, parameter in enumerate(nested.parameters()):
+            parameter.add_(number + 1)
+        nested.student.norm.running_mean.add_(2)
+    average.update_parameters(nested.student)
+    assert type(average.module) is _Partly and average.module.tied.a is average.module.a
+    assert list(average.module.state_dict()) == list(_Partly(3).state_dict())
+    for name, each in nested.student.state_dict().items():
+        torch.testing.assert_close(average.module.state_dict()[name], ((before[name] + each) / 2).to(each.dtype))
+    torch.testing.assert_close(average.eval()(x), average.module(x))
+
+
+def test_a_copy_of_a_live_module_alone_is_plain() -> None:
+    owner, live, _ = _live()
+    alone = copy.deepcopy(live)
+    assert type(alone) is nn.Linear and torch.equal(alone.weight, live.weight)
+    assert [type(each) for each in alone.parameters()] == [nn.Parameter, nn.Parameter]
+    with torch.no_grad():
+        owner.weight.zero_()
+    assert torch.count_nonzero(alone.weight) == alone.weight.numel()
+
+
 class _RunByFunctions(nn.Module):
     """Two residual blocks whose forwards are functions that hold the layers: in a closure, a default, a list."""
 

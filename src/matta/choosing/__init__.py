@@ -6,7 +6,7 @@ Read in this order:
 - `report_page`: the table as a page to choose on, in one HTML file.
 - `survey`: makes the table.
 - `searching`: which sizes are evaluated where there are too many for all.
-- `measuring`: parameters, FLOPs, memory and latency of plain modules.
+- `measuring`: parameters, memory and latency of plain modules. `matrix_products`: their FLOPs.
 """
 
 from matta.choosing.family import Family, Size

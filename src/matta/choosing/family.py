@@ -55,7 +55,7 @@ class Size:
 
     @property
     def memory_mb(self) -> float:
-        """Weights, buffers and activations of a batch of the first batch size, in 2^20 bytes."""
+        """Weights, buffers and activations of a batch of the first batch size, in MiB; untimed, of one example."""
         batch = self.latencies[0].batch_size if self.latencies else 1
         return (self.bytes + batch * self.activation_bytes) / MEGABYTE
 
@@ -128,9 +128,10 @@ class Family:
             by: "parameters", "flops", "memory_mb" or "latency_ms".
 
         Raises:
-            ChoiceError: another cost.
+            ChoiceError: another cost, or one that was not measured.
         """
         _require_cost(by)
+        self._require_measured(by)
         kept: list[Size] = []
         for size in sorted(self._unbeaten(self.sizes), key=lambda each: (_value(each, by), self._loss(each))):
             if not kept or self._loss(size) < self._loss(kept[-1]):
@@ -168,8 +169,7 @@ class Family:
         quality = None if quality is None else _number("quality", quality, least=-math.inf)
         if not budget and quality is None:
             raise ChoiceError("received no budget; expected latency_ms, memory_mb, parameters, flops or quality")
-        if "latency_ms" in budget and math.isnan(sizes[0].latency_ms):
-            raise ChoiceError("no latency was measured; expected a family made with calls over 0")
+        self._require_measured(*budget)
         fitting = [each for each in sizes if all(_value(each, name) <= most for name, most in budget.items())]
         good = [each for each in fitting if quality is None or self._loss(each) <= self._signed(quality)]
         if not good:
@@ -300,6 +300,10 @@ class Family:
             return any(self._loss(each) < own or not size.is_part_of(each) for each in as_good)
 
         return [each for each in sizes if not is_beaten(each)]
+
+    def _require_measured(self, *costs: str) -> None:
+        if "latency_ms" in costs and any(math.isnan(each.latency_ms) for each in self.sizes):
+            raise ChoiceError("no latency was measured; expected a family made with calls over 0")
 
     def _signed(self, quality: float) -> float:
         return -quality if self.higher_is_better else quality

@@ -13,8 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from matta.choosing.matrix_products import count_flops, in_counted_operators
 from matta.errors import MattaError, first_line
 from matta.nesting.batches import call, map_tensors, tensors_of
 
@@ -41,8 +41,8 @@ class Latency:
 class Cost:
     """What a module costs; FLOPs and activations are of one forward of the example, per example.
 
-    `flops` are those of matrix products and convolutions, as `torch.utils.flop_counter` counts them. `activation_bytes`
-    is the most that a forward without gradients holds at once beyond the parameters.
+    `flops` are those of matrix products and convolutions, whichever kernels compute them. `activation_bytes` is the
+    most that a forward without gradients holds at once beyond the parameters, in tensors between operators.
     """
 
     parameters: int
@@ -64,12 +64,11 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     """
     count = num_examples(inputs)
     parameters = list(module.parameters())
-    with FlopCounterMode(display=False) as counter:
-        run_example(module, inputs)
+    flops = count_flops(module, lambda: run_example(module, inputs))
     return Cost(
         parameters=sum(each.numel() for each in parameters),
         bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())),
-        flops=counter.get_total_flops() / count,
+        flops=flops / count,
         activation_bytes=_peak_bytes(module, inputs) / count,
     )
 
@@ -81,7 +80,7 @@ def _peak_bytes(module: nn.Module, inputs: Any) -> int:
         before = torch.cuda.memory_allocated(device)
         call(module, inputs)
         return torch.cuda.max_memory_allocated(device) - before
-    with _Held() as held:
+    with in_counted_operators(module), _Held() as held:
         call(module, inputs)
     return held.peak
 

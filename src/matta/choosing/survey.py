@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,9 +18,8 @@ from matta.choosing.searching import Choice, search
 from matta.errors import ChoiceError, MattaError, first_line, require_kind
 from matta.nesting.batches import Batch, map_tensors, split_labels
 from matta.nesting.nested import Nested, require_nested
-from matta.sizes.extraction import extract
-from matta.sizes.submodels import NARROW, SKIP, WIDE, SubModel, is_one_width, layer_names
-from matta.sizes.units import find_units
+from matta.sizes.extraction import extract, running_statistics, unmeasured_norms
+from matta.sizes.submodels import NARROW, WIDE, SubModel, is_one_width, layer_names, student_spec
 
 STUDENT, TA = "Student", "TA"
 TIMED_TOGETHER: Final = 8  # modules whose calls take turns; more would be in memory at once
@@ -43,6 +43,9 @@ def family(
     All choices of wide and narrow layers are evaluated if they are at most `max_evaluations`. Of more the front of
     parameters and quality is searched: Student, TA, wide-narrow-wide (section 4.2.3), each layer wide for itself, then
     choices that a model of the effects of layers predicts to be best.
+
+    Running statistics of norms (BatchNorm) are those of Student and TA, which no size between has: call
+    `matta.recalibrate` in `evaluate`. A warning tells where that is forgotten.
 
     Args:
         nested: The pair, after training.
@@ -80,6 +83,11 @@ def family(
             f"threads={threads}; expected at least 2 evaluations, no negative number of calls, and batch sizes and "
             f"threads from 1 up"
         )
+    if not calls and tuple(batch_sizes) != (1,):
+        raise ChoiceError(
+            f"received batch_sizes={tuple(batch_sizes)} with calls=0, which times nothing, so that latency and memory "
+            f"would not be of these; expected calls over 0, or no batch_sizes"
+        )
     place = usable_device(device) if device is not None else next(nested.ta.parameters()).device
     inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
     judge = _Judge(nested, evaluate, inputs, place)
@@ -97,6 +105,13 @@ def family(
     student = student_spec(nested)
     specs = [_spec(layers, choice) for choice in found]
     sizes = [judge.size(spec) for spec in (specs if student in specs else [student, *specs])]
+    if judge.unmeasured:
+        warnings.warn(
+            f"sizes between Student and TA were judged with running statistics of norms that were never measured for "
+            f"them ({', '.join([*judge.unmeasured][:4])}): call matta.recalibrate(module, batches) in evaluate, and on "
+            f"what you extract, and give Serving(recalibrate=batches)",
+            stacklevel=2,
+        )
     timed = _timed(judge, sizes, batch_sizes, calls=calls, threads=threads)
     return Family(
         sizes=tuple(sorted(timed, key=lambda each: (each.parameters, each.name))),
@@ -115,6 +130,7 @@ class _Judge:
     ) -> None:
         self.nested, self.evaluate, self.inputs, self.device = nested, evaluate, inputs, device
         self.found: dict[SubModel, Size] = {}
+        self.unmeasured: dict[str, None] = {}  # norms of sizes that were judged with statistics of another's
 
     def module(self, spec: SubModel) -> nn.Module:
         """A plain module of a size, in eval mode."""
@@ -124,9 +140,12 @@ class _Judge:
         """A size without its latency."""
         if spec not in self.found:
             module = self.module(spec)
+            before = [each.clone() for each in running_statistics(module)]
             with torch.no_grad():
                 cost = measure_cost(module, self.inputs)
                 quality = quality_of(self.evaluate, module)
+            if all(map(torch.equal, before, running_statistics(module))):
+                self.unmeasured.update(dict.fromkeys(unmeasured_norms(self.nested, spec)))
             if not math.isfinite(quality):
                 raise ChoiceError(
                     f"evaluate gave {quality} for {size_name(self.nested, spec)!r}; expected a finite number: such as "
@@ -228,15 +247,6 @@ def _layers(nested: Nested) -> list[tuple[str, ...]]:
 def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:
     pairs = zip(layers, choice, strict=True)
     return SubModel({name: WIDE if wide else NARROW for names, wide in pairs for name in names})
-
-
-def student_spec(nested: Nested) -> SubModel:
-    """The Student: all narrow, and of a deeper TA the blocks alone that hold it."""
-    choices = {}
-    for unit in find_units(nested.student, nested.ta, nested.plan):
-        is_skipped = unit.layers is not None and unit.index not in unit.layers.indices
-        choices[unit.name] = SKIP if is_skipped else NARROW
-    return SubModel(choices)
 
 
 def size_name(nested: Nested, spec: SubModel) -> str:

@@ -2,7 +2,7 @@
 
 Read in this order:
 
-- `formats`: `export`, its formats, and the comparison.
+- `formats`: `export` and its formats. `deviation`: how far a file is from its module.
 - `onnx_runtime`: an ONNX file as a module, to be compared, timed and evaluated like any other.
 - `export_command`: `matta export`.
 """

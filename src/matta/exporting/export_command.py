@@ -24,9 +24,9 @@ def run(settings: ExportSettings) -> dict[str, Any]:
         ExportError: the format cannot hold it.
     """
     trained = load_run(settings.run)
-    model = model_of(trained.nested, *spec_of(trained.nested, settings.model))
+    model: Any = model_of(trained.nested, *spec_of(trained.nested, settings.model))
     context = trained.recipe.data.context
-    ids = torch.zeros(2, context, dtype=torch.int64)
+    ids = torch.randint(model.config.vocab_size, (2, context), generator=torch.Generator().manual_seed(0))
     documents = _documents(trained)
 
     def evaluate(module: nn.Module) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from matta.choosing.measuring import num_examples, resized, run_example
 from matta.choosing.survey import quality_of
 from matta.errors import ExportError, MattaError, require_kind
+from matta.exporting.deviation import SMALLEST_BATCH, Untraced, is_row_wise, largest_difference, untraced
 from matta.exporting.onnx_runtime import OnnxModule
 from matta.nesting.batches import (
     Batch,
@@ -29,7 +30,6 @@ from matta.nesting.batches import (
     eval_mode,
     map_tensors,
     outputs_by_name,
-    relative_difference,
     split_labels,
     tensor_names,
     tensors_of,
@@ -40,12 +40,9 @@ from matta.sizes.storage import whole_file
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
 FORMATS: Final = get_args(Format)
 TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in another order
-SMALLEST_BATCH: Final = 2  # a traced batch of one would be taken for a constant
 LARGEST_ONNX: Final = 2**31 - 2**24  # bytes of weights: a file is one protobuf message of less than 2 GiB
 GRAPH_NAMES: Final = frozenset({"device", "torch", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 """What the code of a torch.fx graph calls by name: an input of that name hides it."""
-
-OTHER_BATCH: Final = 3  # added to the example's, to compare with a batch of another size
 
 
 @final
@@ -53,8 +50,9 @@ OTHER_BATCH: Final = 3  # added to the example's, to compare with a batch of ano
 class Exported:
     """A written file or folder, and how far its logits are from the module's.
 
-    `error` is the largest difference over the largest logit, on the example and on a batch of another size; 0 for
-    weights that were read back bit for bit. `quality` is what `evaluate` gave for the file.
+    `error` is the largest difference over the largest logit, on the example, a batch of another size, one row, and
+    lengths that a branch of the module excludes; 0 for weights that were read back bit for bit. `quality` is what
+    `evaluate` gave for the file.
     """
 
     path: Path
@@ -141,17 +139,23 @@ def export(
         allowed = TOLERANCE if tolerance is None else tolerance
         with whole_file(target) as made:
             with _in_a_line(format, tensor_names(inputs)), _quiet():
-                read = write(module, made, inputs, axes)
-                error = _largest_difference(module, read, inputs, axes, logits)
+                read, rest = write(module, made, inputs, axes)
+                in_file = None if format == "onnx" else logits  # an ONNX file gives the logits alone
+                ours, theirs = partial(_outputs, module, logits), partial(_outputs, read, in_file)
+                error, where = largest_difference(ours, theirs, inputs, axes, rest)
             if not int8 and not error <= allowed:
                 raise ExportError(
-                    f"the logits of the exported file differ by {error:.2g} of the largest one, more than the "
+                    f"the logits of the exported file differ by {error:.2g} of the largest one{where}, more than the "
                     f"tolerance {allowed:g}; nothing is written: raise tolerance= if that will do, or choose another "
                     f"format"
                 )
             quality = None if evaluate is None else quality_of(evaluate, read)
             size = made.stat().st_size
     return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
+
+
+def _outputs(module: nn.Module, logits: Any, batch: Any) -> dict[str, Tensor]:
+    return outputs_by_name(call(module, batch), logits)
 
 
 def _require_one_file(module: nn.Module) -> None:
@@ -185,32 +189,6 @@ def _axes(open_axes: Any) -> tuple[int, ...]:
     if isinstance(open_axes, Sequence) and all(isinstance(axis, int) and axis >= 0 for axis in open_axes):
         return tuple(sorted({0, *open_axes}))
     raise ExportError(f"received open_axes={open_axes!r}; expected axes from 0 up, such as (0, 1)")
-
-
-@torch.no_grad()
-def _largest_difference(
-    module: nn.Module, other: nn.Module, inputs: Any, open_axes: Sequence[int], logits: Any
-) -> float:
-    """Of the logits, relative to the largest, on the inputs and on a batch of another size, shorter on open axes."""
-    found = 0.0
-    size = num_examples(inputs)
-    in_output = None if isinstance(other, OnnxModule) else logits  # an ONNX file gives the logits alone
-    has_rows = all(_is_row_wise(each, size) for each in tensors_of(inputs))
-    other_size = size + OTHER_BATCH if has_rows else size - 1  # offsets of bags stay in order only if they are cut
-    for batch in (inputs, _shorter(resized(inputs, other_size), other_size, open_axes)):
-        outputs = outputs_by_name(call(module, batch), logits)
-        others = outputs_by_name(call(other, batch), in_output)
-        found = max(found, *(_difference(each.float(), others[name].float()) for name, each in outputs.items()))
-    return found
-
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    if got.shape != expected.shape:
-        raise ExportError(
-            f"the exported file gives logits of shape {tuple(got.shape)}, and the module {tuple(expected.shape)}, "
-            f"for a batch of another size: an operation of the module has taken a length for a constant"
-        )
-    return relative_difference(expected, got)
 
 
 def _safetensors(module: nn.Module, target: Path) -> Exported:
@@ -257,31 +235,15 @@ class _Positional(nn.Module):
         return tuple(outputs_by_name(output, self.logits).values())
 
 
-def _is_row_wise(tensor: Tensor, count: int) -> bool:
-    return not tensor.ndim or len(tensor) in (1, count)
-
-
 def _open(values: list[Tensor], count: int, axes: Sequence[int]) -> tuple[dict[int, Any], ...]:
     """The open axes of each tensor that has a row for each example; of others the first, where the module allows it."""
     dynamic, if_possible = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
     return tuple(
         {axis: dynamic for axis in axes if axis < each.ndim}
         if each.ndim and len(each) == count
-        else ({} if _is_row_wise(each, count) else {0: if_possible})
+        else ({} if is_row_wise(each, count) else {0: if_possible})
         for each in values
     )
-
-
-def _shorter(inputs: Any, count: int, axes: Sequence[int]) -> Any:
-    """The inputs, one shorter on every open axis beside that of the batch."""
-
-    def cut(tensor: Tensor) -> Tensor:
-        for axis in axes:
-            if axis and axis < tensor.ndim and len(tensor) == count and tensor.shape[axis] > SMALLEST_BATCH:
-                tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
-        return tensor
-
-    return map_tensors(inputs, cut)
 
 
 def _onnx(
@@ -293,7 +255,8 @@ def _onnx(
     int8: bool,
     names: Sequence[str],
     logits: Any,
-) -> nn.Module:
+) -> tuple[nn.Module, list[Untraced]]:
+    _require_own_names(names, tensor_names(inputs))
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
@@ -316,7 +279,20 @@ def _onnx(
         if int8:
             file = _quantised(file)
         file.replace(made)
-    return OnnxModule(made)
+    return OnnxModule(made), [] if int8 else untraced(program.exported_program)
+
+
+def _require_own_names(outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Refuse an output with the name of an input, of which a file has one.
+
+    Raises:
+        ExportError: there is one.
+    """
+    if both := [name for name in outputs if name in inputs]:
+        raise ExportError(
+            f"{both[0]!r} is the name of an input and of an output, and a file has one thing of a name; rename the "
+            f"input, or name the output by logits=lambda output: {{'score': ...}}"
+        )
 
 
 def _quantised(file: Path) -> Path:
@@ -329,17 +305,28 @@ def _quantised(file: Path) -> Path:
     return small
 
 
-def _torch_export(module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int]) -> nn.Module:
+def _torch_export(
+    module: nn.Module, made: Path, inputs: Any, open_axes: Sequence[int]
+) -> tuple[nn.Module, list[Untraced]]:
     values = tensors_of(inputs)
     axes = iter(_open(values, num_examples(inputs), open_axes))
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    shapes = map_tensors(kwargs or args, lambda _: next(axes))
+    shapes = _shapes(kwargs or args, axes)
     program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     with made.open("wb") as file:
         torch.export.save(program, file)
     with made.open("rb") as file:
-        return torch.export.load(file).module()
+        return torch.export.load(file).module(), untraced(program)
+
+
+def _shapes(value: Any, axes: Iterator[Any]) -> Any:
+    """The open axes in the structure of the inputs; None where there is no tensor."""
+    if isinstance(value, Mapping):
+        return {name: _shapes(each, axes) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_shapes(each, axes) for each in value)
+    return next(axes) if isinstance(value, Tensor) else None
 
 
 @contextlib.contextmanager
@@ -353,9 +340,12 @@ def _in_a_line(format: Format, input_names: Sequence[str] = ()) -> Iterator[None
         raise ExportError(f"{error.filename} cannot be written: {error.strerror}; take another path") from None
     except Exception as error:
         taken = sorted({*input_names} & GRAPH_NAMES) if format == "torch_export" else []
+        reason = _reason(error)
         remedy = f"rename the input {taken[0]!r}, a name in torch's own code" if taken else "replace that operation"
+        if "to be a constant" in reason:
+            remedy = "write x.shape[0] for len(x), which fixes a length"
         raise ExportError(
-            f"the module cannot be exported as {format}: {_reason(error)}; {remedy}, or export format='safetensors' "
+            f"the module cannot be exported as {format}: {reason}; {remedy}, or export format='safetensors' "
             f"and load it into your class where it is served"
         ) from error
 
@@ -365,6 +355,7 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.removeprefix("- ").partition(". ")[0] for line in lines if "to be a constant" in line] or lines
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300].rstrip(".:")
 
 

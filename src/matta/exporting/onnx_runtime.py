@@ -68,8 +68,8 @@ class OnnxModule(nn.Module):
             is_over = len(given) > len(self.names)
             told = f"{len(given)} by position" if is_over else ", ".join(feed) or "none, or no tensors"
             raise ExportError(f"received the inputs {told}; expected those of the file: {', '.join(self.names)}")
-        values = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in feed.items()}
         try:
+            values = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in feed.items()}
             found = [torch.from_numpy(each) for each in self.session.run(None, values)]
         except Exception as error:  # its errors have no common type
             expected = "; ".join(f"{each.name} {each.type} {each.shape}" for each in self.session.get_inputs())

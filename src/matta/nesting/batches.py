@@ -78,15 +78,19 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def tensor_names(inputs: Any) -> list[str]:
-    """Names for the tensors of the inputs, in order: those of a mapping of tensors, else `input_0` and so on.
+    """Names for the tensors of the inputs, in order: those of a mapping, else `input_0` and so on.
+
+    What a mapping holds beside tensors (flags, None) has no name.
 
     Example:
         >>> import torch
-        >>> tensor_names({"x": torch.ones(1), "y": torch.ones(1)}), tensor_names((torch.ones(1),))
-        (['x', 'y'], ['input_0'])
+        >>> tensor_names({"x": torch.ones(1), "flag": True}), tensor_names((torch.ones(1),))
+        (['x'], ['input_0'])
     """
-    if isinstance(inputs, Mapping) and all(isinstance(each, Tensor) for each in inputs.values()):
-        return list(inputs)
+    if isinstance(inputs, Mapping) and all(
+        isinstance(each, Tensor) or not tensors_of(each) for each in inputs.values()
+    ):
+        return [name for name, each in inputs.items() if isinstance(each, Tensor)]
     return [f"input_{index}" for index, _ in enumerate(tensors_of(inputs))]
 
 

@@ -13,6 +13,7 @@ are never copied: `sparse_tables` has their slices.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -244,7 +245,7 @@ def _plain(
 
 
 def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The present weights of a live module by name: own parameters and slices, tied ones once, or as one tensor.
+    """The present weights of a live module by name, in the order of a plain one: tied ones once, or as one tensor.
 
     Slices of sharded parameters have no contents here: what asks for names and shapes must not wait for all processes.
     """
@@ -253,16 +254,14 @@ def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[s
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
         slices: dict[str, LiveSlice] = part.__dict__.get(_SLICES, {})
-        for name, parameter in part._parameters.items():
-            if parameter is not None and not (once and id(parameter) in seen):
-                seen.add(id(parameter))
-                yield prefix + name, parameter
-        for name, live in slices.items():
-            if not (once and live.key in seen):
-                seen.add(live.key)
-                if live.key not in tied:
-                    tied[live.key] = live.outline() if live.is_sharded else getattr(part, name)
-                yield prefix + name, tied[live.key]
+        for name in dict.fromkeys((*part._parameters, *slices)):
+            tensor, live = part._parameters.get(name), slices.get(name)
+            key: Any = id(tensor) if tensor is not None else live and live.key
+            if key is not None and not (once and key in seen):
+                seen.add(key)
+                if tensor is None and live is not None and key not in tied:
+                    tied[key] = live.outline() if live.is_sharded else getattr(part, name)
+                yield prefix + name, tied[key] if tensor is None else tensor
 
 
 def _read(name: str) -> Callable[[nn.Module], Tensor]:
@@ -289,23 +288,21 @@ def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
     return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
-def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
 def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base` under the same name, with a property for each sliced parameter."""
     if (base, names) not in _LIVE_CLASSES:
         body: dict[str, Any] = {name: property(_read(name)) for name in names}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"named_parameters": _named_parameters, "__reduce_ex__": _reduce}
+        body |= {} if hasattr(base, "__deepcopy__") else {"__deepcopy__": _deep_copy}
         body |= {"register_parameter": _register_parameter}
         body |= {name: _converting(name) for name in _CONVERSIONS}
         body |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
         if base.forward is nn.EmbeddingBag.forward:
             body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
-            body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+            weights = lambda self: [getattr(self, name, None) for name in self._flat_weights_names]  # noqa: E731
+            body["_flat_weights"] = property(weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
     return _LIVE_CLASSES[base, names]
 
@@ -356,6 +353,15 @@ def _converting(name: str) -> Callable[..., nn.Module]:
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """Pickle the user's class and the names, from which the live class is made again."""
     return _new_live, (user_class(self), tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
+
+
+def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Live beside a copy of the owner, plain alone: AveragedModel averages parameters, and a live module has none."""
+    if not memo:
+        return materialize(self)
+    made = memo[id(self)] = _new_live(user_class(self), tuple(self.__dict__.get(_SLICES, ())))
+    made.__setstate__(copy.deepcopy(self.__dict__, memo))
+    return made
 
 
 def _new_live(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from matta.choosing.family import Family
 from matta.choosing.measuring import num_examples, resized, run_example, usable_device
-from matta.choosing.survey import STUDENT, TA, size_name, student_spec
+from matta.choosing.survey import STUDENT, TA, size_name
 from matta.errors import CheckpointError, MattaError, ServeError, require_kind
 from matta.exporting.formats import export
 from matta.exporting.onnx_runtime import OnnxModule
@@ -42,8 +42,9 @@ from matta.nesting.nested import Nested
 from matta.serving.batch_independence import require_own_rows
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
-from matta.sizes.extraction import extract, share
-from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
+from matta.sizes.extraction import extract, share, unmeasured_norms
+from matta.sizes.extraction import recalibrate as measure_statistics
+from matta.sizes.submodels import SubModel, layer_names, student_spec, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
 MODEL: Final = "model"
@@ -77,9 +78,10 @@ class ServedModels:
         device: Where the modules compute.
         runtime: "torch", views of one copy of the weights; or "onnx", a session of ONNX Runtime for each size.
         logits: Where they are in what the modules return, as in `CoTraining`.
+        recalibrate: Batches on which the running statistics of norms are measured, for each size and version.
 
     Raises:
-        ServeError: the example or the module cannot be served.
+        ServeError: the example or the module cannot be served, or a size has statistics that were never measured.
         MattaError: arguments of other kinds, a device that is not there, or an example on which the module fails.
         SubModelError: the family is of another nesting.
     """
@@ -96,6 +98,7 @@ class ServedModels:
         device: str | torch.device = "cpu",
         runtime: str = TORCH,
         logits: str | Callable[[Any], Any] | None = None,
+        recalibrate: Sequence[Batch] = (),
     ) -> None:
         require_kind("nested", nested, nn.Module, "what matta.nest gives, or a plain module")
         require_kind("family", family, (Family, NoneType), "what matta.family gives: matta.Family.load(path)")
@@ -112,6 +115,10 @@ class ServedModels:
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
         self._require_runs()
         self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
+        self._batches = [
+            (map_tensors(split_labels(batch)[0], lambda each: each.to(self.device)), None) for batch in recalibrate
+        ]
+        self._require_statistics()
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -126,6 +133,18 @@ class ServedModels:
         values = map_tensors(self._inputs, lambda each: each.to(self.device))
         with eval_mode(module):
             run_example(module, values)
+
+    def _require_statistics(self) -> None:
+        """Refuse sizes between Student and TA whose norms would be served with statistics of other inputs."""
+        if self._batches or not isinstance(self._source, Nested):
+            return
+        for name, spec in self.specs.items():
+            if norms := unmeasured_norms(self._source, spec):
+                raise ServeError(
+                    f"the running statistics of {', '.join(norms[:4])} are those of Student and TA, and were never "
+                    f"measured for the size {name!r}; expected Serving(recalibrate=batches), a list of some batches as "
+                    f"in training"
+                )
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -189,6 +208,8 @@ class ServedModels:
             modules: Mapping[str, nn.Module] = share(source, self.specs)
         else:
             modules = {MODEL: copy_module(source, {}).eval()}
+        for module in modules.values() if self._batches else ():
+            measure_statistics(module, self._batches)
         return modules if self._runtime == TORCH else self._sessions(modules)
 
     def _sessions(self, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

@@ -12,16 +12,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from matta.errors import RunError
 from matta.nesting.batches import Batch, call, eval_mode, split_labels
+from matta.nesting.declarations import translate
 from matta.nesting.nested import Nested, require_nested
 from matta.nesting.slicing import materialize, show
-from matta.sizes.submodels import SubModel, live
+from matta.sizes.submodels import SubModel, live, same_size, student_spec, wide
 
 
 def extract(nested: Nested, spec: SubModel | None = None) -> nn.Module:
     """The sub-model as a plain module with weights of its own; by default the (first) Student.
 
     It equals the live sub-model bit for bit, consists of the user's classes, and holds nothing of
-    matta's. The TA itself is `nested.ta`.
+    matta's. The TA itself is `nested.ta`. Between Student and TA the running statistics of norms (BatchNorm) are those
+    of the one or the other: measure them with `matta.recalibrate`.
 
     Raises:
         SubModelError: `spec` does not fit the nesting.
@@ -78,8 +80,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
         >>> recalibrate(mixed, [(torch.randn(16, 3), torch.ones(16))] * 5)
         5
     """
-    norms = [_Averaging(path, part) for path, part in module.named_modules() if isinstance(part, _NormBase)]
-    norms = [norm for norm in norms if norm.part.track_running_stats]
+    norms = [_Averaging(path, part) for path, part in _measuring_norms(module)]
     count = 0
     with eval_mode(module), ExitStack() as kept:
         for norm in norms:
@@ -95,6 +96,43 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
         for norm in norms:
             norm.check()
     return count
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The present means and variances of the norms that keep some."""
+    both = [each for _, part in _measuring_norms(module) for each in (part.running_mean, part.running_var)]
+    return [each for each in both if each is not None]
+
+
+def unmeasured_norms(nested: Nested, spec: SubModel | None) -> list[str]:
+    """Norms of a size between Student and TA whose running statistics are of other inputs, by the TA's name.
+
+    Norms in which Student and TA have the same statistics see the same inputs in every size.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+        >>> nested = matta.nest(tower(4), tower(8), private=["1.*"])
+        >>> unmeasured_norms(nested, matta.wide(nested))
+        []
+    """
+    norms = dict(_measuring_norms(nested.ta))
+    if not norms or spec is None or same_size(nested, spec, student_spec(nested), wide(nested)):
+        return []
+    for path, part in _measuring_norms(nested.student):
+        name = translate(path, nested.plan.layers)
+        if name in norms and _is_one(part.running_mean, norms[name].running_mean):
+            del norms[name]
+    return list(norms)
+
+
+def _is_one(mean: Tensor | None, other: Tensor | None) -> bool:
+    return mean is not None and other is not None and mean.shape == other.shape and torch.equal(mean, other)
+
+
+def _measuring_norms(module: nn.Module) -> list[tuple[str, _NormBase]]:
+    parts = ((path, part) for path, part in module.named_modules() if isinstance(part, _NormBase))
+    return [(path, part) for path, part in parts if part.track_running_stats]
 
 
 @final

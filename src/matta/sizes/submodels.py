@@ -130,6 +130,27 @@ def wide_narrow_wide(nested: Nested, k: int) -> SubModel:
     return SubModel({name: WIDE if name in chosen else NARROW for name in names})
 
 
+def student_spec(nested: Nested) -> SubModel:
+    """The Student: all narrow, and of a deeper TA the blocks alone that hold it."""
+    choices = {}
+    for unit in find_units(nested.student, nested.ta, nested.plan):
+        is_skipped = unit.layers is not None and unit.index not in unit.layers.indices
+        choices[unit.name] = SKIP if is_skipped else NARROW
+    return SubModel(choices)
+
+
+def same_size(nested: Nested, spec: SubModel, *others: SubModel) -> bool:
+    """Whether a sub-model takes of each layer what one of the others takes.
+
+    Example:
+        >>> import matta
+        >>> def tower(width): return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+        >>> same_size(matta.nest(tower(4), tower(8)), SubModel(), SubModel({"0": "narrow"}))
+        True
+    """
+    return _choices(nested, spec)[1] in [_choices(nested, other)[1] for other in others]
+
+
 def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) -> Callable[[Random], SubModel]:
     """A draw for `CoTraining(sample=...)`: one of the sub-models you want, or each layer wide or narrow at random.
 
