@@ -573,6 +573,33 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"do_sample": True, "temperature": 0.6, "eos_token_id": [256, 257]},  # as of models that chat
+        {"temperature": 0.6, "eos_token_id": 256},  # which Transformers writes only as it was read
+    ],
+)
+def test_how_a_pretrained_model_generates_goes_along(way: str, generation: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    pair("llama", vocab_size=258, eos_token_id=generation["eos_token_id"])[way == "down"].save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    recipe = values(tmp_path, steps=1)
+    sizes = {"ta": {"intermediate_size": 40}} if way == "up" else {"student": {"intermediate_size": 16}}
+    recipe |= {"model": {"pretrained": str(base), **sizes}, "family": {"k": []}}
+    assert run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out")) is not None
+    extracting.run(ExtractSettings(run=tmp_path / "out", models=("student", "ta"), out=tmp_path / "again"))
+    expected = {**generation, "pad_token_id": 256}
+    for folder in (tmp_path / "out" / "models", tmp_path / "again"):
+        for name in ("student", "ta"):
+            found = json.loads((folder / name / "generation_config.json").read_text())
+            assert {key: found.get(key) for key in expected} == expected
+            assert "trust_remote_code" not in found
+            config = json.loads((folder / name / "config.json").read_text())
+            assert config["eos_token_id"] == generation["eos_token_id"]
+
+
 @pytest.mark.parametrize("alone", [1.0, 0.5])
 def test_in_turns_the_ta_is_the_student_while_that_is_alone(alone: float, tmp_path: Path) -> None:
     recipe = values(tmp_path, steps=4, warmup=1, sample=True, turns={"alone": alone, "student_chance": 0.5})

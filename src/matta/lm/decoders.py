@@ -5,6 +5,7 @@ Models can be built and nested on the meta device (`with torch.device("meta")`),
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,9 +55,10 @@ def build_pair(
     if part.pretrained:
         given = _pretrained(part.pretrained)
         _require_vocabulary(given.config, tokenizer_size)
-        if part.is_downwards:
-            return cast("PreTrainedModel", reconfigured(given, part.student)), given
-        return given, cast("PreTrainedModel", grow(given, config=part.ta))
+        changed = reconfigured(given, part.student) if part.is_downwards else grow(given, config=part.ta)
+        other = cast("PreTrainedModel", changed)
+        other.generation_config = copy.deepcopy(given.generation_config)
+        return (other, given) if part.is_downwards else (given, other)
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     values = _canonical(part.architecture, part.student, "model.student")
     changes = _canonical(part.architecture, part.ta, "model.ta")
