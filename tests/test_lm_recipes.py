@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import matta
 from matta.cli import main
@@ -571,6 +572,33 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
     again = load_run(tmp_path / "second")
     for module in (again.nested.student, again.nested.ta):  # the TA starts as good as the Student
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_fresh_models_have_the_positions_that_are_trained(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = values(tmp_path, architecture, steps=1)
+    given = recipe["model"]["student"]
+    recipe["model"]["student"] = {key: value for key, value in given.items() if key != "max_position_embeddings"}
+    recipe["family"] = {"k": []}
+    for name, text, longest in (("free", "", 16), ("given", "max_position_embeddings=40", 40)):
+        key, _, value = text.partition("=")
+        recipe["model"]["student"] |= {key: int(value)} if key else {}
+        results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / name))
+        assert results is not None
+        for row in results["models"]:
+            assert AutoConfig.from_pretrained(row["folder"]).max_position_embeddings == longest
+        told = "the models have 40 positions and are trained on 16: what reads more (benchmarks, matta evaluate --text"
+        assert (told in capsys.readouterr().out) == (longest == 40)
+
+
+def test_positions_that_other_values_hang_on_are_left_alone() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    part = ModelPart(architecture="llama", student={**GQA, "rope_parameters": rope}, ta={"intermediate_size": 40})
+    student = {key: value for key, value in part.student.items() if key != "max_position_embeddings"}
+    made, _ = build_pair(dataclasses.replace(part, student=student), 257, context=16)
+    assert made.config.max_position_embeddings == 2048
 
 
 @pytest.mark.parametrize("way", ["up", "down"])

@@ -18,6 +18,7 @@ from matta.lm.benchmark_tables import with_error
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
 from matta.lm.command_settings import ExtractSettings
+from matta.lm.decoders import untrained_positions
 from matta.lm.folders import CODE, auto_class, export, require_configuration, require_new
 from matta.lm.recipe import Recipe
 from matta.lm.trained_runs import MODELS, RESULTS, MappedRun, folder_name, map_run
@@ -195,6 +196,10 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
         yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
     if outcome.fit.num_skipped:
         yield f"{outcome.fit.num_skipped} steps were skipped: their loss was not finite"
+    student, is_fresh = outcome.nested.student, bool(outcome.recipe.model.architecture)
+    assert isinstance(student, PreTrainedModel), "the models of a recipe are Transformers'"
+    if is_fresh and (told := untrained_positions(student, outcome.recipe.data.context)) is not None:
+        yield told
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
 

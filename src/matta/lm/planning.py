@@ -76,7 +76,7 @@ def nest_on_meta(recipe: Recipe) -> Nested:
     tokenizer = None if is_known else load_tokenizer(recipe.data.tokenizer)
     size, end = (1, None) if tokenizer is None else (len(tokenizer), tokenizer.eos_token_id)
     with torch.device("meta"):
-        student, ta = build_pair(recipe.model, size, end_of_text=end)
+        student, ta = build_pair(recipe.model, size, end_of_text=end, context=recipe.data.context)
         for model in (student, ta):
             require_context(model, recipe.data.context)
         nested = nest_pair(recipe.model, student, ta)

@@ -157,9 +157,10 @@ class _Session:
         micro_batch, accumulate = recipe.train.shares(accelerator.num_processes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         set_seed(recipe.train.seed)
-        student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=self.tokenizer.eos_token_id)
+        end, context = self.tokenizer.eos_token_id, recipe.data.context
+        student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=end, context=context)
         for model in (student, ta):
-            require_context(model, recipe.data.context)
+            require_context(model, context)
         to_measure = packed_text(recipe.data, self.tokenizer, batch=micro_batch) if recipe.model.is_downwards else None
         turns = recipe.train.turns
         is_alone = turns is not None and turns.alone > 0
