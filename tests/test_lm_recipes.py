@@ -29,6 +29,7 @@ from matta.cli import main
 from matta.errors import GrowthError, RunError
 from matta.lm import extracting, recipe_training
 from matta.lm.command_settings import ExtractSettings, TrainSettings
+from matta.lm.continued_runs import require_same
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, text_source
@@ -465,6 +466,45 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         [each[key] for key in same] for each in whole["models"]
     ]
     assert whole["tokens"] == 7 * 4 * 16
+
+
+def test_a_run_at_a_constant_rate_is_prolonged_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**values(tmp_path, schedule="constant", sample=True, ramp={"start": 2, "steps": 6}), "family": {"k": [2]}}
+    path = write(tmp_path, recipe)
+    assert run(TrainSettings(recipe=path, overrides=("train.steps=9",), out=tmp_path / "long")) is not None
+    out = tmp_path / "prolonged"
+    assert run(TrainSettings(recipe=path, overrides=("train.steps=4",), out=out)) is not None
+    extracting.run(ExtractSettings(run=out, models=("k=1",)))
+    (out / "family.json").write_text("{}")
+    short = weights(out)
+    resumed = TrainSettings(recipe=path, overrides=("train.steps=9",), out=out, resume=True)
+    results = run(resumed)
+    assert results is not None and results["steps"] == 9
+    assert_equal(weights(out), weights(tmp_path / "long"))
+    assert read_run_recipe(out).train.steps == 9
+    assert sorted(each.name for each in (out / "models").iterdir()) == ["k-2", "student", "ta"]
+    aside = out / "ended-4"
+    assert sorted(each.name for each in aside.iterdir()) == ["family.json", "models", "nested", "results.json"]
+    assert_equal(dict(matta.load(aside / "nested", *pair("gpt2")).named_parameters()), short)
+    capsys.readouterr()
+    assert main(["train", str(path), "train.steps=5", "--resume", "--out", str(out)]) == 2
+    assert "was begun with 9 steps, and now it is to have 5; expected as many or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [({}, "a cosine schedule"), ({"schedule": "constant", "turns": {"alone": 0.5}}, "turns")],
+)
+def test_a_run_whose_steps_hang_on_its_length_is_not_prolonged(
+    train: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    recipe, longer = (recipe_from_values(values(tmp_path, **{**train, "steps": steps}), "r") for steps in (4, 9))
+    message = rf"begun with 4 steps and {what} made for them, so that one of 9 would have gone otherwise; expected as"
+    with pytest.raises(RunError, match=message):
+        require_same(longer, recipe, tmp_path)
+    with_tokens = values(tmp_path, **{**train, "tokens": 4 * 4 * 16 - 1})
+    del with_tokens["train"]["steps"]
+    require_same(recipe_from_values(with_tokens, "r"), recipe, tmp_path)
 
 
 def test_ctrl_c_leaves_a_run_to_go_on_with(
