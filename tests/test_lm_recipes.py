@@ -32,7 +32,7 @@ from matta.lm.command_settings import ExtractSettings, TrainSettings
 from matta.lm.continued_runs import require_same
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
-from matta.lm.documents import held_out_documents, pydoc_topics, text_source
+from matta.lm.documents import held_out_documents, pydoc_topics, read_by_both, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, TurnsPart
@@ -393,6 +393,24 @@ def test_the_rate_rises_and_falls_to_its_end() -> None:
 
 
 # --- texts ----------------------------------------------------------------------------------------
+
+
+def test_text_that_is_trained_on_and_evaluated_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = values(tmp_path, steps=1)
+    recipe["data"]["train"] = {"path": str(tmp_path / "*.txt"), "separator": "\n"}
+    recipe["family"] = {"k": []}
+    told = f"data.evaluate reads what data.train reads: {tmp_path / 'text.txt'}; figures of it are no held-out ones"
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
+    assert told in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    other = SourcePart(path=str(shutil.copy(tmp_path / "text.txt", tmp_path / "other")))
+    c4 = SourcePart(hub="allenai/c4", config="en")
+    pairs = [("pydoc", "pydoc"), (str(tmp_path), str(tmp_path / "text.txt"))]
+    assert [read_by_both(*(SourcePart(path=path) for path in pair)) is None for pair in pairs] == [True, False]
+    assert read_by_both(SourcePart(path=str(tmp_path / "text.txt")), other) is None
+    assert read_by_both(c4, dataclasses.replace(c4, split="validation")) is None
+    assert "reads: allenai/c4, train; figures" in str(read_by_both(c4, c4))
 
 
 def test_the_topics_of_cpython_are_split_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

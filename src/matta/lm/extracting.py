@@ -18,7 +18,6 @@ from matta.lm.benchmark_tables import with_error
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
 from matta.lm.command_settings import ExtractSettings
-from matta.lm.decoders import untrained_positions
 from matta.lm.folders import CODE, auto_class, export, require_configuration, require_new
 from matta.lm.recipe import Recipe
 from matta.lm.trained_runs import MODELS, RESULTS, MappedRun, folder_name, map_run
@@ -41,7 +40,8 @@ class Outcome:
     """What came of training: the models, and how it went.
 
     `documents` are the held-out text, read `batch` sequences at a time, and `text` the counts of the training
-    text. This session has trained on `tokens` in `seconds`, earlier ones of the same run on more.
+    text. This session has trained on `tokens` in `seconds`, earlier ones of the same run on more. `notes`
+    are told at the end.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class Outcome:
     seconds: float
     num_processes: int
     batch: int
+    notes: tuple[str, ...] = ()
 
 
 def family_of(nested: Nested, ks: Sequence[int]) -> dict[str, SubModel | None]:
@@ -196,10 +197,7 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
         yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
     if outcome.fit.num_skipped:
         yield f"{outcome.fit.num_skipped} steps were skipped: their loss was not finite"
-    student, is_fresh = outcome.nested.student, bool(outcome.recipe.model.architecture)
-    assert isinstance(student, PreTrainedModel), "the models of a recipe are Transformers'"
-    if is_fresh and (told := untrained_positions(student, outcome.recipe.data.context)) is not None:
-        yield told
+    yield from outcome.notes
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,22 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
 from matta.lm.continued_runs import can_be_prolonged, put_end_aside, require_same
-from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
-from matta.lm.documents import held_out_documents, text_source
+from matta.lm.decoders import (
+    build_pair,
+    make_optimizer,
+    make_scheduler,
+    nest_pair,
+    require_context,
+    require_family,
+    untrained_positions,
+)
+from matta.lm.documents import held_out_documents, read_by_both, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import DataPart, Recipe, TrainPart
@@ -139,6 +148,9 @@ class _Session:
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
         self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
+        self.notes = tuple(_notes(recipe, student))
+        for note in self.notes if accelerator.is_main_process else ():
+            warnings.warn(note, stacklevel=2)
         self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
         if accelerator.num_processes > 1 and recipe.train.sharding != "none":
             self.cotrain.to(accelerator.device)
@@ -160,7 +172,17 @@ class _Session:
             seconds=self.seconds - (0.0 if self.judge is None else self.judge.seconds),
             num_processes=self.accelerator.num_processes,
             batch=self.data.batch,
+            notes=self.notes,
         )
+
+
+def _notes(recipe: Recipe, student: PreTrainedModel) -> Iterator[str]:
+    """What the figures of a run must not be taken for."""
+    data = recipe.data
+    if data.evaluate is not None and (told := read_by_both(data.train, data.evaluate)) is not None:
+        yield told
+    if recipe.model.architecture and (told := untrained_positions(student, data.context)) is not None:
+        yield told
 
 
 def checkpoint_activations(model: Any) -> None:
