@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -324,6 +324,24 @@ def test_experts_are_counted_as_if_all_ran() -> None:
     assert abs(counter.get_total_flops() - 32 * cost_of(model, 16).flops_per_token) <= rotary
     with pytest.raises(RunError, match=r"^MixtralForCausalLM cannot be run on fake tensors.* \(\w+: [^\n]*$"):
         saved_bytes(model.config, batch=1, context=8, precision="no")
+
+
+def test_flops_of_a_run_are_those_of_the_models_that_its_steps_train(tmp_path: Path) -> None:
+    nested = nest_on_meta(recipe_from_values(values(tmp_path), "plan"))
+    names, choices_of = matta.layer_names(nested), product(("wide", "narrow"), repeat=4)
+    mixes = [matta.live(nested, matta.SubModel(dict(zip(names, each, strict=True)))) for each in choices_of]
+    student, ta, *drawn = (cost_of(each, 16).flops_per_token for each in (nested.student, nested.ta, *mixes))
+    between = sum(drawn) / len(drawn)
+    turns = {"turns": {"alone": 0.25, "student_chance": 0.4}}
+    expected = [
+        ({}, student + ta),
+        ({"sample": True}, student + ta + between),
+        (turns, 0.25 * student + 0.75 * (student + ta)),
+        ({**turns, "sample": True}, 0.25 * student + 0.75 * (ta + 0.4 * student + 0.6 * between)),
+    ]
+    for settings, flops in expected:
+        figures = plan_figures(recipe_from_values(values(tmp_path, steps=8, **settings), "plan"), nested)
+        assert figures["training_flops"] == pytest.approx(3 * 8 * 4 * 16 * flops, abs=0.5)
 
 
 def test_a_family_of_hidden_widths_is_counted_model_by_model() -> None:
