@@ -14,7 +14,7 @@ from matta.lm.bits_per_byte import bits_per_byte, change, rolling_windows
 transformers = pytest.importorskip("transformers")
 
 from matta.lm.documents import Document  # noqa: E402
-from matta.lm.tokens import TextEncoder, token_blocks  # noqa: E402
+from matta.lm.tokens import TextEncoder, marks_of, token_blocks  # noqa: E402
 
 TEXT = "Wide above, narrow below: ein größeres Modell ⊃ das kleine 🪆. " * 4
 
@@ -80,6 +80,19 @@ def test_bits_equal_lm_evals_rolling_likelihood() -> None:
     score = bits_per_byte(model, tokenizer, documents, context=32, batch=2)
     num_bytes = sum(len(each.encode()) for each in documents)
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+
+
+def test_the_first_token_follows_what_stands_before_it_in_training() -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    model = Uniform(300)
+    bits_per_byte(model, tokenizer, "ab", context=8, batch=1)
+    puts = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = puts
+    bits_per_byte(model, tokenizer, "ab", context=8, batch=1)
+    assert [[first for first, _ in model.read], len(tokenizer)] == [[256, 257], 258]
 
 
 @pytest.mark.parametrize("mark", [None, "</s>"])
@@ -256,11 +269,10 @@ class Uniform(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["byte-level BPE", "unigram", "words", "written in Python"])
 def test_the_name_of_a_special_token_is_text_as_in_training(kind: str) -> None:
     tokenizer = _trained(kind)
-    (block,) = token_blocks([Document(NAMED, ends=False)], TextEncoder(tokenizer), tokenizer.eos_token_id)
+    (block,) = token_blocks([Document(NAMED, ends=False)], TextEncoder(tokenizer), marks_of(tokenizer))
     model = Uniform(len(tokenizer))
     score = bits_per_byte(model, tokenizer, NAMED, context=300, batch=1)
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    assert model.read == [[first, *block.tokens[:-1].tolist()]]
+    assert model.read == [[tokenizer.eos_token_id, *block.tokens[:-1].tolist()]]
     assert kind == "unigram" or tokenizer.eos_token_id not in block.tokens  # a unigram model has it as a piece, too
     assert (score.num_tokens, score.num_bytes) == (len(block.tokens), len(NAMED.encode()))
     assert score.bits_per_byte == pytest.approx(score.num_tokens * math.log2(model.size) / score.num_bytes)

@@ -25,7 +25,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, multiprocessing, nn
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -448,6 +449,33 @@ def test_the_hubs_data_streamed_is_the_same(tmp_path: Path) -> None:
     assert dealt(pack(path, source=source))[0] == packed_reference(WORDS, 16)
 
 
+def with_beginning() -> PreTrainedTokenizerBase:
+    """As Llama's, which puts a beginning before each text."""
+    inner = Tokenizer.from_str(BYTES.backend_tokenizer.to_str())
+    inner.add_special_tokens([AddedToken("<s>", special=True)])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_beginning_stands_where_the_tokenizer_puts_it_before_texts(stream: bool, tmp_path: Path) -> None:
+    tokenizer = with_beginning()
+    source = TextSource(path=written(tmp_path, WORDS), piece_bytes=16)  # pieces of a document have one beginning
+    packed = pack(tmp_path, source=source, tokenizer=tokenizer, stream=stream, mask_boundaries=True)
+    batches = list(packed)
+    tokens, labels = (torch.cat([batch[name].flatten() for batch in batches]) for name in ("input_ids", "labels"))
+    expected = [token for text in WORDS for token in (*tokenizer(text)["input_ids"], END)]
+    assert tokens.tolist() == expected[: len(tokens)]
+    is_first = (tokens.roll(1) == 257) & (torch.arange(len(tokens)) % 16 != 0)
+    assert torch.equal(labels, tokens.masked_fill(is_first, -100))
+    plain = pack(tmp_path, source=source, tokenizer=BYTES, stream=stream)
+    assert packed.state_dict()["data"] != plain.state_dict()["data"]
+    tokenizer.backend_tokenizer.post_processor = None
+    again = pack(tmp_path, source=source, tokenizer=tokenizer, stream=stream)
+    assert dealt(again)[0] == packed_reference(WORDS, 16)
+    assert packed.fingerprint(order=False) != again.fingerprint(order=False)
+
+
 @given(TEXTS, st.integers(2, 9))
 def test_masks_hide_the_first_token_of_each_document_and_nothing_else(texts: list[str], context: int) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "filling"]).encode()
@@ -845,15 +873,20 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sid
 @pytest.mark.parametrize("side", [2, 3], indirect=True)
 @pytest.mark.parametrize("chars", [1, 40, 300, 10_000])
 @pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("begins", [False, True])
 def test_processes_together_have_the_tokens_of_one(
-    side: Side, chars: int, cached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    side: Side, chars: int, cached: bool, begins: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    inner = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[END]": 2}, merges=[]))  # of other letters it knows nothing
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]")
+    vocabulary = {"a": 0, "b": 1, "[END]": 2, "[BEGIN]": 3}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))  # of other letters it knows nothing
+    if begins:
+        inner.post_processor = TemplateProcessing(single="[BEGIN] $A", special_tokens=[("[BEGIN]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="[BEGIN]", eos_token="[END]")
     texts = ["xxx", "aab", "ab" * 40, "zz", "yyyy" * 20, "b", "a" * 25 + "x" * 30, "z", "xyz", "ba"]
     (tmp_path / "a.txt").write_text(";".join(texts))
     source = TextSource(path=tmp_path / "a.txt", separator=";", piece_bytes=16)
     alone = corpora.load_corpus(source, tokenizer, None)
+    assert "".join("ab]["[token] for token in alone.tokens).count("[") == 5 * begins
     writes, write = [], corpora._write
     monkeypatch.setattr(corpora, "_write", lambda *arguments: writes.append(write(*arguments)))
     monkeypatch.setattr(corpora, "BLOCK_CHARS", chars)

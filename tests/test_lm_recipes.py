@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,16 +22,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import matta
 from matta.cli import main
 from matta.errors import GrowthError, RunError
 from matta.lm import extracting, recipe_training
 from matta.lm.command_settings import ExtractSettings, TrainSettings
+from matta.lm.continued_runs import require_same
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
 from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
-from matta.lm.documents import held_out_documents, pydoc_topics, text_source
+from matta.lm.documents import held_out_documents, pydoc_topics, read_by_both, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, TurnsPart
@@ -324,6 +326,24 @@ def test_experts_are_counted_as_if_all_ran() -> None:
         saved_bytes(model.config, batch=1, context=8, precision="no")
 
 
+def test_flops_of_a_run_are_those_of_the_models_that_its_steps_train(tmp_path: Path) -> None:
+    nested = nest_on_meta(recipe_from_values(values(tmp_path), "plan"))
+    names, choices_of = matta.layer_names(nested), product(("wide", "narrow"), repeat=4)
+    mixes = [matta.live(nested, matta.SubModel(dict(zip(names, each, strict=True)))) for each in choices_of]
+    student, ta, *drawn = (cost_of(each, 16).flops_per_token for each in (nested.student, nested.ta, *mixes))
+    between = sum(drawn) / len(drawn)
+    turns = {"turns": {"alone": 0.25, "student_chance": 0.4}}
+    expected = [
+        ({}, student + ta),
+        ({"sample": True}, student + ta + between),
+        (turns, 0.25 * student + 0.75 * (student + ta)),
+        ({**turns, "sample": True}, 0.25 * student + 0.75 * (ta + 0.4 * student + 0.6 * between)),
+    ]
+    for settings, flops in expected:
+        figures = plan_figures(recipe_from_values(values(tmp_path, steps=8, **settings), "plan"), nested)
+        assert figures["training_flops"] == pytest.approx(3 * 8 * 4 * 16 * flops, abs=0.5)
+
+
 def test_a_family_of_hidden_widths_is_counted_model_by_model() -> None:
     student, ta = {**SMALL, "n_inner": 24}, {"n_embd": 32, "n_inner": 48}
     part = ModelPart(architecture="gpt2", student=student, ta=ta)
@@ -391,6 +411,24 @@ def test_the_rate_rises_and_falls_to_its_end() -> None:
 
 
 # --- texts ----------------------------------------------------------------------------------------
+
+
+def test_text_that_is_trained_on_and_evaluated_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = values(tmp_path, steps=1)
+    recipe["data"]["train"] = {"path": str(tmp_path / "*.txt"), "separator": "\n"}
+    recipe["family"] = {"k": []}
+    told = f"data.evaluate reads what data.train reads: {tmp_path / 'text.txt'}; figures of it are no held-out ones"
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
+    assert told in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    other = SourcePart(path=str(shutil.copy(tmp_path / "text.txt", tmp_path / "other")))
+    c4 = SourcePart(hub="allenai/c4", config="en")
+    pairs = [("pydoc", "pydoc"), (str(tmp_path), str(tmp_path / "text.txt"))]
+    assert [read_by_both(*(SourcePart(path=path) for path in pair)) is None for pair in pairs] == [True, False]
+    assert read_by_both(SourcePart(path=str(tmp_path / "text.txt")), other) is None
+    assert read_by_both(c4, dataclasses.replace(c4, split="validation")) is None
+    assert "reads: allenai/c4, train; figures" in str(read_by_both(c4, c4))
 
 
 def test_the_topics_of_cpython_are_split_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +502,45 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         [each[key] for key in same] for each in whole["models"]
     ]
     assert whole["tokens"] == 7 * 4 * 16
+
+
+def test_a_run_at_a_constant_rate_is_prolonged_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**values(tmp_path, schedule="constant", sample=True, ramp={"start": 2, "steps": 6}), "family": {"k": [2]}}
+    path = write(tmp_path, recipe)
+    assert run(TrainSettings(recipe=path, overrides=("train.steps=9",), out=tmp_path / "long")) is not None
+    out = tmp_path / "prolonged"
+    assert run(TrainSettings(recipe=path, overrides=("train.steps=4",), out=out)) is not None
+    extracting.run(ExtractSettings(run=out, models=("k=1",)))
+    (out / "family.json").write_text("{}")
+    short = weights(out)
+    resumed = TrainSettings(recipe=path, overrides=("train.steps=9",), out=out, resume=True)
+    results = run(resumed)
+    assert results is not None and results["steps"] == 9
+    assert_equal(weights(out), weights(tmp_path / "long"))
+    assert read_run_recipe(out).train.steps == 9
+    assert sorted(each.name for each in (out / "models").iterdir()) == ["k-2", "student", "ta"]
+    aside = out / "ended-4"
+    assert sorted(each.name for each in aside.iterdir()) == ["family.json", "models", "nested", "results.json"]
+    assert_equal(dict(matta.load(aside / "nested", *pair("gpt2")).named_parameters()), short)
+    capsys.readouterr()
+    assert main(["train", str(path), "train.steps=5", "--resume", "--out", str(out)]) == 2
+    assert "was begun with 9 steps, and now it is to have 5; expected as many or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [({}, "a cosine schedule"), ({"schedule": "constant", "turns": {"alone": 0.5}}, "turns")],
+)
+def test_a_run_whose_steps_hang_on_its_length_is_not_prolonged(
+    train: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    recipe, longer = (recipe_from_values(values(tmp_path, **{**train, "steps": steps}), "r") for steps in (4, 9))
+    message = rf"begun with 4 steps and {what} made for them, so that one of 9 would have gone otherwise; expected as"
+    with pytest.raises(RunError, match=message):
+        require_same(longer, recipe, tmp_path)
+    with_tokens = values(tmp_path, **{**train, "tokens": 4 * 4 * 16 - 1})
+    del with_tokens["train"]["steps"]
+    require_same(recipe_from_values(with_tokens, "r"), recipe, tmp_path)
 
 
 def test_ctrl_c_leaves_a_run_to_go_on_with(
@@ -571,6 +648,60 @@ def test_folders_pretrain_teach_and_are_what_was_trained(tmp_path: Path) -> None
     again = load_run(tmp_path / "second")
     for module in (again.nested.student, again.nested.ta):  # the TA starts as good as the Student
         torch.testing.assert_close(module(ids).logits, loaded.nested.student(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_fresh_models_have_the_positions_that_are_trained(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = values(tmp_path, architecture, steps=1)
+    given = recipe["model"]["student"]
+    recipe["model"]["student"] = {key: value for key, value in given.items() if key != "max_position_embeddings"}
+    recipe["family"] = {"k": []}
+    for name, text, longest in (("free", "", 16), ("given", "max_position_embeddings=40", 40)):
+        key, _, value = text.partition("=")
+        recipe["model"]["student"] |= {key: int(value)} if key else {}
+        results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / name))
+        assert results is not None
+        for row in results["models"]:
+            assert AutoConfig.from_pretrained(row["folder"]).max_position_embeddings == longest
+        told = "the models have 40 positions and are trained on 16: what reads more (benchmarks, matta evaluate --text"
+        assert (told in capsys.readouterr().out) == (longest == 40)
+
+
+def test_positions_that_other_values_hang_on_are_left_alone() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+    part = ModelPart(architecture="llama", student={**GQA, "rope_parameters": rope}, ta={"intermediate_size": 40})
+    student = {key: value for key, value in part.student.items() if key != "max_position_embeddings"}
+    made, _ = build_pair(dataclasses.replace(part, student=student), 257, context=16)
+    assert made.config.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"do_sample": True, "temperature": 0.6, "eos_token_id": [256, 257]},  # as of models that chat
+        {"temperature": 0.6, "eos_token_id": 256},  # which Transformers writes only as it was read
+    ],
+)
+def test_how_a_pretrained_model_generates_goes_along(way: str, generation: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    pair("llama", vocab_size=258, eos_token_id=generation["eos_token_id"])[way == "down"].save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    recipe = values(tmp_path, steps=1)
+    sizes = {"ta": {"intermediate_size": 40}} if way == "up" else {"student": {"intermediate_size": 16}}
+    recipe |= {"model": {"pretrained": str(base), **sizes}, "family": {"k": []}}
+    assert run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out")) is not None
+    extracting.run(ExtractSettings(run=tmp_path / "out", models=("student", "ta"), out=tmp_path / "again"))
+    expected = {**generation, "pad_token_id": 256}
+    for folder in (tmp_path / "out" / "models", tmp_path / "again"):
+        for name in ("student", "ta"):
+            found = json.loads((folder / name / "generation_config.json").read_text())
+            assert {key: found.get(key) for key in expected} == expected
+            assert "trust_remote_code" not in found
+            config = json.loads((folder / name / "config.json").read_text())
+            assert config["eos_token_id"] == generation["eos_token_id"]
 
 
 @pytest.mark.parametrize("alone", [1.0, 0.5])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from matta.errors import RunError
-from matta.lm.tokens import TextEncoder
+from matta.lm.tokens import TextEncoder, marks_of
 from matta.nesting.batches import logits_of
 from matta.training.evaluation import evaluating
 from matta.training.processes import collected, dealt
@@ -67,9 +67,10 @@ def bits_per_byte(
 ) -> TextScore:
     """Bits per byte and perplexity of a text, or of several documents, each scored for itself.
 
-    Every token is predicted exactly once. The first of a document is predicted from the tokenizer's mark of a
-    beginning (or else of an end) of text, as lm-eval does; with a tokenizer that has neither it is not scored, and
-    its bytes count all the same. The model stays as it is, its mode included.
+    Every token is predicted exactly once. The first of a document is predicted from what stands before it in training:
+    the mark of a beginning, if the tokenizer puts that before each text (as lm-eval does), or else of an end; with a
+    tokenizer that has neither it is not scored, and its bytes count all the same. The model stays as it is, its mode
+    included.
 
     Args:
         model: Gives logits of (batch, tokens, vocabulary), or an object with `.logits`.
@@ -166,8 +167,8 @@ def _check(model: nn.Module, context: int, batch: int, overlap: int) -> None:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the first token of a document is predicted from: one token or none."""
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    """What the first token of a document is predicted from, one token or none: what stands before it in training."""
+    first = tokenizer.bos_token_id if tokenizer.eos_token_id is None else marks_of(tokenizer).before_text
     return [] if first is None else [first]
 
 

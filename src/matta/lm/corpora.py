@@ -24,7 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from matta.errors import DAMAGE, RunError
 from matta.lm.documents import Counts, Document, Documents, TextSource, read_documents
-from matta.lm.tokens import BLOCK_CHARS, TextEncoder, document_groups, joined, tokenizer_fingerprint
+from matta.lm.tokens import (
+    BLOCK_CHARS,
+    Marks,
+    TextEncoder,
+    document_groups,
+    joined,
+    marks_of,
+    tokenizer_fingerprint,
+)
 from matta.sizes.storage import verify, whole_folder
 from matta.training.processes import gathered, num_processes, process_rank, raise_together
 
@@ -108,17 +116,21 @@ def _fill(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase
 def _key(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
     settings = {name: value for name, value in asdict(source).items() if name != "path"}
     files = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in source.files()]
-    parts = [_FORMAT, settings, files, tokenizer_fingerprint(tokenizer)]
+    parts: list[Any] = [_FORMAT, settings, files, tokenizer_fingerprint(tokenizer)]
+    if (begin := marks_of(tokenizer).begin) is not None:
+        parts.append(begin)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Part(NamedTuple):
-    """Tokens of some documents, whatever was before them: whether they begin with an end that those before may have."""
+    """Tokens of some documents, whatever was before them.
 
+    Of each pair the first holds if that had not ended, the second if it had.
+    """
+
+    begins: tuple[Tokens, Tokens]  # an end, or a beginning
     tokens: Tokens
-    begins_with_end: bool
-    has_ended: tuple[bool, bool]
-    """Afterwards: if what was before had not ended, and if it had."""
+    has_ended: tuple[bool, bool]  # afterwards
 
 
 def _blocks(documents: Documents, tokenizer: PreTrainedTokenizerBase, *, together: bool = False) -> Iterator[Tokens]:
@@ -129,19 +141,19 @@ def _blocks(documents: Documents, tokenizer: PreTrainedTokenizerBase, *, togethe
     """
     rank, count = (process_rank(), num_processes()) if together else (0, 1)
     groups = document_groups(documents, BLOCK_CHARS)
-    encode, end = TextEncoder(tokenizer), int(tokenizer.eos_token_id)
+    encode, marks = TextEncoder(tokenizer), marks_of(tokenizer)
     kind = _KINDS["<u2" if len(tokenizer) <= 1 << 16 else "<u4"]
     has_ended, num_read = True, count
     while num_read == count:
         part, error, num_read = None, None, 0
         try:
             for texts in islice(groups, count):
-                part = _part(texts, encode, end, kind) if num_read == rank else part
+                part = _part(texts, encode, marks, kind) if num_read == rank else part
                 num_read += 1
         except Exception as failed:  # of one process; it is raised on all of them
             error = failed
         for each in _exchanged(part, (num_read, documents.counts.documents, documents.counts.bytes), error, count):
-            yield each.tokens[int(each.begins_with_end and has_ended) :]
+            yield np.concatenate([each.begins[has_ended], each.tokens])
             has_ended = each.has_ended[has_ended]
 
 
@@ -162,11 +174,13 @@ def _exchanged(part: _Part | None, read: tuple[int, ...], error: Exception | Non
     return [each for each, _ in found if each is not None]
 
 
-def _part(texts: list[Document], encode: TextEncoder, end: int, kind: np.dtype[Any]) -> _Part:
+def _part(texts: list[Document], encode: TextEncoder, marks: Marks, kind: np.dtype[Any]) -> _Part:
     ids = encode([each.text for each in texts])
-    within, after = (joined(ids, texts, end, has_ended=ended) for ended in (False, True))
-    begins_with_end = len(within.tokens) > len(after.tokens)
-    return _Part(within.tokens.astype(kind), begins_with_end, (within.has_ended, after.has_ended))
+    within, after = (joined(ids, texts, marks, has_ended=ended) for ended in (False, True))
+    common = min(len(within.tokens), len(after.tokens))
+    begins = [each.tokens[: len(each.tokens) - common].astype(kind) for each in (within, after)]
+    tokens = within.tokens[len(within.tokens) - common :].astype(kind)
+    return _Part((begins[0], begins[1]), tokens, (within.has_ended, after.has_ended))
 
 
 def _in_memory(blocks: Iterable[Tokens], documents: Documents) -> Corpus:

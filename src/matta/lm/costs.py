@@ -154,7 +154,7 @@ def step_memory(nested: Nested, part: TrainPart, *, batch: int, context: int) ->
     With `sample` the random sub-model is counted as large as the TA. A Teacher is left out.
     """
     parameters = sum(each.numel() for each in nested.parameters()) * BYTES
-    configs = [nested.student.config, nested.ta.config, *([nested.ta.config] if part.sample else [])]
+    configs = [model.config for model in models_of_step(nested, part)]
     distinct = {id(config): config for config in configs}
     kept = {
         key: saved_bytes(config, batch=batch, context=context, precision=part.precision)
@@ -167,6 +167,12 @@ def step_memory(nested: Nested, part: TrainPart, *, batch: int, context: int) ->
         activations=sum(kept[id(config)] for config in configs),
         heads=_head_bytes(configs, rows=batch * context),
     )
+
+
+def models_of_step(nested: Nested, part: TrainPart) -> list[Any]:
+    """The models of the step that has most: in turns the sub-model stands in for the Student."""
+    sampled = [nested.ta] if part.sample else []
+    return [nested.student, nested.ta, *sampled] if part.turns is None or not sampled else [nested.ta, *sampled]
 
 
 def saved_bytes(config: PreTrainedConfig, *, batch: int, context: int, precision: str) -> int:

@@ -5,6 +5,7 @@ Models can be built and nested on the meta device (`with torch.device("meta")`),
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,10 +35,11 @@ from matta.sizes.storage import verify_weights
 from matta.sizes.submodels import is_one_width, layer_names
 
 EXAMPLE_LENGTH: Final = 8  # tokens
+POSITIONS: Final = "max_position_embeddings"  # Transformers' name; that of an architecture may be another
 
 
 def build_pair(
-    part: ModelPart, tokenizer_size: int, *, end_of_text: int | None = None
+    part: ModelPart, tokenizer_size: int, *, end_of_text: int | None = None, context: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Student and TA in float32, with fresh weights, or with those of the one that is pretrained.
 
@@ -45,6 +47,8 @@ def build_pair(
         part: The recipe's.
         tokenizer_size: Entries of the tokenizer: the vocabulary, unless `student.vocab_size` asks for more.
         end_of_text: The token that ends a document.
+        context: Tokens of a sequence: as many positions fresh models have, unless the recipe says how many. What reads
+            a model up to its last position (benchmarks, generation) then meets none that was never trained.
 
     Raises:
         RunError: no such architecture or value, a vocabulary too small for the tokenizer, values that do not go
@@ -54,14 +58,16 @@ def build_pair(
     if part.pretrained:
         given = _pretrained(part.pretrained)
         _require_vocabulary(given.config, tokenizer_size)
-        if part.is_downwards:
-            return cast("PreTrainedModel", reconfigured(given, part.student)), given
-        return given, cast("PreTrainedModel", grow(given, config=part.ta))
+        changed = reconfigured(given, part.student) if part.is_downwards else grow(given, config=part.ta)
+        other = cast("PreTrainedModel", changed)
+        other.generation_config = copy.deepcopy(given.generation_config)
+        return (other, given) if part.is_downwards else (given, other)
     ends = {} if end_of_text is None else {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     values = _canonical(part.architecture, part.student, "model.student")
     changes = _canonical(part.architecture, part.ta, "model.ta")
     # An architecture's own padding would be some token of this tokenizer, whose embedding would then not be trained.
-    values = {"vocab_size": tokenizer_size, "pad_token_id": None, **ends, **values}
+    positions = {} if context is None else _positions(part.architecture, context, {**values, **changes})
+    values = {"vocab_size": tokenizer_size, "pad_token_id": None, **ends, **positions, **values}
     student = _fresh(part.architecture, values, "model.student")
     _require_vocabulary(student.config, tokenizer_size)
     return student, _fresh(part.architecture, {**values, **changes}, "model.ta")
@@ -142,7 +148,7 @@ def require_context(model: PreTrainedModel, context: int) -> None:
     Raises:
         RunError: they are.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config, POSITIONS, None)
     if isinstance(longest, int) and context > longest:
         raise RunError(
             f"data.context = {context}: {type(model).__name__} has {longest} positions; expected at most as many, or "
@@ -290,6 +296,27 @@ def _canonical(architecture: str, values: Mapping[str, Any], table: str) -> dict
             near = get_close_matches(key, known, n=3, cutoff=0.5) or known
             raise RunError(f"there is no {table}.{key} in {architecture}; did you mean {', '.join(near)}?")
     return {aliases.get(key, key): value for key, value in values.items()}
+
+
+def _positions(architecture: str, context: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """The value of the configuration that is the number of positions; nothing where others of the recipe hang on it."""
+    default = CONFIG_MAPPING[architecture]()
+    key = default.attribute_map.get(POSITIONS, POSITIONS)
+    is_free = key in default.to_dict() and not given.keys() & {key, "rope_parameters", "rope_scaling"}
+    return {key: context} if is_free else {}
+
+
+def untrained_positions(model: PreTrainedModel, context: int) -> str | None:
+    """What to say of a model with more positions than sequences are long; None: it has no more."""
+    longest = getattr(model.config, POSITIONS, None)
+    if not isinstance(longest, int) or longest <= context:
+        return None
+    name = model.config.attribute_map.get(POSITIONS, POSITIONS)
+    return (
+        f"the models have {longest:,} positions and are trained on {context:,}: what reads more (benchmarks, matta "
+        f"evaluate --text without --context {context}) meets untrained ones; leave model.student.{name} out, or raise "
+        f"data.context"
+    )
 
 
 def _require_vocabulary(config: PreTrainedConfig, tokenizer_size: int) -> None:

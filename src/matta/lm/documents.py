@@ -296,6 +296,26 @@ def text_source(part: SourcePart, *, held_out: bool = False) -> TextSource:
     )
 
 
+def read_by_both(train: SourcePart, evaluate: SourcePart) -> str | None:
+    """What to say of text that is trained on and evaluated; None: there is none (copies of a file are not noticed)."""
+    if train.hub or evaluate.hub:
+        parts = {(part.hub, part.config, part.split) for part in (train, evaluate)}
+        common = [f"{train.hub}, {train.split}"] if len(parts) == 1 else []
+    else:
+        files = [
+            [file.resolve() for file in text_source(part, held_out=held_out).files()]
+            for part, held_out in ((train, False), (evaluate, True))
+        ]
+        common = [str(file) for file in files[1] if file in files[0]]
+    if not common:
+        return None
+    more = f" and {len(common) - 1} more" if len(common) > 1 else ""
+    return (
+        f"data.evaluate reads what data.train reads: {common[0]}{more}; figures of it are no held-out ones: expected "
+        f"text of its own, outside of data.train's folder or pattern"
+    )
+
+
 def held_out_documents(source: TextSource, most_bytes: int) -> list[str]:
     """The first documents of a text, of `most_bytes` in UTF-8 at most (the last one is cut).
 

@@ -40,7 +40,8 @@ class Outcome:
     """What came of training: the models, and how it went.
 
     `documents` are the held-out text, read `batch` sequences at a time, and `text` the counts of the training
-    text. This session has trained on `tokens` in `seconds`, earlier ones of the same run on more.
+    text. This session has trained on `tokens` in `seconds`, earlier ones of the same run on more. `notes`
+    are told at the end.
     """
 
     recipe: Recipe
@@ -54,6 +55,7 @@ class Outcome:
     seconds: float
     num_processes: int
     batch: int
+    notes: tuple[str, ...] = ()
 
 
 def family_of(nested: Nested, ks: Sequence[int]) -> dict[str, SubModel | None]:
@@ -195,6 +197,7 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
         yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
     if outcome.fit.num_skipped:
         yield f"{outcome.fit.num_skipped} steps were skipped: their loss was not finite"
+    yield from outcome.notes
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,9 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from matta.errors import RunError, SubModelError
 from matta.lm.cards import ModelCard, render
@@ -286,18 +288,36 @@ def _imported(code: str, kind: str) -> Any:
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Where generation starts and ends is the tokenizer's to say; padding is the end where there is none."""
+    """Where generation starts and ends is the tokenizer's to say; padding is the end where there is none.
+
+    A model with several ends, such as one that chats and ends each turn, keeps them all.
+    """
     if tokenizer is None:
         return
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
     pad = getattr(tokenizer, "pad_token_id", None)
-    for name, value in ids.items():
-        if value is not None:
-            setattr(model.config, name, value)
+    _set_ids(model.config, ids)
     if getattr(model, "generation_config", None) is not None:
-        for name, value in {**ids, "pad_token_id": ids["eos_token_id"] if pad is None else pad}.items():
-            if value is not None:
-                setattr(model.generation_config, name, value)
+        _set_ids(model.generation_config, {**ids, "pad_token_id": ids["eos_token_id"] if pad is None else pad})
+        model.generation_config = _as_loaded(model.generation_config)
+
+
+def _set_ids(config: Any, ids: Mapping[str, int | None]) -> None:
+    for name, value in ids.items():
+        before = getattr(config, name, None)
+        if value is not None and not (isinstance(before, list) and value in before):
+            setattr(config, name, value)
+
+
+def _as_loaded(config: GenerationConfig) -> GenerationConfig:
+    """The same, to be written whatever it says.
+
+    Published ones contradict themselves (a temperature without sampling). Transformers writes these again unless they
+    were changed since they were loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="matta-") as folder:
+        config.to_json_file(Path(folder) / GENERATION_CONFIG_NAME)
+        return GenerationConfig.from_pretrained(folder)
 
 
 def _add_to(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 from torch import nn
 
-from matta.lm.costs import BYTES, StepMemory, optimizer_bytes, shampoo_bytes, step_memory
+from matta.lm.costs import BYTES, StepMemory, models_of_step, optimizer_bytes, shampoo_bytes, step_memory
 from matta.lm.decoders import make_optimizer
 from matta.lm.recipe import Recipe, TrainPart
 from matta.nesting.nested import Nested
@@ -192,7 +192,7 @@ def _student_share(nested: Nested) -> int:
 
 def _checkpointed(nested: Nested, part: TrainPart, step: StepMemory, *, rows: int) -> int:
     """Activations where blocks are computed again: the input of each, and what is in the largest of them."""
-    models: list[Any] = [nested.student, nested.ta, *([nested.ta] if part.sample else [])]
+    models = models_of_step(nested, part)
     inputs = sum(_depth(model) * model.config.hidden_size for model in models) * rows * BYTES
     return int(inputs) + step.activations // min(_depth(model) for model in models)
 

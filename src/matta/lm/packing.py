@@ -21,7 +21,7 @@ from matta.lm.corpora import Corpus, load_corpus
 from matta.lm.documents import Documents, TextSource, read_documents
 from matta.lm.permutations import Shuffled
 from matta.lm.text_streaming import StreamedSamples, StreamSettings
-from matta.lm.tokens import TextEncoder, tokenizer_fingerprint
+from matta.lm.tokens import Marks, TextEncoder, marks_of, tokenizer_fingerprint
 
 IGNORED: Final = -100
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -67,7 +67,8 @@ class PackedTokens:
     """An iterator of batches of text for `matta.fit`: `input_ids` and `labels`, int64 of shape (batch, context).
 
     Documents stand one after another, the tokenizer's end of text after each, and are cut into samples of `context`
-    tokens; fewer that are left at the end of the data are not used. Labels are the tokens themselves, as
+    tokens; fewer that are left at the end of the data are not used. Where the tokenizer puts a beginning before each
+    text (Llama's, Gemma's), it stands before each document too. Labels are the tokens themselves, as
     `matta.objectives.CausalLM` and Transformers take them.
 
     Local files are tokenised once, when this is made. A pass takes every sample once; where a pass ends within a
@@ -141,15 +142,15 @@ class PackedTokens:
             raise RunError("received hub= and stream=False; a data set of the hub is streamed: leave stream out")
         self.context, self.batch = context, batch
         self.last_samples: Tensor = torch.zeros(0, dtype=torch.int64)
-        self._end, self._mask_boundaries = int(tokenizer.eos_token_id), mask_boundaries
+        self._marks, self._mask_boundaries = marks_of(tokenizer), mask_boundaries
         self._tokenizer = tokenizer_fingerprint(tokenizer)
         self._samples: SampleSource
         if stream or source.hub is not None:
             settings = StreamSettings(
-                encode=TextEncoder(tokenizer), end=self._end, context=context, seed=seed, window=buffer
+                encode=TextEncoder(tokenizer), marks=self._marks, context=context, seed=seed, window=buffer
             )
             documents = read_documents(source)
-            about = _about_source(source, documents)
+            about = _about_source(source, documents, self._marks)
             self._samples = StreamedSamples(documents, about, settings, passes=passes, num_lanes=lanes)
         else:
             folder = None if cache is None else Path(cache).expanduser()
@@ -182,7 +183,7 @@ class PackedTokens:
         self.last_samples = ids
         labels = tokens.clone()
         if self._mask_boundaries:
-            labels[:, 1:][tokens[:, :-1] == self._end] = IGNORED
+            labels[:, 1:][tokens[:, :-1] == self._marks.before_text] = IGNORED
         return {"input_ids": tokens, "labels": labels}
 
     def shard(self, rank: int, num_ranks: int) -> None:
@@ -258,10 +259,11 @@ def _check(tokenizer: PreTrainedTokenizerBase, *, seed: int | None, passes: int 
         raise RunError(f"received seed={seed}; expected 0 or more, or None for the order of the data")
 
 
-def _about_source(source: TextSource, documents: Documents) -> str:
+def _about_source(source: TextSource, documents: Documents, marks: Marks) -> str:
     """What identifies streamed text: names and sizes of local files; of the hub its name and the number of files."""
     files = [] if source.hub is not None else [(file.name, file.stat().st_size) for file in source.files()]
-    return json.dumps({**asdict(source), "path": files, "parts": len(documents.shards.names)})
+    begin = {} if marks.begin is None else {"begin": marks.begin}
+    return json.dumps({**asdict(source), "path": files, "parts": len(documents.shards.names), **begin})
 
 
 @final

@@ -76,7 +76,7 @@ def nest_on_meta(recipe: Recipe) -> Nested:
     tokenizer = None if is_known else load_tokenizer(recipe.data.tokenizer)
     size, end = (1, None) if tokenizer is None else (len(tokenizer), tokenizer.eos_token_id)
     with torch.device("meta"):
-        student, ta = build_pair(recipe.model, size, end_of_text=end)
+        student, ta = build_pair(recipe.model, size, end_of_text=end, context=recipe.data.context)
         for model in (student, ta):
             require_context(model, recipe.data.context)
         nested = nest_pair(recipe.model, student, ta)
@@ -93,7 +93,7 @@ def plan_figures(recipe: Recipe, nested: Nested) -> dict[str, Any]:
     part, context = recipe.train, recipe.data.context
     steps, (micro_batch, _) = part.num_steps(context), part.shares(num_processes=1)
     models = list(_models(nested, recipe.family.k, context))
-    pair = [each["flops_per_token"] for each in models if each["name"] in ("student", "ta")]
+    flops = 3 * forward_flops(nested, recipe) * steps * part.batch * context
     memory = step_memory(nested, part, batch=micro_batch, context=context)
     return {
         "recipe": recipe.name,
@@ -103,12 +103,27 @@ def plan_figures(recipe: Recipe, nested: Nested) -> dict[str, Any]:
         "steps": steps,
         "tokens_per_step": part.batch * context,
         "tokens": steps * part.batch * context,
-        "training_flops": 3 * sum(pair) * steps * part.batch * context,
+        "training_flops": round(flops),
         "optimizer": part.optimizer,
         "precision": part.precision,
         "micro_batch": micro_batch,
         "memory_bytes": {**asdict(memory), "total": memory.total},
     }
+
+
+def forward_flops(nested: Nested, recipe: Recipe) -> float:
+    """FLOPs of a token in the forwards of a step, in the mean of a run; those of a Teacher are left out.
+
+    A sampled sub-model has half of its layers wide, in the mean.
+    """
+    part, context = recipe.train, recipe.data.context
+    student, ta = (cost_of(model, context).flops_per_token for model in (nested.student, nested.ta))
+    between = (family_costs(nested, [0], context)[0].flops_per_token + ta) / 2 if part.sample else 0.0
+    if part.turns is None:
+        return student + ta + between
+    num_steps, chance = part.num_steps(context), part.turns.student_chance if part.sample else 1.0
+    alone = part.steps_alone(num_steps) / num_steps
+    return alone * student + (1 - alone) * (ta + chance * student + (1 - chance) * between)
 
 
 def _models(nested: Nested, ks: Iterable[int], context: int) -> Iterator[dict[str, Any]]:
@@ -208,7 +223,7 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"Training: {figures['tokens']:,} tokens = {figures['steps']:,} steps x {figures['tokens_per_step']:,}; "
-        f"{figures['training_flops']:.2e} FLOPs (three times the forwards of Student and TA)"
+        f"{figures['training_flops']:.2e} FLOPs (three times the forwards of the models that a step trains)"
     )
     memory = {name: f"{size / GIB:.2f}" for name, size in figures["memory_bytes"].items()}
     yield (

@@ -8,26 +8,36 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
 from matta.lm.command_settings import TrainSettings
-from matta.lm.decoders import build_pair, make_optimizer, make_scheduler, nest_pair, require_context, require_family
-from matta.lm.documents import held_out_documents, text_source
+from matta.lm.continued_runs import can_be_prolonged, put_end_aside, require_same
+from matta.lm.decoders import (
+    build_pair,
+    make_optimizer,
+    make_scheduler,
+    nest_pair,
+    require_context,
+    require_family,
+    untrained_positions,
+)
+from matta.lm.documents import held_out_documents, read_by_both, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import DataPart, Recipe, TrainPart
-from matta.lm.recipe_files import is_run, read_recipe, recipe_to_values
+from matta.lm.recipe_files import is_run, read_recipe
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
@@ -52,18 +62,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-MAY_CHANGE: Final = (
-    "train.checkpoint_every",
-    "train.evaluate_every",
-    "train.sharding",
-    "train.activation_checkpointing",
-    "data.evaluate",
-    "data.evaluate_bytes",
-    "data.cache",
-    "family.k",
-)
-"""What a resumed run may do differently."""
-
 
 def run(settings: TrainSettings) -> dict[str, Any] | None:
     """Train, extract and judge as a recipe says; the results, on the main process alone.
@@ -81,7 +79,7 @@ def run(settings: TrainSettings) -> dict[str, Any] | None:
     path = _agreed_path(settings.out, recipe.name, accelerator)
     _require_free(path, resume=settings.resume)
     if is_run(path):
-        _require_same(recipe, read_run_recipe(path), path)
+        require_same(recipe, read_run_recipe(path), path)
     session = _Session(recipe, accelerator)
     with _folder(path, session, accelerator):
         result = _train(session, path)
@@ -123,29 +121,6 @@ def _require_free(path: Path, *, resume: bool) -> None:
     RunFolder(path, resume=resume)
 
 
-def _require_same(recipe: Recipe, begun: Recipe, path: Path) -> None:
-    """Refuse to resume a run with another recipe.
-
-    Raises:
-        RunError: a value differs that makes another run.
-    """
-    now, before = (dict(_flat(recipe_to_values(each), "")) for each in (recipe, begun))
-    for key in sorted(now.keys() | before.keys()):
-        if now.get(key) != before.get(key) and key != "name" and not key.startswith(MAY_CHANGE):
-            raise RunError(
-                f"the run in {path} was begun with {key} = {before.get(key)!r}, and now it is {now.get(key)!r}; "
-                f"expected the same: leave the change out, or begin a new run with another --out"
-            )
-
-
-def _flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
 @final
 class _Session:
     """Everything that a recipe needs to be trained here: made before anything is written."""
@@ -157,9 +132,10 @@ class _Session:
         micro_batch, accumulate = recipe.train.shares(accelerator.num_processes)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         set_seed(recipe.train.seed)
-        student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=self.tokenizer.eos_token_id)
+        end, context = self.tokenizer.eos_token_id, recipe.data.context
+        student, ta = build_pair(recipe.model, len(self.tokenizer), end_of_text=end, context=context)
         for model in (student, ta):
-            require_context(model, recipe.data.context)
+            require_context(model, context)
         to_measure = packed_text(recipe.data, self.tokenizer, batch=micro_batch) if recipe.model.is_downwards else None
         turns = recipe.train.turns
         is_alone = turns is not None and turns.alone > 0
@@ -172,6 +148,9 @@ class _Session:
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
         self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
+        self.notes = tuple(_notes(recipe, student))
+        for note in self.notes if accelerator.is_main_process else ():
+            warnings.warn(note, stacklevel=2)
         self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
         if accelerator.num_processes > 1 and recipe.train.sharding != "none":
             self.cotrain.to(accelerator.device)
@@ -193,7 +172,17 @@ class _Session:
             seconds=self.seconds - (0.0 if self.judge is None else self.judge.seconds),
             num_processes=self.accelerator.num_processes,
             batch=self.data.batch,
+            notes=self.notes,
         )
+
+
+def _notes(recipe: Recipe, student: PreTrainedModel) -> Iterator[str]:
+    """What the figures of a run must not be taken for."""
+    data = recipe.data
+    if data.evaluate is not None and (told := read_by_both(data.train, data.evaluate)) is not None:
+        yield told
+    if recipe.model.architecture and (told := untrained_positions(student, data.context)) is not None:
+        yield told
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -339,6 +328,7 @@ def _folder(path: Path, session: _Session, accelerator: Accelerator) -> Iterator
         RunFolder(path, resume=True).begin()
         write_run(path, session.recipe, session.nested, session.tokenizer)
     elif accelerator.is_main_process:
+        put_end_aside(session.recipe, read_run_recipe(path), path)
         write_recipe(path, session.recipe)  # with what may change
     accelerator.wait_for_everyone()
     try:
@@ -369,7 +359,7 @@ def _train(session: _Session, path: Path) -> FitResult:
                 evaluate_every=None if judge is None else part.evaluate_every,
                 observers=(session.meter,),
                 run=path,
-                resume=True,
+                resume="prolong" if can_be_prolonged(session.recipe) else True,
                 checkpoint_every=part.checkpoint_every,
                 accelerator=session.accelerator,
             )

@@ -35,24 +35,23 @@ from matta.objectives.labels import TopK, top_k
 
 @final
 class Teacher(nn.Module):
-    """A frozen model of Transformers that gives logits over the first `num_classes` tokens.
+    """A frozen model of Transformers that gives `num_classes` logits, of `num_tokens` tokens at most.
 
-    Models are often built for more tokens than their tokenizer has. What the Student has beyond the Teacher gets no
-    probability.
+    Models are often built for more tokens than their tokenizer has: these get no probability, and neither does what the
+    Student has beyond the Teacher.
     """
 
-    def __init__(self, model: PreTrainedModel, num_classes: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_classes: int, num_tokens: int | None = None) -> None:
         super().__init__()
         self.model, self.num_classes = model.requires_grad_(False), num_classes
+        self.num_tokens = num_classes if num_tokens is None else min(num_tokens, num_classes)
         self.eval()
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Float[Tensor, "batch time classes"]:
         """The logits."""
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
-        missing = self.num_classes - logits.shape[-1]
-        if missing == 0:
-            return logits
-        return functional.pad(logits, (0, missing), value=-torch.inf)  # a negative number cuts
+        logits = logits[..., : self.num_tokens]
+        return functional.pad(logits, (0, self.num_classes - logits.shape[-1]), value=-torch.inf)
 
 
 def load_teacher(
@@ -85,7 +84,7 @@ def load_teacher(
             f"the Teacher {name} has logits of {model.config.vocab_size} tokens, and the tokenizer has "
             f"{len(tokenizer)}; expected at least as many"
         )
-    return Teacher(model, num_classes or len(tokenizer))
+    return Teacher(model, num_classes or len(tokenizer), len(tokenizer))
 
 
 def _is_written_by_matta(folder: Path) -> bool:

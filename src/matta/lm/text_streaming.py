@@ -16,7 +16,7 @@ from matta.errors import RunError
 from matta.lm.documents import Counts, Document, Documents, describe_empty
 from matta.lm.lanes import Lane, Place, Sample, Window
 from matta.lm.permutations import Shuffled
-from matta.lm.tokens import BLOCK_CHARS, Encode, token_blocks
+from matta.lm.tokens import BLOCK_CHARS, Encode, Marks, token_blocks
 
 _Ints = NDArray[np.int64]
 
@@ -24,10 +24,10 @@ _Ints = NDArray[np.int64]
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """What the samples of all lanes depend on; `end` is the token after each document, `window` a number of samples."""
+    """What the samples of all lanes depend on; `window` is a number of samples."""
 
     encode: Encode
-    end: int
+    marks: Marks
     context: int
     seed: int | None
     window: int
@@ -168,7 +168,9 @@ class _Windows:
         settings, place = self.settings, start
         rows: list[NDArray[np.int32]] = []
         reader = _Reader(self, place)
-        blocks = token_blocks(reader, settings.encode, settings.end, has_ended=place.has_ended, chars=self.block_chars)
+        blocks = token_blocks(
+            reader, settings.encode, settings.marks, has_ended=place.has_ended, chars=self.block_chars
+        )
         for block in blocks:
             tokens = np.concatenate([place.carry, block.tokens])
             count = len(tokens) // settings.context

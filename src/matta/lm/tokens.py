@@ -31,6 +31,32 @@ _NUM_PROBED: Final = 2000
 Encode = Callable[[Sequence[str]], list[NDArray[np.int64]]]
 
 
+class Marks(NamedTuple):
+    """The token after each document, and the one before it, if there is one."""
+
+    end: int
+    begin: int | None = None
+
+    @property
+    def before_text(self) -> int:
+        """What the first token of a document follows."""
+        return self.end if self.begin is None else self.begin
+
+
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """The marks of documents: the tokenizer's end of text, and its beginning, if it puts that before each text.
+
+    Llama's, Gemma's and Mistral's do, so that their models read no text without it. GPT-2's and Qwen's do not.
+
+    Example:
+        >>> marks_of(load_tokenizer("bytes"))
+        Marks(end=256, begin=None)
+    """
+    end, begin = int(tokenizer.eos_token_id), tokenizer.bos_token_id
+    is_put = begin is not None and begin != end and tokenizer("a")["input_ids"][:1] == [begin]
+    return Marks(end, int(begin) if is_put else None)
+
+
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a name. One without a padding token pads with its end of text.
 
@@ -223,14 +249,14 @@ class Block(NamedTuple):
 
 
 def token_blocks(
-    documents: Iterable[Document], encode: Encode, end: int, *, has_ended: bool = True, chars: int = BLOCK_CHARS
+    documents: Iterable[Document], encode: Encode, marks: Marks, *, has_ended: bool = True, chars: int = BLOCK_CHARS
 ) -> Iterator[Block]:
-    """Tokens of documents, with `end` after each; a block is of as many documents as have `chars` characters.
+    """Tokens of documents between their marks; a block is of as many documents as have `chars` characters.
 
     Where nothing but ends of documents would follow each other, there is one.
     """
     for texts in document_groups(documents, chars):
-        yield (block := joined(encode([each.text for each in texts]), texts, end, has_ended=has_ended))
+        yield (block := joined(encode([each.text for each in texts]), texts, marks, has_ended=has_ended))
         has_ended = block.has_ended
 
 
@@ -248,15 +274,15 @@ def document_groups(documents: Iterable[Document], chars: int) -> Iterator[list[
         yield texts
 
 
-def joined(encoded: Iterable[NDArray[np.int64]], texts: Iterable[Document], end: int, *, has_ended: bool) -> Block:
-    """The ids of documents one after another, with `end` after each."""
-    separator = np.array([end], np.int64)
+def joined(encoded: Iterable[NDArray[np.int64]], texts: Iterable[Document], marks: Marks, *, has_ended: bool) -> Block:
+    """The ids of documents one after another, between their marks."""
+    before = [] if marks.begin is None else [np.array([marks.begin], np.int64)]
     parts = []
     for ids, document in zip(encoded, texts, strict=True):
         if len(ids):
-            parts.append(ids)
+            parts += [*before, ids] if has_ended else [ids]
             has_ended = False
         if document.ends and not has_ended:
-            parts.append(separator)
+            parts.append(np.array([marks.end], np.int64))
             has_ended = True
     return Block(np.concatenate(parts) if parts else np.zeros(0, np.int64), has_ended)

@@ -2,7 +2,7 @@
 
     plan/             where the Student lives in the TA
     recipe.json       the recipe, its overrides and defaults put in
-    configs/          the configurations of Student and TA
+    configs/          the configurations of Student and TA, and of their generation
     tokenizer/        the tokenizer
     nested/           the nesting at the end (matta.save)
     models/           the family, as Transformers folders
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from matta.errors import DAMAGE, CheckpointError, RunError
 from matta.lm.configurations import without_weights
@@ -115,7 +116,11 @@ def map_run(path: Path, *, check: bool = False) -> MappedRun:
 def _models(path: Path) -> list[PreTrainedModel]:
     """Student and TA with fresh weights, by the configurations of a run."""
     with torch.random.fork_rng(devices=[]):
-        return [from_config(_read(AutoConfig, path / folder)) for folder in CONFIGS.values()]
+        models = [from_config(_read(AutoConfig, path / folder)) for folder in CONFIGS.values()]
+    for model, folder in zip(models, CONFIGS.values(), strict=True):
+        if (path / folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = _read(GenerationConfig, path / folder)
+    return models
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -123,15 +128,16 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return found
 
 
-def _read(kind: type[AutoConfig | AutoTokenizer], folder: Path) -> Any:
+def _read(kind: type[AutoConfig | AutoTokenizer | GenerationConfig], folder: Path) -> Any:
     """What Transformers reads from a folder of the run; no code in it is run.
 
     Raises:
         CheckpointError: the folder is damaged.
     """
     verify(folder)
+    options = {} if kind is GenerationConfig else {"trust_remote_code": False}
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, **options)
     except Exception as error:  # the files are the user's, and what they make Transformers raise is anything
         raise CheckpointError(
             f"{folder} is damaged: {first_sentence(error)}; take another copy of the folder"
@@ -160,6 +166,8 @@ def write_run(path: Path, recipe: Recipe, nested: Nested, tokenizer: PreTrainedT
     for role, model in (("student", nested.student), ("ta", nested.ta)):
         assert isinstance(model, PreTrainedModel), "the models of a recipe are Transformers'"
         model.config.save_pretrained(path / CONFIGS[role])
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            generation.to_json_file(path / CONFIGS[role] / GENERATION_CONFIG_NAME)  # save_pretrained may refuse to
     tokenizer.save_pretrained(path / TOKENIZER)
     for folder in (*CONFIGS.values(), TOKENIZER):
         add_checksums(path / folder)
