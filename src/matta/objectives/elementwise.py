@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matta.errors import LabelError
-from matta.objectives.labels import Labels, unweighted, weighted_counts, whole
+from matta.objectives.labels import Labels, is_equal, unweighted, weighted_counts, whole
 from matta.objectives.losses import at_least_float32, divisor
 from matta.objectives.objective import Losses, Objective, require_same_shape
 
@@ -71,7 +71,7 @@ class Elementwise(Objective):
         """Which elements of the labels are not ignored."""
         if self.ignore_index is None:
             return torch.ones_like(labels, dtype=torch.bool)
-        return ~labels.isnan() if self.ignore_index != self.ignore_index else labels != self.ignore_index
+        return ~(labels.isnan() if self.ignore_index != self.ignore_index else is_equal(labels, self.ignore_index))
 
     def counted(self, labels: Tensor) -> Tensor:
         """Which rows the losses are means of: all elements that are known, or lists, say."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from matta.errors import LabelError
 from matta.objectives.heads import undeferred
 from matta.objectives.labels import Labels, Weighted, is_here, num_examples, whole
-from matta.objectives.losses import LossWeights
+from matta.objectives.losses import LossWeights, at_least_float32
 
 
 @final
@@ -134,7 +134,7 @@ class Objective(ABC):
         A tensor where counting would make the host wait for the device.
         """
         if isinstance(labels, Weighted):
-            return labels.weights.sum()
+            return at_least_float32(labels.weights).sum()
         return num_examples(labels)
 
     @abstractmethod
@@ -157,8 +157,12 @@ class Objective(ABC):
         else:
             own = own.unsqueeze(-1) == torch.arange(taught.shape[-1], device=taught.device)
         mixed = torch.lerp(taught, own.to(taught.dtype).expand_as(taught), share)
+        return taught.where(self.is_left_out(taught), mixed)
+
+    def is_left_out(self, taught: Tensor) -> Tensor:
+        """Which of the labels that `teach` gave do not count."""
         ignored = getattr(self, "ignore_index", None)
-        return mixed if ignored is None else mixed.where(taught != ignored, taught)
+        return torch.zeros_like(taught, dtype=torch.bool) if ignored is None else taught == ignored
 
 
 def require_same_shape(students: Sequence[Tensor], ta: Tensor) -> None:
