@@ -13,6 +13,8 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 import matta
 from matta.errors import MattaError, RunError
 
+NAN = float("nan")
+
 
 def tower(width: int, outputs: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, outputs))
@@ -71,6 +73,39 @@ def test_labels_that_are_ignored_have_no_weight(objective: matta.objectives.Obje
     assert judged == pytest.approx(matta.Evaluation(data=[kept], objective=objective)(pair), rel=1e-6)
     with pytest.raises(RunError, match="all labels of the evaluation data are ignored"):
         matta.Evaluation(data=[(other, ignored)], objective=objective)(pair)
+
+
+class Watched(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.click, self.minutes = nn.Linear(5, width), nn.Linear(width, 1), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.body(x).relu()
+        return {"click": self.click(hidden), "minutes": self.minutes(hidden)}
+
+
+@pytest.mark.parametrize("turns", [None, matta.Turns(alone_steps=2)])
+def test_a_run_logs_the_losses_that_an_evaluation_gives(turns: matta.Turns | None) -> None:
+    """Also of heads with few labels, or none in a batch, and with weights that add up to little."""
+    torch.manual_seed(0)
+    heads = {"click": (matta.objectives.Binary(), 1.0), "minutes": (matta.objectives.Huber(ignore_index=NAN), 0.5)}
+    objective = matta.objectives.Heads(heads, weights="importance")
+    pair = matta.nest(Watched(3), Watched(6))
+    batches = []
+    for x, click in data(sizes=(8, 2, 8, 3)):
+        minutes = torch.randn(len(x)).where(torch.arange(len(x)) < len(x) - 3, NAN)  # two batches have none
+        labels = {"click": click, "minutes": minutes}
+        batches.append({"x": x, "importance": torch.rand(len(x)) / 100, "labels": labels})
+    cotrain = matta.CoTraining(pair, objective, turns=turns)
+    optimizer = torch.optim.SGD(pair.parameters(), lr=0.0)
+    logged = matta.fit(cotrain, batches, optimizer, accumulate=2, progress=False).losses
+    expected = matta.Evaluation(data=batches, objective=objective)(pair)
+    assert logged["student"] == pytest.approx(expected["student_loss"], rel=1e-5)
+    if turns is None:
+        assert logged["ta"] == pytest.approx(expected["ta_loss"], rel=1e-5)
+    else:
+        assert logged.keys() == {"student"}
 
 
 def test_texts_of_different_lengths_count_by_their_tokens() -> None:

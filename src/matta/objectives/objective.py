@@ -29,6 +29,8 @@ from matta.objectives.losses import LossWeights, at_least_float32
 class Losses:
     """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each.
 
+    `heads`, for an objective of several, are those that the others are the sums of: each is a mean over its own labels.
+
     Example:
         >>> import matta
         >>> logits = torch.zeros(2)
@@ -40,6 +42,7 @@ class Losses:
     students: tuple[Tensor, ...]
     ta: Tensor
     distill: tuple[Tensor, ...]
+    heads: tuple[Losses, ...] = ()
 
 
 @final

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from matta.errors import RunError
+from matta.objectives.losses import divisor
 from matta.training.processes import num_processes, summed
 from matta.training.step_output import CoTrainingOutput
 
@@ -53,7 +54,7 @@ class Losses:
         rows = [_row(out) for out in outputs]
         if num_processes() > 1:
             rows = [tuple(_means(summed(_sums(rows))))]
-        losses, counts = rows[-1][:3], rows[-1][3:]
+        losses, counts = ([each.sum() for each in part] for part in (rows[-1][:3], rows[-1][3:]))
         earlier = self.latest or losses
         shown = (torch.where(n > 0, new, old) for new, old, n in zip(losses, earlier, counts, strict=False))
         self.latest = (*shown, outputs[-1].distill_weight)
@@ -62,7 +63,7 @@ class Losses:
     def read(self) -> dict[str, float]:
         """The means since the last reading; the last ones again of what was not trained since, none if it never was."""
         if self._unread:
-            means, counts = _means(_sums(self._unread)).tensor_split(2)
+            means, counts = _means(_sums(self._unread)).reshape(6, -1).sum(1).tensor_split(2)
             rows = zip(LOSSES, means.tolist(), counts.tolist(), strict=True)
             self.means |= {name: mean for name, mean, count in rows if count}
             self._unread = []
@@ -70,10 +71,16 @@ class Losses:
 
 
 def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
-    """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out."""
+    """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out.
+
+    Of several heads each is a vector: what the heads add, each a mean over labels of its own.
+    """
     took_part = (out.trains_students, out.trains_ta, out.trains_students and out.trains_ta)
-    count = out.num_labels.sum()  # of several heads
-    return out.student_loss, out.ta_loss, out.distill_loss, *(count * part for part in took_part)
+    if out.head_losses is None:
+        losses, count = (out.student_loss, out.ta_loss, out.distill_loss), out.num_labels.sum()
+    else:
+        losses, count = out.head_losses.unbind(), out.num_labels
+    return *losses, *(count * part for part in took_part)
 
 
 def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
@@ -85,7 +92,7 @@ def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
 def _means(sums: Tensor) -> Tensor:
     """What `_sums` gave, as means and the numbers of labels."""
     totals, counts = sums.tensor_split(2)
-    return torch.cat([totals / counts.clamp(min=1), counts])
+    return torch.cat([totals / divisor(counts), counts])
 
 
 def logged(
