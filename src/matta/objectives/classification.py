@@ -155,6 +155,11 @@ class Classification(Objective):
         own, weights = unweighted(labels)
         return weighted_counts(~ignored_positions(own, self.ignore_index), weights).sum()
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any objective, without the positions that are ignored."""
+        counts = ~ignored_positions(labels, self.ignore_index)
+        return super().judged(logits[counts], labels[counts])
+
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
         if labels is None:
@@ -278,6 +283,10 @@ class CausalLM(Objective):
 
     def num_counted(self, labels: Labels) -> Tensor:
         return self._classes.num_counted(_after_first(labels))
+
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for `Classification`, with the next token beside each position."""
+        return self._classes.judged(logits[:, :-1], labels[:, 1:])
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         tail = None if labels is None else _after_first(labels)

@@ -22,6 +22,7 @@ class Elementwise(Objective):
     """
 
     element = "value"
+    is_one_label = False  # whether each label stands for itself, and not for one of an example's
 
     def __init__(self, ignore_index: float | None = -100, *, weights: str | None = None) -> None:
         self.ignore_index, self.weights = ignore_index, weights
@@ -46,6 +47,14 @@ class Elementwise(Objective):
     def num_counted(self, labels: Labels) -> Tensor:
         own, weights = unweighted(labels)
         return weighted_counts(self.counted(self._whole(own)), weights).sum()
+
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any objective, without the labels that are not known, where an example has one."""
+        known = self.known(labels)
+        logits, labels = super().judged(logits, labels)
+        if not self.is_one_label or bool(known.all()):
+            return logits, labels
+        return logits[known.reshape(labels.shape)], labels[known.reshape(labels.shape)]
 
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         made = self.as_labels(logits, labels)

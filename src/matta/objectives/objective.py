@@ -140,6 +140,13 @@ class Objective(ABC):
             return at_least_float32(labels.weights).sum()
         return num_examples(labels)
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels as metrics take them: those of the same example or position side by side.
+
+        Logits come as (examples, classes), or in the shape of the labels if equally many.
+        """
+        return side_by_side(logits, labels)
+
     @abstractmethod
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         """Soft labels from a Teacher's logits; positions that `labels` ignores stay ignored."""
@@ -166,6 +173,13 @@ class Objective(ABC):
         """Which of the labels that `teach` gave do not count."""
         ignored = getattr(self, "ignore_index", None)
         return torch.zeros_like(taught, dtype=torch.bool) if ignored is None else taught == ignored
+
+
+def side_by_side(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (examples, classes) with a label for each, or in the shape of the labels if equally many."""
+    if logits.numel() == labels.numel():
+        return logits.reshape(labels.shape), labels
+    return logits.flatten(0, -2), labels.flatten()
 
 
 def require_same_shape(students: Sequence[Tensor], ta: Tensor) -> None:

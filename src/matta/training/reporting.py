@@ -76,11 +76,10 @@ def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
     Of several heads each is a vector: what the heads add, each a mean over labels of its own.
     """
     took_part = (out.trains_students, out.trains_ta, out.trains_students and out.trains_ta)
-    if out.head_losses is None:
-        losses, count = (out.student_loss, out.ta_loss, out.distill_loss), out.num_labels.sum()
-    else:
-        losses, count = out.head_losses.unbind(), out.num_labels
-    return *losses, *(count * part for part in took_part)
+    if out.head_losses is not None:
+        return *out.head_losses.unbind(), *(out.num_labels * part for part in took_part)
+    count = out.num_labels.sum()
+    return out.student_loss, out.ta_loss, out.distill_loss, *(count * part for part in took_part)
 
 
 def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
