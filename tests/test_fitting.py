@@ -616,6 +616,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         Setup().fit(batches(), scheduler=Setup().scheduler)
     with pytest.raises(RunError, match=r"accumulate=4 for a CoTraining\(accumulate=2\); .* leave it out of one"):
         Setup(accumulate=2).fit(batches(), accumulate=4)
+    with pytest.raises(RunError, match="ended before the first step, which takes accumulate=8 batches; expected more"):
+        Setup().fit(batches(), accumulate=8)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

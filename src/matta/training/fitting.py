@@ -82,7 +82,7 @@ def fit(
         scheduler: Of the optimizer; stepped after every optimizer step.
         clip_norm: Largest norm of all gradients together.
         accumulate: Batches to an optimizer step; by default what `CoTraining` was given. Batches left over at
-            the end of a pass count for the next one.
+            the end of a pass count for the next one, and at the end of the last one for none.
         precision: "bf16" runs the forward under autocast; by default what Accelerate is configured for.
         evaluate: Gives named values for the nesting, in eval mode and without gradient: an `Evaluation`, or a
             function, called after every `evaluate_every` steps and at the end. Of several processes the main one

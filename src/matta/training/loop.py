@@ -130,6 +130,11 @@ class Training:
                 self._after_step(outputs[-1])
                 if self._is_complete():
                     break
+            if not self.step:
+                told = (
+                    f"the data ended before the first step, which takes accumulate={self.settings.accumulate} batches"
+                )
+                raise RunError(f"{told}; expected more batches, more passes over them, or a smaller accumulate")
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
@@ -191,13 +196,11 @@ class Training:
             self.scheduler.step()
 
     def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
-        """The loss of the step, not finite where the norm is not; the same on every process.
+        """The loss of the step, of all processes together, not finite where the norm is not; the same on every process.
 
         They tell each other of signals too.
         """
-        total = outputs[0].loss.detach()
-        for out in outputs[1:]:
-            total = total + out.loss.detach()
+        total = torch.stack([out.loss.detach() for out in outputs]).sum()
         if self.norm is not None:
             total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
@@ -205,7 +208,7 @@ class Training:
         seen = torch.stack([total.float(), torch.full_like(total, self.interrupt.came or 0, dtype=torch.float32)])
         sums = self.accelerator.reduce(seen, "sum").tolist()
         self._note_signals(sums[1])
-        return float(sums[0])
+        return float(sums[0]) / self.accelerator.num_processes
 
     def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
         """Take up the newest checkpoint but for its place in the data; False where there is none."""
