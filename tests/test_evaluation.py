@@ -164,11 +164,24 @@ def test_metrics_of_several_heads_are_by_head() -> None:
             matta.Evaluation(data=batches, objective=objective, metrics=wrong)
 
 
-def test_probabilities_are_no_labels_for_metrics_of_classes() -> None:
-    with pytest.raises(RunError, match="'auc' of torchmetrics takes classes, and the labels are probabilities"):
-        matta.Evaluation(data=[(torch.zeros(2, 1), torch.tensor([0.3, 1]))], metrics={"auc": BinaryAUROC()})(
-            given(torch.zeros(2, 1))
-        )
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [(0.3, "and the labels are probabilities"), (-100.0, "and a label is -100; expected such a metric")],
+)
+def test_metrics_of_classes_refuse_labels_that_they_would_take_for_0(label: float, told: str) -> None:
+    data = [(torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([0, 1, label]))]
+    with pytest.raises(RunError, match=f"'auc' of torchmetrics takes classes, {told}"):
+        matta.Evaluation(data=data, metrics={"auc": BinaryAUROC()})(given(torch.zeros(1, 1)))
+    if label < 0:
+        masked = {"auc": BinaryAUROC(ignore_index=-100)}
+        assert matta.Evaluation(data=data, metrics=masked)(given(torch.zeros(1, 1)))["auc"] == 1.0
+
+
+def test_a_metric_of_transcripts_gets_frames_and_symbols() -> None:
+    frames, symbols = torch.randn(2, 5, 4), torch.tensor([[1, 2, -100], [3, 1, 2]])
+    seen = Whole(lambda z, y: float(torch.equal(z, frames) and torch.equal(y, symbols)))
+    evaluation = matta.Evaluation(data=[(frames, symbols)], objective=matta.objectives.CTC(), metrics={"same": seen})
+    assert evaluation(given(frames))["same"] == 1.0
 
 
 @pytest.mark.parametrize("soft", [True, False])

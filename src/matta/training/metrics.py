@@ -105,7 +105,7 @@ class Metrics:
                 continue
             objective = self._objectives[head]
             if _wants_classes(metric) and (objective is None or objective.makes_probabilities):
-                logits, labels = _probabilities(logits, labels), _classes(name, labels)
+                logits, labels = _probabilities(logits, labels), _classes(name, metric, labels)
             try:
                 metric.update(logits, labels)
             except Exception as error:  # of the user's metric: any kind
@@ -134,18 +134,22 @@ def _probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return wide.sigmoid() if logits.shape == labels.shape else wide.softmax(-1)
 
 
-def _classes(name: str, labels: Tensor) -> Tensor:
+def _classes(name: str, metric: Any, labels: Tensor) -> Tensor:
     """Labels of 0 and 1 as integers.
 
     Raises:
-        RunError: probabilities, which such metrics refuse, or take for 0.
+        RunError: probabilities, and labels below 0 that the metric does not ignore; some metrics take both for 0.
     """
-    if not labels.is_floating_point():
-        return labels
-    if not bool((labels == labels.round()).all()):
+    if labels.is_floating_point() and not bool((labels == labels.round()).all()):
         raise RunError(
             f"the metric {name!r} of torchmetrics takes classes, and the labels are probabilities; expected evaluation "
             f"data with hard labels, or a metric of your own"
+        )
+    lowest = int(labels.min())
+    if lowest < 0 and all(getattr(part, "ignore_index", None) is None for part in _parts(metric)):
+        raise RunError(
+            f"the metric {name!r} of torchmetrics takes classes, and a label is {lowest}; expected such a metric with "
+            f"ignore_index={lowest}"
         )
     return labels.long()
 
