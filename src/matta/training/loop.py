@@ -22,7 +22,7 @@ from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
 from matta.training.processes import gathered_by_main, raise_together, require_gradients, require_same_call, while_all
-from matta.training.reporting import Bar, Losses, logged, tensorboard
+from matta.training.reporting import Bar, Losses, logged, rates_of, tensorboard
 from matta.training.resuming import (
     PROLONG,
     arguments_of,
@@ -74,6 +74,7 @@ class Training:
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses, self.times = Losses(), StepTimes()
         self.norm: Tensor | None = None
+        self.rates = rates_of(optimizer)
         self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
@@ -130,11 +131,7 @@ class Training:
                 self._after_step(outputs[-1])
                 if self._is_complete():
                     break
-            if not self.step:
-                told = (
-                    f"the data ended before the first step, which takes accumulate={self.settings.accumulate} batches"
-                )
-                raise RunError(f"{told}; expected more batches, more passes over them, or a smaller accumulate")
+            self.settings.require_step(self.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
@@ -182,6 +179,7 @@ class Training:
         if self.settings.clip_norm is not None:
             self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
+        self.rates = rates_of(self.optimizer)  # of this step: the scheduler moves on to the next one's
         loss = 0.0 if self.settings.max_nonfinite is None else self._seen_loss(outputs)
         if self.settings.max_nonfinite is not None and not math.isfinite(loss):
             self._skip(self.settings.max_nonfinite, batches)
@@ -305,7 +303,7 @@ class Training:
         losses = self.losses.read()
         if not self.trackers:  # reading the weight would wait for the device
             return
-        shown = logged(losses, self.optimizer, self.norm, distill_weight, self.num_skipped)
+        shown = logged(losses, self.rates, self.norm, distill_weight, self.num_skipped)
         self._track({**shown, **self.times.read(self.settings.log_every)})
 
     def _track(self, values: Mapping[str, float]) -> None:

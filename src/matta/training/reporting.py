@@ -96,21 +96,26 @@ def _means(sums: Tensor) -> Tensor:
 
 def logged(
     losses: Mapping[str, float],
-    optimizer: torch.optim.Optimizer,
+    rates: Sequence[float | Tensor],
     norm: Tensor | None,
     distill_weight: Tensor,
     num_skipped: int,
 ) -> dict[str, float]:
     """The values of a step for trackers, by name."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
     names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
     return {
         **{f"loss/{name}": value for name, value in losses.items()},
-        **dict(zip(names, rates, strict=True)),
+        **{name: float(rate) for name, rate in zip(names, rates, strict=True)},
         **({} if norm is None else {"gradient_norm": float(norm)}),
         "distill_weight": float(distill_weight),
         "skipped_steps": num_skipped,
     }
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:
+    """The learning rate of each group, which a scheduler may change in place."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 @final

@@ -105,6 +105,18 @@ class Settings:
         """Passes over the data; None: as many as the steps need."""
         return None if self.steps is not None else self.epochs or 1
 
+    def require_step(self, num_steps: int) -> None:
+        """Refuse data that is over and was too short for a step.
+
+        Raises:
+            RunError: none was made.
+        """
+        if not num_steps:
+            raise RunError(
+                f"the data ended before the first step, which takes accumulate={self.accumulate} batches; expected "
+                f"more batches, more passes over them, or a smaller accumulate"
+            )
+
     def plain(self) -> dict[str, Any]:
         """The settings by name, in plain types."""
         return {name: value if name != "rollback" else repr(value) for name, value in vars(self).items()}
