@@ -83,6 +83,14 @@ class ThroughOwnFunction(Model):
         return OwnFunction.apply(logits)
 
 
+class Hooked(Model):
+    """Halves the gradient of its logits."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        logits.register_hook(lambda gradient: gradient / 2)
+        return logits
+
+
 class HeadFirst(nn.Module):
     """Registers its head before its body."""
 
@@ -390,7 +398,7 @@ def test_few_logits_are_not_put_off(labels: str, monkeypatch: pytest.MonkeyPatch
             assert {type(model(batch()[0])) for model in (nested.ta, nested.student)} == {kind}
 
 
-@pytest.mark.parametrize("kind", [Scaled, Capped, Masked, ThroughOwnFunction])
+@pytest.mark.parametrize("kind", [Scaled, Capped, Masked, ThroughOwnFunction, Hooked])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_that_are_worked_on_are_computed_as_ever(
     kind: Any, autocast: bool, monkeypatch: pytest.MonkeyPatch
