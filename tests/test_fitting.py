@@ -458,6 +458,18 @@ def test_steps_that_are_not_finite_move_no_weight() -> None:
     assert steep.nested.ta.weight == 1
 
 
+def test_steps_that_shampoo_skips_are_counted() -> None:
+    """With a loss that is finite, and no clipping to look at the gradients."""
+    x, y = batches()[0]
+    steep = Setup(make=lambda width: Steep())
+    steep.optimizer = matta.Shampoo(steep.nested, lr=0.01)
+    result = steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None)
+    assert (result.steps, result.num_skipped, result.losses) == (2, 2, {})
+    with pytest.raises(RunError, match="the loss, or its gradient, was not finite in 2 steps in a row, 1 to 2"):
+        steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None, max_nonfinite=2)
+    assert steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None, max_nonfinite=None).num_skipped == 2
+
+
 class Steep(nn.Module):
     """Finite at zero, with a gradient that is not."""
 

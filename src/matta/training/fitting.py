@@ -99,7 +99,7 @@ def fit(
             `scheduler`, made for the whole run, at the rate that it has after the steps made.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps over which the losses are averaged for trackers and the result.
-        max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
+        max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm` or `Shampoo`, is not finite moves no
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.

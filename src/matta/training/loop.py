@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
 from matta.optim.clipping import clip_gradients
@@ -34,7 +33,7 @@ from matta.training.resuming import (
 )
 from matta.training.run_evaluation import RunEvaluation
 from matta.training.run_folder import RunFolder, resuming
-from matta.training.run_settings import FitResult, Observer, Settings
+from matta.training.run_settings import FitResult, Observer, Settings, not_finite
 from matta.training.sharding import divided_state, no_sync
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
@@ -186,9 +185,13 @@ class Training:
         elif self.spikes is not None and self.spikes.is_spike(loss) and self._roll_back(self.spikes, loss):
             return
         else:
+            skipped = getattr(self.optimizer, "num_skipped", 0)
             self.optimizer.step()
-            self.nonfinite_in_row = 0
-            self.losses.add(outputs)
+            if getattr(self.optimizer, "num_skipped", 0) > skipped:  # Shampoo has seen a gradient that is not finite
+                self._skip(self.settings.max_nonfinite, batches)
+            else:
+                self.nonfinite_in_row = 0
+                self.losses.add(outputs)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
@@ -226,19 +229,15 @@ class Training:
         if total:
             self.stopped_by = self.interrupt.came or int(signal.SIGTERM)
 
-    def _skip(self, most: int, batches: Sequence[Batch]) -> None:
+    def _skip(self, most: int | None, batches: Sequence[Batch]) -> None:
         self.num_skipped += 1
         self.nonfinite_in_row += 1
         aside = None
         if self.folder is not None:
             aside = self.folder.put_aside(f"step-{self.step:08d}-process-{self.accelerator.process_index}", batches)
-        if self.nonfinite_in_row >= most:
-            raise RunError(
-                f"the loss was not finite in {most} steps in a row, {self.step - most + 1} to {self.step} (last: epoch "
-                f"{self.feed.epoch}, batch {self.feed.batch - 1}, counted from 0); the weights are those before them. "
-                f"Lower the learning rate, clip the gradients (clip_norm=1.0), or look for such values in the data"
-                + ("" if aside is None else f": the batches are in {aside}")
-            )
+        if most is not None and self.nonfinite_in_row >= most:
+            place = f"epoch {self.feed.epoch}, batch {self.feed.batch - 1}"
+            raise not_finite(most, self.step, place, aside)
 
     def _after_step(self, out: CoTrainingOutput) -> None:
         settings = self.settings
