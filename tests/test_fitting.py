@@ -225,6 +225,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     Setup().fit(make_data(), steps=13, accumulate=accumulate)
     assert torch.equal(drawn, torch.rand(3))
     assert result.evaluations == expected.evaluations
+    assert result.losses == pytest.approx(expected.losses, rel=1e-6)  # of all steps, also those before the checkpoint
     assert [each.step for each in result.evaluations] == [4, 8, 12, 13]
     assert resumed.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
 

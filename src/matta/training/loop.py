@@ -303,7 +303,7 @@ class Training:
         if not self.trackers:  # reading the weight would wait for the device
             return
         shown = logged(losses, self.rates, self.norm, distill_weight, self.num_skipped)
-        self._track({**shown, **self.times.read(self.settings.log_every)})
+        self._track({**shown, **self.times.read()})
 
     def _track(self, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if values else ():
@@ -355,6 +355,7 @@ class Training:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
             "losses": self.losses.means,
+            "losses_unread": self.losses.unread(),
             **self.evaluation.state_dict(),
             "observers": [each.state_dict() for each in self.observers],
             "spikes": None if self.spikes is None else self.spikes.state_dict(),
@@ -388,7 +389,7 @@ class Training:
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
-        self.losses.means = state["losses"]
+        self.losses.load(state["losses"], state.get("losses_unread", []), self.feed.device)
         self.evaluation.load_state_dict(state)
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)

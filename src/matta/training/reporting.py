@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import Tensor
@@ -68,6 +68,16 @@ class Losses:
             self.means |= {name: mean for name, mean, count in rows if count}
             self._unread = []
         return self.means
+
+    def unread(self) -> list[Any]:
+        """What was taken in since the last reading, as plain numbers: sums, and the numbers of labels."""
+        return _sums(self._unread).tolist() if self._unread else []
+
+    def load(self, means: Mapping[str, float], unread: list[Any], device: torch.device) -> None:
+        """Continue from means that were read, and from what was not."""
+        self.means, self.latest = dict(means), ()
+        sums = torch.tensor(unread, dtype=torch.float64, device=device)
+        self._unread = [tuple(_means(sums))] if unread else []
 
 
 def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
