@@ -417,7 +417,7 @@ def test_labels_are_mixed_with_the_teachers(name: str) -> None:
         "classes": (Classification(), torch.tensor([1, -100, 0]), (3, ITEMS)),
         "causal": (CausalLM(), torch.tensor([[1, 2, 3], [1, -100, 0]]), (2, 3, ITEMS)),
         "squared": (SquaredError(), torch.tensor([1.0, 2, 3]), (3, 1)),
-        "listwise": (Listwise(), torch.tensor([[0, 1.0, 0, 0, -100]] * 2), (2, ITEMS)),
+        "listwise": (Listwise(), torch.tensor([[0, 60.0, 0, 20, -100], [0] * 4 + [-100]]), (2, ITEMS)),  # seconds, say
     }
     objective, labels, shape = objectives[name]
     logits, teacher = _randn(*shape, seed=1).requires_grad_(), _randn(*shape, seed=2)
@@ -427,6 +427,19 @@ def test_labels_are_mixed_with_the_teachers(name: str) -> None:
     if name != "squared":  # whose losses differ by a constant
         torch.testing.assert_close(found, apart)
     torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(apart, logits))
+
+
+def test_a_class_that_the_teacher_rules_out_keeps_the_share_of_the_label() -> None:
+    objective, labels = Classification(ignore_index=0), torch.tensor([2, 0])
+    taught = objective.teach(torch.tensor([[0.0, 0, -200, 3], [1, 1, 1, 1]]), labels)
+    assert taught[0, 2] == objective.ignore_index  # which is a probability too
+    expected = 0.5 * functional.one_hot(labels, 4)[0] + 0.5 * taught[0]
+    torch.testing.assert_close(objective.mixed(labels, taught, 0.5), torch.stack([expected, torch.zeros(4)]))
+
+
+def test_weights_of_half_precision_are_added_up_in_float32() -> None:
+    labels = Weighted(torch.zeros(4096), torch.full((4096,), 40.0, dtype=torch.float16))
+    assert Custom(loss=lambda z, y: z - y, weights="w").num_counted(labels) == 4096 * 40  # float16 ends at 65,504
 
 
 def test_labels_of_the_batch_and_of_the_teacher_train_together() -> None:
@@ -511,6 +524,8 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         mixed({"input": torch.zeros(2, 3)})
     with pytest.raises(LabelError, match="received a TopK as labels to be mixed"):
         Classification().mixed(top_k(_randn(2, 3), 1), torch.zeros(2, 3), 0.5)
+    with pytest.raises(LabelError, match="received labels=0.5 for Pairwise, whose labels are an order"):
+        Pairwise().mixed(torch.ones(2, 3), torch.zeros(2, 3), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -550,5 +565,7 @@ def test_transcriptions_have_the_loss_of_torch() -> None:
     assert torch.isfinite(torch.autograd.grad(found.students[0], student)[0]).all()
     weighed = CTC().losses([student], ta, Weighted(labels, torch.tensor([0.0, 0.3, 1.0])))
     torch.testing.assert_close(weighed.ta, CTC().cross_entropy(ta[1:2], labels[1:2]))
+    with pytest.raises(LabelError, match="a label is 0, the blank of CTC; expected symbols alone, padded by -100"):
+        CTC().cross_entropy(ta[:1], torch.tensor([[2, 0, 0]]))
     with pytest.raises(LabelError, match="a Teacher makes no labels for CTC"):
         CTC().cross_entropy(ta, CTC().teach(ta, None))

@@ -225,6 +225,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     Setup().fit(make_data(), steps=13, accumulate=accumulate)
     assert torch.equal(drawn, torch.rand(3))
     assert result.evaluations == expected.evaluations
+    assert result.losses == pytest.approx(expected.losses, rel=1e-6)  # of all steps, also those before the checkpoint
     assert [each.step for each in result.evaluations] == [4, 8, 12, 13]
     assert resumed.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
 
@@ -458,6 +459,18 @@ def test_steps_that_are_not_finite_move_no_weight() -> None:
     assert steep.nested.ta.weight == 1
 
 
+def test_steps_that_shampoo_skips_are_counted() -> None:
+    """With a loss that is finite, and no clipping to look at the gradients."""
+    x, y = batches()[0]
+    steep = Setup(make=lambda width: Steep())
+    steep.optimizer = matta.Shampoo(steep.nested, lr=0.01)
+    result = steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None)
+    assert (result.steps, result.num_skipped, result.losses) == (2, 2, {})
+    with pytest.raises(RunError, match="the loss, or its gradient, was not finite in 2 steps in a row, 1 to 2"):
+        steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None, max_nonfinite=2)
+    assert steep.fit([(torch.zeros_like(x), y)] * 2, scheduler=None, max_nonfinite=None).num_skipped == 2
+
+
 class Steep(nn.Module):
     """Finite at zero, with a gradient that is not."""
 
@@ -510,6 +523,8 @@ def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     assert [each.step for each in events.Scalars("loss/ta")] == [2, 4, 6, 8]
     assert [each.step for each in events.Scalars("evaluation/loss")] == [4, 8]
     assert [round(each.value, 4) for each in events.Scalars("distill_weight")] == [0.0, 0.2, 0.6, 1.0]
+    rates = [each.value for each in events.Scalars("learning_rate")]
+    assert rates == pytest.approx([0.01 * 0.9**step for step in (1, 3, 5, 7)])  # those that the steps were made with
 
 
 def test_trackers_of_accelerate_get_the_same_values(tmp_path: Path) -> None:
@@ -616,6 +631,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         Setup().fit(batches(), scheduler=Setup().scheduler)
     with pytest.raises(RunError, match=r"accumulate=4 for a CoTraining\(accumulate=2\); .* leave it out of one"):
         Setup(accumulate=2).fit(batches(), accumulate=4)
+    with pytest.raises(RunError, match="ended before the first step, which takes accumulate=8 batches; expected"):
+        Setup().fit(batches(), accumulate=8)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

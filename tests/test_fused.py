@@ -83,6 +83,14 @@ class ThroughOwnFunction(Model):
         return OwnFunction.apply(logits)
 
 
+class Hooked(Model):
+    """Halves the gradient of its logits."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        logits.register_hook(lambda gradient: gradient / 2)
+        return logits
+
+
 class HeadFirst(nn.Module):
     """Registers its head before its body."""
 
@@ -341,6 +349,22 @@ def test_bf16(autocast: bool, labels: str) -> None:
         assert (gradient - found[0][name]).norm() <= 0.02 * found[0][name].norm(), name
 
 
+def test_sums_over_many_rows_do_not_overflow_in_float16() -> None:
+    """Each row of the gradient is small; before the mean is taken their sum is over 65,504."""
+    torch.manual_seed(0)
+    hidden, labels = torch.full((8192, 4), 30.0), torch.zeros(8192, dtype=torch.long)
+    gradients = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        cotrain = matta.CoTraining(matta.nest(nn.Linear(4, 3), nn.Linear(4, 3)), Classification(fused=fused))
+        with torch.no_grad():
+            cotrain.nested.ta.bias[0] = -200.0
+        with torch.autocast("cpu", torch.float16):
+            cotrain((hidden, labels)).loss.backward()
+        gradients.append(cotrain.nested.ta.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-2)
+
+
 # ------------------------------------------------------------------------ when it is used
 
 
@@ -374,7 +398,7 @@ def test_few_logits_are_not_put_off(labels: str, monkeypatch: pytest.MonkeyPatch
             assert {type(model(batch()[0])) for model in (nested.ta, nested.student)} == {kind}
 
 
-@pytest.mark.parametrize("kind", [Scaled, Capped, Masked, ThroughOwnFunction])
+@pytest.mark.parametrize("kind", [Scaled, Capped, Masked, ThroughOwnFunction, Hooked])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_that_are_worked_on_are_computed_as_ever(
     kind: Any, autocast: bool, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from matta.errors import LabelError
-from matta.objectives import Binary, CausalLM, Classification, Losses, Objective, TopK, top_k
+from matta.objectives import (
+    CTC,
+    Binary,
+    CausalLM,
+    Classification,
+    Listwise,
+    Losses,
+    Objective,
+    Pairwise,
+    SquaredError,
+    TopK,
+    Weighted,
+    top_k,
+)
 
 BATCH, TIME, CLASSES = 4, 5, 6
 OBJECTIVES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
@@ -176,6 +189,23 @@ def test_hard_labels_of_any_type(kind: torch.dtype) -> None:
         two = _randn(BATCH, 2)
         expected = functional.cross_entropy(two, labels.long())
         torch.testing.assert_close(Classification().cross_entropy(two, labels), expected)
+
+
+def test_no_label_is_ignored_that_is_ignore_index_only_in_bytes() -> None:
+    labels = torch.tensor([156, 3, 156, 7], dtype=torch.uint8)  # where torch compares bytes, 156 is -100
+    logits, wide = _randn(BATCH, 200), labels.long()
+    assert Classification().num_counted(labels) == BATCH
+    assert Classification().num_counted(Weighted(labels, torch.ones(BATCH))) == BATCH
+    torch.testing.assert_close(Classification().teach(logits, labels), logits.softmax(-1))
+    assert CausalLM().num_counted(labels.view(1, -1)) == BATCH - 1
+    assert Classification().num_counted(TopK(*top_k(logits, 2)[:2], labels)) == BATCH
+    for elementwise in (Listwise(), Pairwise(), SquaredError(ignore_index=-100)):
+        scores = _randn(1, BATCH)
+        expected = elementwise.cross_entropy(scores, wide.view(1, -1))
+        torch.testing.assert_close(elementwise.cross_entropy(scores, labels.view(1, -1)), expected)
+    frames, symbols = _randn(2, 5, 4), torch.tensor([[2, 156], [1, 3]], dtype=torch.uint8)
+    expected = CTC(ignore_index=156).cross_entropy(frames, symbols.long())
+    torch.testing.assert_close(CTC(ignore_index=156).cross_entropy(frames, symbols), expected)
 
 
 def test_a_loss_of_ones_own_needs_three_methods() -> None:

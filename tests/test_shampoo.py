@@ -380,6 +380,24 @@ def test_a_parameter_without_gradient_sits_out() -> None:
     assert [int(optimizer.state[parameter]["step"]) for parameter in together] == [9, 6, 6]
 
 
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_a_parameter_that_thaws_moves_as_if_it_were_new(graft: Any) -> None:
+    """Its factors have seen few gradients, and are damped as young ones."""
+    chosen = settings(graft=graft, statistics_every=1, refresh_every=1, young_eps=0.1)
+    trained, frozen, alone = (nn.Parameter(torch.ones(3, 4, dtype=torch.float64)) for _ in range(3))
+    optimizer, fresh = Shampoo([trained, frozen], **chosen), Shampoo([alone], **chosen)
+    for step, gradient in enumerate(gradients_of((3, 4), 40)):
+        trained.grad, frozen.grad = gradient, gradient if step >= 30 else None
+        optimizer.step()
+        if step >= 30:
+            follow(fresh, [alone], [[gradient]])
+            torch.testing.assert_close(frozen, alone, atol=1e-12, rtol=1e-12)
+        if step == 35:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = Shampoo([trained, frozen], **chosen)
+            optimizer.load_state_dict(state)
+
+
 def test_matrices_without_elements_are_left_alone() -> None:
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((0, 4), (4, 0), (0,), (2, 2))]
     follow(Shampoo(parameters), parameters, [[torch.ones_like(p) for p in parameters]])

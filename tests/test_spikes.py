@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import matta
 from matta.errors import RunError
+from matta.training.loop import Training
 from test_fitting import Pair, Setup, Stopped, assert_equal, batches, fail, stop_at
 
 ROLLBACK = matta.Rollback(factor=4.0, window=3, most=2)
@@ -29,6 +32,18 @@ def setup() -> Setup:
     ours = Setup(make=tower)
     ours.scheduler = None
     return ours
+
+
+def test_the_loss_seen_does_not_depend_on_the_number_of_processes() -> None:
+    """So that a run that is resumed in more of them sees no leap."""
+    seen = []
+    for count in (1, 4):
+        outputs = [SimpleNamespace(loss=torch.tensor(0.25)), SimpleNamespace(loss=torch.tensor(0.5))]
+        processes = SimpleNamespace(num_processes=count, reduce=lambda tensor, _, count=count: count * tensor)
+        told: Any = SimpleNamespace(accelerator=processes, norm=None, interrupt=SimpleNamespace(came=None))
+        told._note_signals = lambda total: None
+        seen.append(Training._seen_loss(told, outputs))  # type: ignore[arg-type]
+    assert seen == [0.75, 0.75]
 
 
 def test_a_spike_costs_the_batches_since_the_checkpoint(tmp_path: Path) -> None:

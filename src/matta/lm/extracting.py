@@ -196,7 +196,7 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
     if outcome.text.get("skipped"):
         yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
     if outcome.fit.num_skipped:
-        yield f"{outcome.fit.num_skipped} steps were skipped: their loss was not finite"
+        yield f"{outcome.fit.num_skipped} steps were skipped: their loss or gradient was not finite"
     yield from outcome.notes
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"

@@ -155,12 +155,20 @@ class Classification(Objective):
         own, weights = unweighted(labels)
         return weighted_counts(~ignored_positions(own, self.ignore_index), weights).sum()
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any objective, without the positions that are ignored."""
+        counts = ~ignored_positions(labels, self.ignore_index)
+        return super().judged(logits[counts], labels[counts])
+
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
         if labels is None:
             return probs
         ignored = ignored_positions(unweighted(labels)[0], self.ignore_index)
         return probs.masked_fill(ignored.unsqueeze(-1), self.ignore_index)
+
+    def is_left_out(self, taught: Tensor) -> Tensor:
+        return ignored_positions(taught, self.ignore_index).unsqueeze(-1)
 
     def _cross_entropy(self, log_probs: Tensor, targets: Tensor | RowLabels, counts: Tensor) -> Tensor:
         if isinstance(targets, RowLabels):
@@ -210,7 +218,8 @@ class Classification(Objective):
                 f"the TopK has indices, log_probs and observed of shapes {shapes[0]}, {shapes[1]} and {shapes[2]}; "
                 f"expected (..., k), the same, and (...)"
             )
-        rows = TopK(labels.indices.flatten(0, -2).long(), labels.log_probs.flatten(0, -2), labels.observed.reshape(-1))
+        indices, observed = labels.indices.flatten(0, -2).long(), labels.observed.reshape(-1).long()
+        rows = TopK(indices, labels.log_probs.flatten(0, -2), observed)
         kept = rows.observed != self.ignore_index
         check_labels(self, rows.indices, lambda _: refuse_improper(rows.at(kept), logits.shape[-1]), kept)
         count = kept.unsqueeze(1)
@@ -218,7 +227,7 @@ class Classification(Objective):
         total = probs.sum(1, keepdim=True)
         whole = torch.full_like(total, float(probs.shape[1] < logits.shape[-1]))  # 0 if there are no other classes
         probs = probs / torch.maximum(total, whole).clamp(min=torch.finfo(probs.dtype).tiny)
-        observed = rows.observed.long().unsqueeze(1).where(count, 0)
+        observed = rows.observed.unsqueeze(1).where(count, 0)
         weight = (count & (rows.indices != observed).all(1, keepdim=True)).to(probs.dtype)
         left_over = (whole - total).clamp(min=0).where(count, 0.0)
         rest = Rest(prob=left_over - weight, observed=observed, weight=weight)
@@ -275,11 +284,18 @@ class CausalLM(Objective):
     def num_counted(self, labels: Labels) -> Tensor:
         return self._classes.num_counted(_after_first(labels))
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for `Classification`, with the next token beside each position."""
+        return self._classes.judged(logits[:, :-1], labels[:, 1:])
+
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         tail = None if labels is None else _after_first(labels)
         probs = self._classes.teach(logits[:, :-1], tail)
         first = torch.full_like(probs[:, :1], self.ignore_index)
         return torch.cat([first, probs], dim=1)
+
+    def is_left_out(self, taught: Tensor) -> Tensor:
+        return self._classes.is_left_out(taught)
 
     @staticmethod
     def _shifted(logits: Tensor, labels: Labels) -> Labels:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from matta.errors import LabelError
 from matta.objectives.labels import Labels, num_examples, unweighted, weighted_counts
-from matta.objectives.losses import averaged
+from matta.objectives.losses import at_least_float32, averaged
 from matta.objectives.objective import Losses, Objective
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -59,7 +59,7 @@ class Custom(Objective):
 
     def num_counted(self, labels: Labels) -> int | Tensor:
         own, weights = unweighted(labels)
-        return weights.sum() if weights is not None else num_examples(own)
+        return at_least_float32(weights).sum() if weights is not None else num_examples(own)
 
     def teach(self, logits: Any, labels: Labels | None) -> Any:
         return logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matta.errors import LabelError
-from matta.objectives.labels import Labels, unweighted, weighted_counts, whole
+from matta.objectives.labels import Labels, is_equal, unweighted, weighted_counts, whole
 from matta.objectives.losses import at_least_float32, divisor
 from matta.objectives.objective import Losses, Objective, require_same_shape
 
@@ -22,6 +22,7 @@ class Elementwise(Objective):
     """
 
     element = "value"
+    is_one_label = False  # whether each label stands for itself, and not for one of an example's
 
     def __init__(self, ignore_index: float | None = -100, *, weights: str | None = None) -> None:
         self.ignore_index, self.weights = ignore_index, weights
@@ -47,6 +48,14 @@ class Elementwise(Objective):
         own, weights = unweighted(labels)
         return weighted_counts(self.counted(self._whole(own)), weights).sum()
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any objective, without the labels that are not known, where an example has one."""
+        known = self.known(labels)
+        logits, labels = super().judged(logits, labels)
+        if not self.is_one_label or bool(known.all()):
+            return logits, labels
+        return logits[known.reshape(labels.shape)], labels[known.reshape(labels.shape)]
+
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
         made = self.as_labels(logits, labels)
         if labels is None or self.ignore_index is None:
@@ -71,7 +80,7 @@ class Elementwise(Objective):
         """Which elements of the labels are not ignored."""
         if self.ignore_index is None:
             return torch.ones_like(labels, dtype=torch.bool)
-        return ~labels.isnan() if self.ignore_index != self.ignore_index else labels != self.ignore_index
+        return ~(labels.isnan() if self.ignore_index != self.ignore_index else is_equal(labels, self.ignore_index))
 
     def counted(self, labels: Tensor) -> Tensor:
         """Which rows the losses are means of: all elements that are known, or lists, say."""

@@ -212,13 +212,24 @@ class _Head:
         if self.d_hidden is not None:
             self.d_hidden[rows].addcmul_((narrow @ self.weight).to(scale.dtype), scale)
         if self.d_weight is not None:
-            scaled = (self.hidden[rows] * scale).to(narrow.dtype)
+            scaled = self.hidden[rows] * scale
             if narrow.dtype == self.d_weight.dtype:
-                self.d_weight.addmm_(narrow.t(), scaled)
+                self.d_weight.addmm_(narrow.t(), scaled.to(narrow.dtype))
             else:
-                self.d_weight.add_(narrow.t() @ scaled)
+                self.d_weight.add_(_narrow_product(narrow.t(), scaled))
         if self.d_bias is not None:
             self.d_bias.addmv_(d_logits.t(), scale.squeeze(1))
+
+
+def _narrow_product(
+    narrow: Float[Tensor, "classes rows"], wide: Float[Tensor, "rows width"]
+) -> Float[Tensor, "classes width"]:
+    """The product in the type of `narrow`, whose elements are 2 at most; a sum over many rows may leave float16."""
+    if narrow.dtype != torch.float16:
+        return narrow @ wide.to(narrow.dtype)
+    most = 2.0 * len(wide) * wide.abs().amax()
+    factor = torch.exp2(torch.log2(most / torch.finfo(narrow.dtype).max).ceil().clamp(min=0.0))
+    return (narrow @ (wide / factor).to(narrow.dtype)).to(wide.dtype) * factor
 
 
 def _sum_over_chunks(

@@ -139,16 +139,21 @@ class _Defer(torch.autograd.Function):
 
 def deferred(logits: Tensor) -> LinearLogits | None:
     """What the logits are computed from, if nothing has read them yet."""
-    if type(logits) is DeferredLogits and logits.source.values is None:
+    if type(logits) is DeferredLogits and logits.source.values is None and not _is_watched(logits):
         return logits.source
     return None
+
+
+def _is_watched(logits: Tensor) -> bool:
+    """Whether something waits for the gradient of the logits, which the fused losses never make."""
+    return bool(logits._backward_hooks) or logits.retains_grad
 
 
 def undeferred(logits: Tensor) -> Tensor:
     """The logits as a plain tensor with the same gradient."""
     if type(logits) is not DeferredLogits:
         return logits
-    if logits.source.values is not None:
+    if logits.source.values is not None or _is_watched(logits):
         return logits.view_as(logits)
     logits.source.values = logits.source.compute()
     return logits.source.values

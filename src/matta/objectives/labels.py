@@ -152,10 +152,13 @@ def num_examples(labels: Any) -> int:
 
 def ignored_positions(labels: Tensor | TopK, ignore_index: int) -> Bool[Tensor, "*batch"]:
     """Which positions do not count, whatever the form of the labels."""
-    if isinstance(labels, TopK):
-        return labels.observed == ignore_index
-    ignored = labels == ignore_index
-    return ignored.all(-1) if labels.is_floating_point() else ignored
+    ignored = is_equal(labels.observed if isinstance(labels, TopK) else labels, ignore_index)
+    return ignored.all(-1) if isinstance(labels, Tensor) and labels.is_floating_point() else ignored
+
+
+def is_equal(labels: Shaped[Tensor, "*batch"], value: float) -> Bool[Tensor, "*batch"]:
+    """Which labels are a value, compared as numbers: torch takes -100 for 156 where labels are bytes."""
+    return (labels if labels.is_floating_point() else labels.long()) == value
 
 
 def refuse_infinite(values: Tensor) -> None:

@@ -21,13 +21,15 @@ from torch import Tensor
 from matta.errors import LabelError
 from matta.objectives.heads import undeferred
 from matta.objectives.labels import Labels, Weighted, is_here, num_examples, whole
-from matta.objectives.losses import LossWeights
+from matta.objectives.losses import LossWeights, at_least_float32
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Losses:
     """The three losses of a batch, in nats: of each Student, of the TA, and the distillation of each.
+
+    `heads`, for an objective of several, are those that the others are the sums of: each is a mean over its own labels.
 
     Example:
         >>> import matta
@@ -40,6 +42,7 @@ class Losses:
     students: tuple[Tensor, ...]
     ta: Tensor
     distill: tuple[Tensor, ...]
+    heads: tuple[Losses, ...] = ()
 
 
 @final
@@ -134,8 +137,15 @@ class Objective(ABC):
         A tensor where counting would make the host wait for the device.
         """
         if isinstance(labels, Weighted):
-            return labels.weights.sum()
+            return at_least_float32(labels.weights).sum()
         return num_examples(labels)
+
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels as metrics take them: those of the same example or position side by side.
+
+        Logits come as (examples, classes), or in the shape of the labels if equally many.
+        """
+        return side_by_side(logits, labels)
 
     @abstractmethod
     def teach(self, logits: Tensor, labels: Labels | None) -> Tensor:
@@ -157,8 +167,19 @@ class Objective(ABC):
         else:
             own = own.unsqueeze(-1) == torch.arange(taught.shape[-1], device=taught.device)
         mixed = torch.lerp(taught, own.to(taught.dtype).expand_as(taught), share)
+        return taught.where(self.is_left_out(taught), mixed)
+
+    def is_left_out(self, taught: Tensor) -> Tensor:
+        """Which of the labels that `teach` gave do not count."""
         ignored = getattr(self, "ignore_index", None)
-        return mixed if ignored is None else mixed.where(taught != ignored, taught)
+        return torch.zeros_like(taught, dtype=torch.bool) if ignored is None else taught == ignored
+
+
+def side_by_side(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (examples, classes) with a label for each, or in the shape of the labels if equally many."""
+    if logits.numel() == labels.numel():
+        return logits.reshape(labels.shape), labels
+    return logits.flatten(0, -2), labels.flatten()
 
 
 def require_same_shape(students: Sequence[Tensor], ta: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from matta.errors import LabelError
 from matta.objectives.elementwise import Elementwise
-from matta.objectives.labels import Labels
+from matta.objectives.labels import Labels, whole
 from matta.objectives.losses import at_least_float32, binary_cross_entropy, log_probabilities
 from matta.objectives.objective import check_labels
 
@@ -57,7 +57,8 @@ class Listwise(_Lists):
     over the items that are no padding. Each loss is the mean over the lists in which something has a gain.
 
     Scores of shape (batch, items). Labels of the same shape: gains of 0 or more (grades, a watch time, 1 for the item
-    that was picked), `ignore_index` for padding. For ListNet's own labels, give the softmax of the grades.
+    that was picked), `ignore_index` for padding. For ListNet's own labels, give the softmax of the grades. Gains are
+    divided by their sum before they are mixed with a Teacher's labels.
 
     Args:
         ignore_index: Marks the items that are padding.
@@ -81,8 +82,11 @@ class Listwise(_Lists):
         return scores.softmax(-1)
 
     def targets(self, scores: Tensor, labels: Tensor) -> Tensor:
-        gains = super().targets(scores, labels)
-        return gains / gains.sum(-1, keepdim=True).clamp(min=torch.finfo(gains.dtype).tiny)
+        return _shares_of(super().targets(scores, labels))
+
+    def mixed(self, labels: Labels, taught: Tensor, share: float) -> Tensor:
+        gains = self.fitted(whole(labels, "to be mixed with a Teacher's"), taught)
+        return super().mixed(_shares_of(gains), taught, share)  # a Teacher's sum to 1, whatever the unit of the gains
 
     def spread(self, shares: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         return shares.unsqueeze(-1)
@@ -140,11 +144,26 @@ class Pairwise(_Lists):
     def as_labels(self, logits: Tensor, labels: Labels | None) -> Tensor:
         return at_least_float32(logits)
 
+    def mixed(self, labels: Labels, taught: Tensor, share: float) -> Tensor:
+        """Refuse: the order of gains and scores added up would depend on their units.
+
+        Raises:
+            LabelError: always.
+        """
+        raise LabelError(
+            f"received labels={share} for Pairwise, whose labels are an order: gains and scores have no mean; expected "
+            f"labels=0.0, the Teacher's order alone, or the objective Listwise"
+        )
+
     def _pairs(self, labels: Tensor) -> Tensor:
         """Which of the pairs (i, j) are to be in this order."""
         known = self.known(labels)
         over = labels.unsqueeze(2) > labels.unsqueeze(1)
         return over & known.unsqueeze(2) & known.unsqueeze(1)
+
+
+def _shares_of(gains: Tensor) -> Tensor:
+    return gains / gains.sum(-1, keepdim=True).clamp(min=torch.finfo(gains.dtype).tiny)
 
 
 def _refuse_losses(gains: Tensor) -> None:

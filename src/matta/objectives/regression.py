@@ -23,6 +23,7 @@ class _Values(Elementwise):
     """Outputs that are in the labels' unit themselves."""
 
     makes_probabilities = False
+    is_one_label = True
 
     def __init__(self, *, ignore_index: float | None = None, weights: str | None = None) -> None:
         super().__init__(ignore_index, weights=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -115,12 +115,18 @@ class Heads(Objective):
         return torch.stack([weight * each for each, (_, weight) in zip(losses, self.heads.values(), strict=True)])
 
     def _summed(self, found: Sequence[Losses]) -> Losses:
-        def total(get: Callable[[Losses], Tensor]) -> Tensor:
-            return self._scaled([get(each) for each in found]).sum()
-
-        numbers = range(len(found[0].students))
+        heads = tuple(_times(weight, each) for each, (_, weight) in zip(found, self.heads.values(), strict=True))
         return Losses(
-            students=tuple(total(lambda each, i=i: each.students[i]) for i in numbers),  # type: ignore[misc]
-            ta=total(lambda each: each.ta),
-            distill=tuple(total(lambda each, i=i: each.distill[i]) for i in numbers),  # type: ignore[misc]
+            students=tuple(torch.stack(each).sum() for each in zip(*(each.students for each in heads), strict=True)),
+            ta=torch.stack([each.ta for each in heads]).sum(),
+            distill=tuple(torch.stack(each).sum() for each in zip(*(each.distill for each in heads), strict=True)),
+            heads=heads,
         )
+
+
+def _times(weight: float, losses: Losses) -> Losses:
+    return Losses(
+        students=tuple(weight * each for each in losses.students),
+        ta=weight * losses.ta,
+        distill=tuple(weight * each for each in losses.distill),
+    )

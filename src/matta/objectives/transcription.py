@@ -23,8 +23,8 @@ class CTC(Elementwise):
     g, frame by frame, is the cross-entropy −Σ p_TA·log p_S, averaged over the frames. Each loss is the mean over the
     examples whose labels are not all ignored. All frames count: frames of padding learn to be blank.
 
-    Logits of shape (batch, frames, classes). Labels: classes of shape (batch, symbols), padded by `ignore_index`; there
-    must be as many frames as symbols, and one more for each symbol that is repeated.
+    Logits of shape (batch, frames, classes). Labels: classes of shape (batch, symbols), padded by `ignore_index` and
+    never by the blank; there must be as many frames as symbols, and one more for each symbol that is repeated.
 
     Args:
         blank: The class of no symbol.
@@ -46,6 +46,10 @@ class CTC(Elementwise):
             raise LabelError(f"the logits have shape {tuple(logits.shape)}; expected (batch, frames, classes)")
         return log_probabilities(logits)
 
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As they are: frames and symbols do not stand side by side."""
+        return logits, labels
+
     def counted(self, labels: Tensor) -> Tensor:
         return self.known(labels).any(-1)
 
@@ -58,9 +62,10 @@ class CTC(Elementwise):
                 f"the labels are {labels.dtype} of shape {tuple(labels.shape)} and the logits of shape "
                 f"{tuple(scores.shape)}; expected classes of shape (batch, symbols); a Teacher makes no labels for CTC"
             )
-        known = self.known(labels)
-        check_labels(self, labels.where(known, 0), lambda rows: refuse_out_of_range(rows, scores.shape[-1]))
-        return labels.where(known, -1).long()
+        known, symbols = self.known(labels), labels.long()
+        check_labels(self, symbols.where(known, 0), lambda rows: refuse_out_of_range(rows, scores.shape[-1]))
+        check_labels(self, symbols, self._refuse_blank, known)
+        return symbols.where(known, -1)
 
     def total(self, scores: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -75,3 +80,15 @@ class CTC(Elementwise):
 
     def spread(self, shares: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         return shares
+
+    def _refuse_blank(self, symbols: Tensor) -> None:
+        """Refuse labels that cannot be spelt, for which torch gives a number that is no loss.
+
+        Raises:
+            LabelError: a symbol is the blank, as where labels are padded with it.
+        """
+        if bool((symbols == self.blank).any()):
+            raise LabelError(
+                f"a label is {self.blank}, the blank of CTC; expected symbols alone, padded by {self.ignore_index}, "
+                f"the ignore_index of the objective"
+            )

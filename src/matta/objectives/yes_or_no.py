@@ -46,6 +46,7 @@ class Binary(_Sigmoid):
     """
 
     element = "example"
+    is_one_label = True
 
     def scores(self, logits: Tensor, labels: Labels | None) -> Tensor:
         if logits.ndim > 2 or (logits.ndim == 2 and logits.shape[1] != 1):

@@ -16,7 +16,7 @@ from matta.optim.exchange import Exchange, Strip, of_strip, strip_index, strips_
 from matta.optim.first_order import GRAFTS, Entry, FirstOrder, TouchedRows
 from matta.optim.grids import Grid, Piece, Whole
 from matta.optim.parameter_groups import is_preconditioned, matrix_shape
-from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_statistics
+from matta.optim.preconditioner import EARLY_STEPS, Refresher, num_seen
 from matta.optim.stacking import Stack
 
 
@@ -57,9 +57,12 @@ class GroupStep:
         for stack in self.stacks:
             stack.load_gradients()
         self._update_factors(group)
-        seen = num_statistics(group["num_steps"], group["statistics_every"])
-        eps = max(group["root_eps"], group["young_eps"] / seen)
-        self.refresher.refresh(group["num_steps"], every=group["refresh_every"], eps=eps, group=process_group)
+        step = group["num_steps"]
+
+        def eps_of(own_steps: int) -> float:
+            return max(group["root_eps"], group["young_eps"] / num_seen(step, group["statistics_every"], own_steps))
+
+        self.refresher.refresh(step, every=group["refresh_every"], eps_of=eps_of, group=process_group)
         for place in self.places:
             place.move(group)
         for exchange in self.exchanges:

@@ -6,7 +6,7 @@ Shape suffixes: B blocks in a stack, D a side of a block, X its other side.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,16 @@ def num_statistics(step: int, every: int) -> int:
     return early + step // every
 
 
+def num_seen(step: int, every: int, own_steps: int) -> int:
+    """How many of these a block has seen that had a gradient in the last `own_steps` steps; at least 1.
+
+    Example:
+        >>> num_seen(100, 10, own_steps=100) == num_statistics(100, 10), num_seen(100, 10, own_steps=20)
+        (True, 2)
+    """
+    return max(num_statistics(step, every) - num_statistics(max(step - own_steps, 0), every), 1)
+
+
 class Factors:
     """One side's factors (B, D, D) of a stack of blocks, and their roots: powers of a negative exponent.
 
@@ -44,6 +54,7 @@ class Factors:
         # of blocks that are divided among processes: which of all of them are these
         self.places: Sequence[int] = range(len(roots))
         self.num_everywhere = len(roots)
+        self.num_steps_of: Callable[[int], int] | None = None  # steps in which a block had a gradient; None: in all
         self.is_shared = True  # every process has these blocks, so that one may compute a root for all
 
     @classmethod
@@ -133,15 +144,21 @@ class Refresher:
         first, last = (bisect_left(self.work_before, bound) for bound in bounds)
         return self.units[first:last]
 
-    def refresh(self, step: int, *, every: int, eps: float, group: dist.ProcessGroup | None) -> None:
-        """Computes this step's roots; of those that all processes have, each does its share and sends it on."""
+    def refresh(
+        self, step: int, *, every: int, eps_of: Callable[[int], float], group: dist.ProcessGroup | None
+    ) -> None:
+        """Computes this step's roots; of those that all processes have, each does its share and sends it on.
+
+        `eps_of` tells the epsilon from the number of steps in which a block had a gradient.
+        """
         due = self.due(step, every)
         shared = [unit for unit in due if unit[0].is_shared]
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-        by_factors: dict[int, tuple[Factors, list[int]]] = {}
+        alike: dict[tuple[int, float], tuple[Factors, list[int]]] = {}
         for factors, block in [unit for unit in due if not unit[0].is_shared] + shared[rank::size]:
-            by_factors.setdefault(id(factors), (factors, []))[1].append(block)
-        for factors, blocks in by_factors.values():
+            eps = eps_of(step if factors.num_steps_of is None else factors.num_steps_of(block))
+            alike.setdefault((id(factors), eps), (factors, []))[1].append(block)
+        for (_, eps), (factors, blocks) in alike.items():
             factors.refresh(blocks, eps=eps)
         if group is not None and size > 1 and shared:
             _exchange_roots(shared, group, rank, size)

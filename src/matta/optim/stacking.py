@@ -27,6 +27,7 @@ class Member:
         self.scratch = torch.empty(0)
         self.state: dict[str, Tensor] = {}
         self.shared = torch.empty(0)
+        self.num_steps = 0  # in which it had a gradient
 
 
 class Stack:
@@ -76,6 +77,8 @@ class Stack:
         """Takes the gradients of the members that have one; the others sit out this step."""
         found = [(member, member.piece.gradient()) for member in self.members]
         self.active = [member for member, gradient in found if gradient is not None]
+        for member in self.active:
+            member.num_steps += 1
         if self.active:
             blocks = [member.piece.grid.cut(gradient) for member, gradient in found if gradient is not None]
             torch._foreach_copy_([member.shared for member in self.active], blocks)
@@ -130,6 +133,8 @@ class Stack:
             return None
         made = Factors.zeros(len(self.gradient), side, self.gradient, exponent=self.graft.exponent)
         made.places, made.num_everywhere, made.is_shared = self.places, self.num_everywhere, self.is_shared
+        owners = [member for member in self.members for _ in range(member.piece.grid.num_blocks)]
+        made.num_steps_of = lambda block: owners[block].num_steps
         return made
 
     def _share(self, member: Member, state: dict[str, Tensor]) -> None:
@@ -143,6 +148,7 @@ class Stack:
             if name in state:
                 part.copy_(state[name])
             state[name] = part
+        member.num_steps = int(state.get("step", 0))
         state.setdefault("step", torch.zeros((), device=self.gradient.device))
         member.state = state
         member.gradient, member.scratch = self.gradient[member.blocks], self.scratch[member.blocks]

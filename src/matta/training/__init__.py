@@ -15,8 +15,8 @@ Read in this order:
   process writes its share, and their `share_files`.
 - `interrupts`: signals that let the step end. `spikes`: losses that leap, and the way back.
 - `reporting`: progress bar, trackers, tables. `step_times`: where the time goes. `factors`: those of Shampoo.
-- `evaluation`: losses on held-out batches. `run_evaluation`: those of a run, and the best nesting.
-  `progressive_validation`: metrics before each step of a stream.
+- `evaluation`: losses on held-out batches. `metrics`: yours, and what they are given. `run_evaluation`: those of a run,
+  and the best nesting. `progressive_validation`: metrics before each step of a stream.
 - `snapshots`: extracted models, published while training continues.
 """
 

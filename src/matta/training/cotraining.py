@@ -47,6 +47,22 @@ def _detached(losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(each.detach() for each in losses)
 
 
+def _of_heads(losses: Losses, cast: _Cast) -> Tensor | None:
+    """L_S of the first Student, L_TA and L_D by head; NaN where a model takes no part."""
+    if not losses.heads:
+        return None
+    absent = torch.full_like(losses.ta.detach(), float("nan"))
+    rows = [
+        (
+            head.students[0] if cast.students else absent,
+            head.ta if cast.ta else absent,
+            head.distill[0] if cast.students and cast.ta else absent,
+        )
+        for head in losses.heads
+    ]
+    return torch.stack([torch.stack(_detached(row)) for row in rows], dim=1)
+
+
 def _on_device(count: float | Tensor, device: torch.device) -> Tensor:
     """A count as a tensor; a number is filled in on the device, since copying it there would make the host wait."""
     return count.to(device) if isinstance(count, Tensor) else torch.full((), count, device=device)
@@ -267,6 +283,7 @@ class CoTraining(nn.Module):
             distill_losses=_detached(losses.distill[: len(own)]) if cast.students and cast.ta else absent,
             logits=tuple(kept_logits(each) for each in (logits[0] if cast.ta else None, *of_students)),
             num_labels=num_counted,
+            head_losses=_of_heads(losses, cast),
             trains_ta=cast.ta,
             trains_students=cast.students,
         )
@@ -283,7 +300,9 @@ class CoTraining(nn.Module):
         else:
             weights = LossWeights(student=0.0, ta=self.weights.student, distill=torch.zeros_like(weight))
             alone = [self.objective.joint([], each, labels, weights) for each in logits]
-            losses = Losses(students=tuple(each.losses.ta for each in alone), ta=alone[0].losses.ta, distill=())
+            heads = tuple(Losses(students=(head.ta,), ta=head.ta, distill=()) for head in alone[0].losses.heads)
+            of_students = tuple(each.losses.ta for each in alone)
+            losses = Losses(students=of_students, ta=of_students[0], distill=(), heads=heads)
             joint = Joint(loss=torch.stack([share(each) for each in alone]).sum(), losses=losses)
         idle = self._idle_parameters(cast)
         here = [each.to_local() if hasattr(each, "to_local") else each for each in idle]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, distributed, nn
 
-from matta.errors import RunError, first_line, require_kind
+from matta.errors import RunError, require_kind
 from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
 from matta.nesting.plan import slices
 from matta.nesting.sharded_slices import follow_shards
 from matta.nesting.slicing import bind, skeleton, slices_of
-from matta.objectives.labels import Labels, TopK, unweighted
+from matta.objectives.labels import Labels, unweighted
 from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.optim.divided_parameters import is_sharded
 from matta.sizes.submodels import SubModel, live
+from matta.training.metrics import Metric, Metrics, Rows, require_metrics, rows_of
 from matta.training.processes import (
     collected,
     dealt,
@@ -35,19 +35,6 @@ from matta.training.processes import (
     while_all,
 )
 from matta.training.step_labels import weighted_batch
-
-
-class Metric(Protocol):
-    """What a metric must have; those of torchmetrics do."""
-
-    def update(self, logits: Tensor, labels: Tensor, /) -> Any:
-        """Take in a batch."""
-
-    def compute(self) -> Any:
-        """The value over all batches since the last reset."""
-
-    def reset(self) -> Any:
-        """Forget all batches."""
 
 
 @contextmanager
@@ -91,14 +78,19 @@ class Evaluation:
             are not ignored, or by their weights. With labels that are a `TopK` it is the loss that they are trained
             with.
         metrics: Objects with `update(logits, labels)`, `compute()` and `reset()`, by name, such as those of
-            torchmetrics. Logits come as (examples, classes), or in the shape of the labels if equally many.
+            torchmetrics; for an objective of several heads by head and name: `{"click": {"auc": AUROC(...)}}` gives
+            `student_click_auc`. Logits come as (examples, classes), or in the shape of the labels if equally many. With
+            an objective what it ignores is left out (but where an example has several labels, some of them ignored),
+            and with `CausalLM` each position has the next token for its label. Metrics of `torchmetrics.classification`
+            get probabilities in place of logits: they would take a batch of logits from 0 to 1 for such. The weights of
+            examples are for the loss alone.
         models: Sub-models to be judged too, by name.
         logits: Where the logits are in what the modules return, as in `CoTraining`.
 
     Raises:
         RunError: neither an objective nor a metric, a metric that is none, fails or computes no number, data that is
             an iterator or no iterable of batches, data without batches or without labels that count, data of which this
-            process has a share alone, or that ends earlier in some, or metrics for labels that are a `TopK`.
+            process has a share alone, or that ends earlier in some, or metrics for labels that they cannot judge.
 
     Example:
         >>> import matta
@@ -127,12 +119,7 @@ class Evaluation:
                 f"received data of type {type(self.data).__name__}; expected batches: a DataLoader of it, or a list"
             )
         require_kind("objective", self.objective, (Objective, NoneType), "such as matta.objectives.Binary()")
-        if not hasattr(self.metrics, "items"):
-            raise RunError(
-                f"received {self.metrics!r:.80} as metrics; expected them by name, such as {{'auc': AUROC(...)}}"
-            )
-        for name, metric in self.metrics.items():
-            _require_metric(name, metric)
+        require_metrics(self.metrics, self.objective)
 
     def __call__(self, nested: nn.Module) -> dict[str, float]:
         """The values of every model of a nesting, in this process alone; of a plain module those of itself."""
@@ -194,25 +181,6 @@ def _buffers_of_main(nested: Nested) -> Iterator[None]:
             buffer.data.copy_(own)
 
 
-def _require_metric(name: str, metric: Any) -> None:
-    if isinstance(metric, type) or not all(hasattr(metric, each) for each in ("update", "compute", "reset")):
-        told = getattr(metric, "__name__", type(metric).__name__)
-        raise RunError(
-            f"received {told} as the metric {name!r}; expected an object with update, compute and reset, such as "
-            f"torchmetrics.AUROC(task='binary')"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise RunError(
-            f"the metric {name!r} computes {' '.join(repr(value).split()):.80}; expected one number (a "
-            f"MetricCollection is metrics= itself)"
-        ) from None
-
-
 @final
 class _Tally:
     """The values of one model over the batches so far; of all processes' on the main one."""
@@ -220,13 +188,7 @@ class _Tally:
     def __init__(self, module: nn.Module, evaluation: Evaluation, *, together: bool) -> None:
         self.module, self.objective, self.where = module, evaluation.objective, evaluation.logits
         self.together = together
-        self.metrics = {name: copy.deepcopy(metric) for name, metric in evaluation.metrics.items()}
-        for metric in self.metrics.values():
-            parts: Iterable[Any] = metric.modules() if isinstance(metric, nn.Module) else ()
-            for part in parts:
-                if hasattr(part, "distributed_available_fn"):  # torchmetrics would wait for all processes to compute
-                    part.distributed_available_fn = lambda: False
-            metric.reset()
+        self.metrics = Metrics(evaluation.metrics, evaluation.objective)
         self.has_data = False
         self.losses: list[Tensor] = []
         self.counts: list[Tensor] = []
@@ -238,25 +200,17 @@ class _Tally:
             self.counts.append(torch.as_tensor(self.objective.num_counted(labels)).double().cpu())
         self.has_data = True
         if self.metrics:
-            for rows in self._rows_of_all(_rows(logits, unweighted(labels)[0]), counts=counts):
-                self._update_metrics(*rows)
+            own = rows_of(logits, unweighted(labels)[0], self.objective)
+            for rows in self._rows_of_all(own, counts=counts):
+                self.metrics.update(rows)
 
-    def _update_metrics(self, logits: Tensor, labels: Tensor) -> None:
-        for name, metric in self.metrics.items():
-            try:
-                metric.update(logits, labels)
-            except Exception as error:  # of the user's metric: any kind
-                raise RunError(
-                    f"the metric {name!r} fails on logits of shape {tuple(logits.shape)} and labels of shape "
-                    f"{tuple(labels.shape)}: {first_line(error)}; expected a metric for these"
-                ) from error
-
-    def _rows_of_all(self, rows: tuple[Tensor, Tensor], *, counts: bool) -> list[tuple[Tensor, Tensor]]:
+    def _rows_of_all(self, rows: Rows, *, counts: bool) -> list[Rows]:
         """Logits and labels of this round's batches, on the main process."""
         if not self.together:
             return [rows]
-        found = gathered_by_main(tuple(each.cpu() for each in rows) if counts else None)
-        return [(logits.to(rows[0].device), labels.to(rows[1].device)) for logits, labels in filter(None, found)]
+        device = next(iter(rows.values()))[0].device
+        found = gathered_by_main(map_tensors(rows, Tensor.cpu) if counts else None)
+        return [map_tensors(each, lambda tensor: tensor.to(device)) for each in found if each is not None]
 
     def values(self) -> Iterator[tuple[str, float]]:
         if not self.has_data:
@@ -267,8 +221,8 @@ class _Tally:
             if not counts.any():
                 raise RunError("all labels of the evaluation data are ignored; expected some that count")
             yield "loss", float((torch.linalg.vecdot(losses, counts, dim=0) / divisor(counts.sum(0))).sum())
-        for name, metric in self.metrics.items() if is_main_process() or not self.together else ():
-            yield name, _number(name, metric.compute())
+        if is_main_process() or not self.together:
+            yield from self.metrics.values()
 
 
 def whole_nested(nested: Nested) -> Nested | None:
@@ -293,15 +247,3 @@ def whole_nested(nested: Nested) -> Nested | None:
         frozen = [name for name, live in slices_of(student).items() if live.detach]
         bind(made, slices(ta, plan.placements, frozen))
     return Nested(ta, students, nested.plans)
-
-
-def _rows(logits: Tensor, labels: Tensor | TopK) -> tuple[Tensor, Tensor]:
-    """Logits and labels as metrics expect them."""
-    if isinstance(labels, TopK):
-        raise RunError(
-            "received metrics, and data whose labels are a Teacher's top k; expected labels that are classes or "
-            "probabilities; leave metrics out for the loss alone, or evaluate on the data without the Teacher"
-        )
-    if logits.numel() == labels.numel():
-        return logits.reshape(labels.shape), labels
-    return logits.flatten(0, -2), labels.flatten()

@@ -82,7 +82,7 @@ def fit(
         scheduler: Of the optimizer; stepped after every optimizer step.
         clip_norm: Largest norm of all gradients together.
         accumulate: Batches to an optimizer step; by default what `CoTraining` was given. Batches left over at
-            the end of a pass count for the next one.
+            the end of a pass count for the next one, and at the end of the last one for none.
         precision: "bf16" runs the forward under autocast; by default what Accelerate is configured for.
         evaluate: Gives named values for the nesting, in eval mode and without gradient: an `Evaluation`, or a
             function, called after every `evaluate_every` steps and at the end. Of several processes the main one
@@ -99,7 +99,7 @@ def fit(
             `scheduler`, made for the whole run, at the rate that it has after the steps made.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps over which the losses are averaged for trackers and the result.
-        max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm`, is not finite moves no
+        max_nonfinite: A step whose loss, or whose gradients' norm with `clip_norm` or `Shampoo`, is not finite moves no
             weight (BatchNorm statistics have seen its batch, though); this many of them in a row are an error.
             The check makes the host wait for each step's loss; None leaves it out, and then nothing in the loop
             waits for the device.

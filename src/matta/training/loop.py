@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from matta.errors import RunError
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
 from matta.optim.clipping import clip_gradients
@@ -22,7 +21,7 @@ from matta.training.factors import save_factors
 from matta.training.feeding import Feed, full_groups
 from matta.training.interrupts import Interrupt, ended_by
 from matta.training.processes import gathered_by_main, raise_together, require_gradients, require_same_call, while_all
-from matta.training.reporting import Bar, Losses, logged, tensorboard
+from matta.training.reporting import Bar, Losses, logged, rates_of, tensorboard
 from matta.training.resuming import (
     PROLONG,
     arguments_of,
@@ -34,7 +33,7 @@ from matta.training.resuming import (
 )
 from matta.training.run_evaluation import RunEvaluation
 from matta.training.run_folder import RunFolder, resuming
-from matta.training.run_settings import FitResult, Observer, Settings
+from matta.training.run_settings import FitResult, Observer, Settings, not_finite
 from matta.training.sharding import divided_state, no_sync
 from matta.training.spikes import SpikeWatch
 from matta.training.step_output import CoTrainingOutput
@@ -74,6 +73,7 @@ class Training:
         self.step, self.num_skipped, self.nonfinite_in_row = 0, 0, 0
         self.losses, self.times = Losses(), StepTimes()
         self.norm: Tensor | None = None
+        self.rates = rates_of(optimizer)
         self.spikes = None if settings.rollback is None else SpikeWatch(settings.rollback)
         self.interrupt = Interrupt(enabled=folder is not None, is_alone=accelerator.num_processes == 1)
         self.stopped_by: int | None = None
@@ -130,6 +130,7 @@ class Training:
                 self._after_step(outputs[-1])
                 if self._is_complete():
                     break
+            self.settings.require_step(self.step)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if model is not self.cotrain:
@@ -177,27 +178,30 @@ class Training:
         if self.settings.clip_norm is not None:
             self.norm = clip_gradients(self.parameters, self.settings.clip_norm)
         self.step += 1
+        self.rates = rates_of(self.optimizer)  # of this step: the scheduler moves on to the next one's
         loss = 0.0 if self.settings.max_nonfinite is None else self._seen_loss(outputs)
         if self.settings.max_nonfinite is not None and not math.isfinite(loss):
             self._skip(self.settings.max_nonfinite, batches)
         elif self.spikes is not None and self.spikes.is_spike(loss) and self._roll_back(self.spikes, loss):
             return
         else:
+            skipped = getattr(self.optimizer, "num_skipped", 0)
             self.optimizer.step()
-            self.nonfinite_in_row = 0
-            self.losses.add(outputs)
+            if getattr(self.optimizer, "num_skipped", 0) > skipped:  # Shampoo has seen a gradient that is not finite
+                self._skip(self.settings.max_nonfinite, batches)
+            else:
+                self.nonfinite_in_row = 0
+                self.losses.add(outputs)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
 
     def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
-        """The loss of the step, not finite where the norm is not; the same on every process.
+        """The loss of the step, of all processes together, not finite where the norm is not; the same on every process.
 
         They tell each other of signals too.
         """
-        total = outputs[0].loss.detach()
-        for out in outputs[1:]:
-            total = total + out.loss.detach()
+        total = torch.stack([out.loss.detach() for out in outputs]).sum()
         if self.norm is not None:
             total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
@@ -205,7 +209,7 @@ class Training:
         seen = torch.stack([total.float(), torch.full_like(total, self.interrupt.came or 0, dtype=torch.float32)])
         sums = self.accelerator.reduce(seen, "sum").tolist()
         self._note_signals(sums[1])
-        return float(sums[0])
+        return float(sums[0]) / self.accelerator.num_processes
 
     def _roll_back(self, spikes: SpikeWatch, loss: float) -> bool:
         """Take up the newest checkpoint but for its place in the data; False where there is none."""
@@ -224,19 +228,15 @@ class Training:
         if total:
             self.stopped_by = self.interrupt.came or int(signal.SIGTERM)
 
-    def _skip(self, most: int, batches: Sequence[Batch]) -> None:
+    def _skip(self, most: int | None, batches: Sequence[Batch]) -> None:
         self.num_skipped += 1
         self.nonfinite_in_row += 1
         aside = None
         if self.folder is not None:
             aside = self.folder.put_aside(f"step-{self.step:08d}-process-{self.accelerator.process_index}", batches)
-        if self.nonfinite_in_row >= most:
-            raise RunError(
-                f"the loss was not finite in {most} steps in a row, {self.step - most + 1} to {self.step} (last: epoch "
-                f"{self.feed.epoch}, batch {self.feed.batch - 1}, counted from 0); the weights are those before them. "
-                f"Lower the learning rate, clip the gradients (clip_norm=1.0), or look for such values in the data"
-                + ("" if aside is None else f": the batches are in {aside}")
-            )
+        if most is not None and self.nonfinite_in_row >= most:
+            place = f"epoch {self.feed.epoch}, batch {self.feed.batch - 1}"
+            raise not_finite(most, self.step, place, aside)
 
     def _after_step(self, out: CoTrainingOutput) -> None:
         settings = self.settings
@@ -301,8 +301,8 @@ class Training:
         losses = self.losses.read()
         if not self.trackers:  # reading the weight would wait for the device
             return
-        shown = logged(losses, self.optimizer, self.norm, distill_weight, self.num_skipped)
-        self._track({**shown, **self.times.read(self.settings.log_every)})
+        shown = logged(losses, self.rates, self.norm, distill_weight, self.num_skipped)
+        self._track({**shown, **self.times.read()})
 
     def _track(self, values: Mapping[str, float]) -> None:
         for tracker in self.trackers if values else ():
@@ -355,6 +355,7 @@ class Training:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": self.nonfinite_in_row,
             "losses": self.losses.means,
+            "losses_unread": self.losses.unread(),
             **self.evaluation.state_dict(),
             "observers": [each.state_dict() for each in self.observers],
             "spikes": None if self.spikes is None else self.spikes.state_dict(),
@@ -388,7 +389,7 @@ class Training:
         self.cotrain.step.mul_(self.settings.accumulate).div_(state["accumulate"], rounding_mode="floor")  # forwards
         self.step = state["step"]
         self.num_skipped, self.nonfinite_in_row = state["num_skipped"], state["nonfinite_in_row"]
-        self.losses.means = state["losses"]
+        self.losses.load(state["losses"], state.get("losses_unread", []), self.feed.device)
         self.evaluation.load_state_dict(state)
         for observer, seen in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(seen)

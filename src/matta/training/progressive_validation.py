@@ -38,7 +38,7 @@ class ProgressiveValidation:
 
     Student and TA are judged by the logits of the training step's own forward; sub-models are run in eval mode.
     Times, for the values by day, are those of a `matta.streams.Stream`'s batches. In several processes the events of
-    all count, in the order in which the batches were shared out.
+    all count, in the order in which the batches were shared out. Each counts once, whatever its weight in the loss.
 
     Args:
         watch: Sub-models to be judged too, by name.

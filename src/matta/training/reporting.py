@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import Tensor
 
 from matta.errors import RunError
+from matta.objectives.losses import divisor
 from matta.training.processes import num_processes, summed
 from matta.training.step_output import CoTrainingOutput
 
@@ -53,7 +54,7 @@ class Losses:
         rows = [_row(out) for out in outputs]
         if num_processes() > 1:
             rows = [tuple(_means(summed(_sums(rows))))]
-        losses, counts = rows[-1][:3], rows[-1][3:]
+        losses, counts = ([each.sum() for each in part] for part in (rows[-1][:3], rows[-1][3:]))
         earlier = self.latest or losses
         shown = (torch.where(n > 0, new, old) for new, old, n in zip(losses, earlier, counts, strict=False))
         self.latest = (*shown, outputs[-1].distill_weight)
@@ -62,17 +63,32 @@ class Losses:
     def read(self) -> dict[str, float]:
         """The means since the last reading; the last ones again of what was not trained since, none if it never was."""
         if self._unread:
-            means, counts = _means(_sums(self._unread)).tensor_split(2)
+            means, counts = _means(_sums(self._unread)).reshape(6, -1).sum(1).tensor_split(2)
             rows = zip(LOSSES, means.tolist(), counts.tolist(), strict=True)
             self.means |= {name: mean for name, mean, count in rows if count}
             self._unread = []
         return self.means
 
+    def unread(self) -> list[Any]:
+        """What was taken in since the last reading, as plain numbers: sums, and the numbers of labels."""
+        return _sums(self._unread).tolist() if self._unread else []
+
+    def load(self, means: Mapping[str, float], unread: list[Any], device: torch.device) -> None:
+        """Continue from means that were read, and from what was not."""
+        self.means, self.latest = dict(means), ()
+        sums = torch.tensor(unread, dtype=torch.float64, device=device)
+        self._unread = [tuple(_means(sums))] if unread else []
+
 
 def _row(out: CoTrainingOutput) -> tuple[Tensor, ...]:
-    """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out."""
+    """The losses of a batch, and of how many labels each is the mean: none where a step has left the model out.
+
+    Of several heads each is a vector: what the heads add, each a mean over labels of its own.
+    """
     took_part = (out.trains_students, out.trains_ta, out.trains_students and out.trains_ta)
-    count = out.num_labels.sum()  # of several heads
+    if out.head_losses is not None:
+        return *out.head_losses.unbind(), *(out.num_labels * part for part in took_part)
+    count = out.num_labels.sum()
     return out.student_loss, out.ta_loss, out.distill_loss, *(count * part for part in took_part)
 
 
@@ -85,26 +101,31 @@ def _sums(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
 def _means(sums: Tensor) -> Tensor:
     """What `_sums` gave, as means and the numbers of labels."""
     totals, counts = sums.tensor_split(2)
-    return torch.cat([totals / counts.clamp(min=1), counts])
+    return torch.cat([totals / divisor(counts), counts])
 
 
 def logged(
     losses: Mapping[str, float],
-    optimizer: torch.optim.Optimizer,
+    rates: Sequence[float | Tensor],
     norm: Tensor | None,
     distill_weight: Tensor,
     num_skipped: int,
 ) -> dict[str, float]:
     """The values of a step for trackers, by name."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
     names = ["learning_rate", *(f"learning_rate_{index}" for index in range(1, len(rates)))]
     return {
         **{f"loss/{name}": value for name, value in losses.items()},
-        **dict(zip(names, rates, strict=True)),
+        **{name: float(rate) for name, rate in zip(names, rates, strict=True)},
         **({} if norm is None else {"gradient_norm": float(norm)}),
         "distill_weight": float(distill_weight),
         "skipped_steps": num_skipped,
     }
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:
+    """The learning rate of each group, which a scheduler may change in place."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 @final

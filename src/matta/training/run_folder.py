@@ -5,7 +5,7 @@
     checkpoint-00001000/ model.safetensors, and optimizer, data position and the rest in training.safetensors and
                          training.json; of a sharded run the shares of its processes (matta.training.checkpoint_shares);
                          the newest three are kept
-    nonfinite/           batches whose loss was not finite (matta.training.plain_state.read_state)
+    nonfinite/           batches whose loss or gradient was not finite (matta.training.plain_state.read_state)
     best/                the nesting at its best evaluation (matta.load)
     nested/              the nesting at the end (matta.load)
     preconditioner.safetensors  Shampoo's factors at the end, where it was used (matta figure preconditioner)

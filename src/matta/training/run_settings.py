@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
 import torch
@@ -39,7 +40,7 @@ class FitResult:
 
     `losses` are the means of `student`, `ta` and `distill` in nats since they were last logged, over all labels that
     count in all processes, without those that no step has trained (`Turns`). `num_skipped` counts the steps whose loss
-    was not finite.
+    was not finite, or whose gradients' norm with `clip_norm` or `Shampoo` was not.
     """
 
     steps: int
@@ -47,6 +48,16 @@ class FitResult:
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     num_skipped: int
+
+
+def not_finite(num_steps: int, last: int, place: str, aside: Path | None) -> RunError:
+    """What is raised when so many steps in a row were not finite; `place` is that of the last one's data."""
+    told = "" if aside is None else f": the batches are in {aside}"
+    return RunError(
+        f"the loss, or its gradient, was not finite in {num_steps} steps in a row, {last - num_steps + 1} to {last} "
+        f"(last: {place}, counted from 0); the weights are those before them. Lower the learning rate, clip the "
+        f"gradients (clip_norm=1.0), or look for such values in the data{told}"
+    )
 
 
 _COUNTS = (
@@ -104,6 +115,18 @@ class Settings:
     def num_passes(self) -> int | None:
         """Passes over the data; None: as many as the steps need."""
         return None if self.steps is not None else self.epochs or 1
+
+    def require_step(self, num_steps: int) -> None:
+        """Refuse data that is over and was too short for a step.
+
+        Raises:
+            RunError: none was made.
+        """
+        if not num_steps:
+            raise RunError(
+                f"the data ended before the first step, which takes accumulate={self.accumulate} batches; expected "
+                f"more batches, more passes over them, or a smaller accumulate"
+            )
 
     def plain(self) -> dict[str, Any]:
         """The settings by name, in plain types."""

@@ -20,8 +20,10 @@ class CoTrainingOutput:
     Each loss is the mean over the `num_labels` labels of the batch that count: a number, or the sum of their weights,
     or one of these for each of several heads, whose logits are mappings by their names. `loss` is the batch's share of
     the mean over a whole step, if `CoTraining` was told the labels of that step. With several Students, `student_loss`,
-    `distill_loss` and `student_logits` are the first one's. Where the losses were fused with the heads, no logits
-    were kept: reading them computes them, each time, and is refused once the optimizer has moved the head.
+    `distill_loss` and `student_logits` are the first one's. For an objective of several heads `head_losses`, of shape
+    (3, heads), has what each adds to `student_loss`, `ta_loss` and `distill_loss`. Where the losses were fused with the
+    heads, no logits were kept: reading them computes them, each time, and is refused once the optimizer has moved the
+    head.
 
     With `CoTraining(turns=...)` a step may leave out the TA or the Students: `trains_ta` or `trains_students` is then
     False, the losses of those models are NaN, and reading their logits is refused.
@@ -34,6 +36,7 @@ class CoTrainingOutput:
     distill_losses: tuple[Tensor, ...]
     logits: tuple[Any, ...]
     num_labels: Tensor
+    head_losses: Tensor | None = None
     trains_ta: bool = True
     trains_students: bool = True
 

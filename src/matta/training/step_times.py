@@ -17,7 +17,8 @@ class StepTimes:
     Example:
         >>> times = StepTimes()
         >>> times.add("data")
-        >>> shown = times.read(num_steps=1)
+        >>> times.add("optimizer")
+        >>> shown = times.read()
         >>> sorted(shown)[0], "steps_per_second" in shown
         ('seconds_per_step/backward', True)
     """
@@ -25,16 +26,18 @@ class StepTimes:
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._last = time.perf_counter()
+        self._num_steps = 0
 
     def add(self, part: str) -> None:
-        """The part is over."""
+        """The part is over; with that of the optimizer a step was made."""
         now = time.perf_counter()
+        self._num_steps += part == "optimizer"
         self._seconds[part] += now - self._last
         self._last = now
 
-    def read(self, num_steps: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Seconds of each part and the rate, as means over the steps since the last call."""
-        total = sum(self._seconds.values())
+        total, num_steps = sum(self._seconds.values()), max(self._num_steps, 1)
         shown = {f"seconds_per_step/{part}": value / num_steps for part, value in self._seconds.items()}
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds, self._num_steps = dict.fromkeys(PARTS, 0.0), 0
         return {**shown, "steps_per_second": num_steps / total if total else 0.0}
