@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 
 import matta
-from matta.errors import ServeError
 from matta.serving.served_models import ServedModels
 from matta.sizes.extraction import unmeasured_norms
 
@@ -79,9 +79,15 @@ def test_a_norm_that_sees_the_same_in_every_size_needs_no_measuring() -> None:
     assert unmeasured_norms(nested, matta.SubModel()) == unmeasured_norms(nested, matta.SubModel(default="wide")) == []
 
 
-def test_a_size_with_statistics_of_others_is_not_served() -> None:
-    with pytest.raises(ServeError, match=r"1, 4 are those of Student and TA, .* the size 'wide: 0'; expected Serving"):
-        ServedModels(trained(), example=EXAMPLE)
+def test_a_size_with_statistics_of_others_is_not_served(caplog: pytest.LogCaptureFixture) -> None:
+    """And where a table has no others, Student and TA are."""
+    nested = trained()
+    family = matta.family(nested, evaluate=measured, example=EXAMPLE, calls=0, progress=False)
+    between = replace(family, sizes=tuple(each for each in family.sizes if each.name not in ("Student", "TA")))
+    for given, sizes in ((None, ("Student", "TA")), (family, ("Student",)), (between, ("Student", "TA"))):
+        caplog.clear()
+        assert ServedModels(nested, example=EXAMPLE, family=given).sizes == sizes
+        assert "since the running statistics of 1, 4 are those of Student and TA; expected Serving" in caplog.text
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])

@@ -6,6 +6,7 @@ it take the place of the one before it, which ends the batches that it has begun
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import threading
@@ -47,6 +48,7 @@ from matta.sizes.extraction import recalibrate as measure_statistics
 from matta.sizes.submodels import SubModel, layer_names, student_spec, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
+LOG: Final = logging.getLogger("matta.serve")
 MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
@@ -78,10 +80,11 @@ class ServedModels:
         device: Where the modules compute.
         runtime: "torch", views of one copy of the weights; or "onnx", a session of ONNX Runtime for each size.
         logits: Where they are in what the modules return, as in `CoTraining`.
-        recalibrate: Batches on which the running statistics of norms are measured, for each size and version.
+        recalibrate: Batches on which the running statistics of norms are measured, for each size and version; without
+            them, sizes between whose norms keep some are not served.
 
     Raises:
-        ServeError: the example or the module cannot be served, or a size has statistics that were never measured.
+        ServeError: the example or the module cannot be served.
         MattaError: arguments of other kinds, a device that is not there, or an example on which the module fails.
         SubModelError: the family is of another nesting.
     """
@@ -114,11 +117,10 @@ class ServedModels:
         self.inputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in tensors.items() if has_rows[name])
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
         self._require_runs()
-        self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
         self._batches = [
             (map_tensors(split_labels(batch)[0], lambda each: each.to(self.device)), None) for batch in recalibrate
         ]
-        self._require_statistics()
+        self.specs = self._measured(served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None})
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -134,17 +136,21 @@ class ServedModels:
         with eval_mode(module):
             run_example(module, values)
 
-    def _require_statistics(self) -> None:
-        """Refuse sizes between Student and TA whose norms would be served with statistics of other inputs."""
+    def _measured(self, specs: Mapping[str, SubModel | None]) -> Mapping[str, SubModel | None]:
+        """The sizes but for those between Student and TA whose norms would have statistics of other inputs."""
         if self._batches or not isinstance(self._source, Nested):
-            return
-        for name, spec in self.specs.items():
-            if norms := unmeasured_norms(self._source, spec):
-                raise ServeError(
-                    f"the running statistics of {', '.join(norms[:4])} are those of Student and TA, and were never "
-                    f"measured for the size {name!r}; expected Serving(recalibrate=batches), a list of some batches as "
-                    f"in training"
-                )
+            return specs
+        norms = {name: unmeasured_norms(self._source, spec) for name, spec in specs.items()}
+        left_out = [name for name in specs if norms[name]]
+        if left_out:
+            LOG.warning(
+                "not served: %s, since the running statistics of %s are those of Student and TA; expected "
+                "Serving(recalibrate=batches), a list of some batches as in training",
+                ", ".join(left_out),
+                ", ".join(norms[left_out[0]][:4]),
+            )
+        kept = {name: spec for name, spec in specs.items() if not norms[name]}
+        return kept or {STUDENT: student_spec(self._source), TA: wide(self._source)}
 
     @property
     def sizes(self) -> tuple[str, ...]:
