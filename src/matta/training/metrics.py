@@ -46,6 +46,22 @@ def require_metrics(metrics: Any, objective: Objective | None) -> None:
             )
         for name, metric in own.items():
             _require_metric(name, metric)
+            if not head and name == "loss" and objective is not None:
+                raise RunError("received a metric named 'loss', which the objective gives; expected another name")
+
+
+def require_other_names(models: Iterable[str], where: str) -> None:
+    """Refuse sub-models under the names of the pair's own models, which they would stand in for.
+
+    Raises:
+        RunError: there is one.
+    """
+    for name in models:
+        if name in ("ta", "student") or name.removeprefix("student_").isdigit():
+            raise RunError(
+                f"received a sub-model named {name!r} in {where}=, which is a name of the pair's own models; expected "
+                f"another, such as 'half'"
+            )
 
 
 def _require_metric(name: str, metric: Any) -> None:
