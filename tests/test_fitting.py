@@ -184,6 +184,23 @@ def test_accumulated_batches_make_one_step_and_the_ramp_counts_steps() -> None:
     assert ours.cotrain.accumulate == 1
 
 
+def test_a_ramp_continues_where_a_run_with_another_accumulation_has_left_it(tmp_path: Path) -> None:
+    ours = Setup()
+    seen: list[float] = []
+    ours.cotrain.register_forward_hook(lambda *call: seen.append(round(float(call[-1].distill_weight), 4)))
+    for settings in ({"accumulate": 2, "steps": 4}, {"accumulate": 1, "steps": 1}, {"accumulate": 4, "steps": 1}):
+        ours.fit(batches(), scheduler=None, **settings)
+    assert seen == [0, 0, 0, 0, 0, 0, 0.2, 0.2, 0.4, *[0.6] * 4]  # from step 2 on, by a fifth each
+    ours.cotrain(batches()[0])
+    assert seen[-1] == 0.8
+    settings = {"accumulate": 2, "steps": 3, "run": tmp_path / "run"}
+    again = Setup()
+    again.fit(batches(), **settings)
+    resumed = Setup()
+    resumed.fit(batches(), **{**settings, "steps": 4, "resume": True})
+    assert resumed.cotrain.step == 4
+
+
 def test_bf16_is_the_forward_under_autocast() -> None:
     ours, plain, full = Setup(), Setup(), Setup()
     ours.fit(batches(), precision="bf16")

@@ -90,14 +90,14 @@ class Training:
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
-            self.cotrain.accumulate = self.settings.accumulate
+            self.cotrain.count_by(self.settings.accumulate, is_counted=self.step > 0)  # what was resumed is
             self._open(progress=progress, has_tensorboard=has_tensorboard)
             with self.interrupt, self.interrupt.left_to_this_process(self.feed.data):
                 self.cotrain.train()
                 self._train()
                 self._finish()
         finally:
-            self.cotrain.accumulate = accumulate_before
+            self.cotrain.count_by(accumulate_before)
             for part, mode in modes:
                 part.training = mode
             if self.bar is not None:
