@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from matta.errors import RunError, first_line
 from matta.objectives.labels import TopK
+from matta.objectives.losses import at_least_float32
 from matta.objectives.objective import Objective, side_by_side
 from matta.objectives.several_heads import Heads
 
@@ -146,8 +147,9 @@ def _wants_classes(metric: Any) -> bool:
 
 def _probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Of a batch whose logits all lie between 0 and 1 torchmetrics would think that it has probabilities already."""
-    wide = logits.double()  # a sigmoid in float32 makes all logits from 17 on alike
-    return wide.sigmoid() if logits.shape == labels.shape else wide.softmax(-1)
+    if logits.shape == labels.shape:
+        return logits.double().sigmoid()  # in float32 all logits from 17 on would be alike
+    return at_least_float32(logits).softmax(-1)
 
 
 def _classes(name: str, metric: Any, labels: Tensor) -> Tensor:
