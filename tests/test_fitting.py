@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -641,6 +642,23 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str, tmp
         matta.fit(**{"run": tmp_path / "run", "progress": False, **arguments})
     began = arguments["data"] == [] or "evaluate gave" in message  # what only turns out when the run goes on
     assert (tmp_path / "run").exists() == began
+
+
+def test_parameters_that_the_optimizer_lacks_are_told() -> None:
+    ours = Setup()
+    pair = matta.nest(Tower(4), Tower(8), share="none")
+    cotrain, optimizer = (
+        matta.CoTraining(pair, matta.objectives.Binary()),
+        torch.optim.SGD(pair.ta.parameters(), lr=0.1),
+    )
+    with pytest.warns(UserWarning, match=r"does not hold nested.students.0.* and \d+ more, which stay as they are"):
+        matta.fit(cotrain, batches(), optimizer, steps=1, progress=False)
+    pair.students.requires_grad_(False)
+    ours.nested.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        matta.fit(cotrain, batches(), optimizer, steps=1, progress=False)
+        ours.fit(batches(), steps=1)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
