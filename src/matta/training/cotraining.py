@@ -289,6 +289,8 @@ class CoTraining(nn.Module):
             distill_losses=_detached(losses.distill[: len(own)]) if cast.students and cast.ta else absent,
             logits=tuple(kept_logits(each) for each in (logits[0] if cast.ta else None, *of_students)),
             num_labels=num_counted,
+            weights=LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight),
+            num_students=len(logits) - int(cast.ta),
             head_losses=_of_heads(losses, cast),
             trains_ta=cast.ta,
             trains_students=cast.students,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
+from matta.objectives.losses import divisor
 from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.training.cotraining import CoTraining
@@ -197,11 +198,11 @@ class Training:
             self.scheduler.step()
 
     def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
-        """The loss of the step, of all processes together, not finite where the norm is not; the same on every process.
+        """The weighted mean of the step's losses, not finite where the norm is not; the same on every process.
 
         They tell each other of signals too.
         """
-        total = torch.stack([out.loss.detach() for out in outputs]).sum()
+        total = torch.stack([out.loss.detach() for out in outputs]).sum() / divisor(outputs[-1].total_weight)
         if self.norm is not None:
             total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
