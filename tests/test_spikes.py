@@ -85,6 +85,25 @@ def test_losses_that_join_in_are_no_spike(settings: dict[str, Any], tmp_path: Pa
         assert matta.fit(cotrain, batches(), optimizer, steps=12, rollback=rollback, **chosen).steps == 12
 
 
+def test_the_best_nesting_is_the_one_in_the_folder_after_a_rollback(tmp_path: Path) -> None:
+    values, kept = iter([5.0, 4, 3, 2, 1, *[9] * 20]), []
+
+    def judge(nested: matta.Nested) -> dict[str, float]:
+        kept.append({name: each.clone() for name, each in nested.ta.state_dict().items()})
+        return {"loss": next(values)}
+
+    good, ours = batches() * 4, setup()
+    settings: dict[str, Any] = {"rollback": ROLLBACK, "run": tmp_path / "run", "checkpoint_every": 4, "evaluate": judge}
+    with pytest.warns(UserWarning, match="the run continues from step 4"):
+        result: Any = ours.fit(
+            [*good[:5], spoilt(), *good[6:]], steps=9, evaluate_every=1, best=("loss", "min"), **settings
+        )
+    assert (result.best.step, result.best.values) == (5, {"loss": 1.0})
+    loaded = matta.load(tmp_path / "run" / "best", tower(4), tower(8))
+    for name, tensor in loaded.ta.state_dict().items():
+        assert torch.equal(tensor, kept[4][name])
+
+
 def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:
     data = [*batches(), spoilt(), spoilt(), spoilt()]
     settings = {"run": tmp_path / "run", "checkpoint_every": 2, "rollback": ROLLBACK, "scheduler": None}

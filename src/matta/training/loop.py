@@ -221,7 +221,7 @@ class Training:
         if state is None:
             return False
         spikes.count(loss, self.step, back_at=state["step"])
-        self._take_up(state, prolong=False)
+        self._take_up({**state, "best": self.evaluation.state_dict()["best"]}, prolong=False)  # the folder holds it
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
