@@ -657,6 +657,17 @@ def test_parameters_that_the_optimizer_lacks_are_told() -> None:
         Setup().fit(batches(), steps=1)
 
 
+@pytest.mark.parametrize(("most", "warned"), [(3, True), (10, False)])
+def test_a_schedule_made_for_epochs_is_told(most: int, warned: bool) -> None:
+    ours = Setup()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(ours.optimizer, T_max=most)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ours.fit(batches(), epochs=2, scheduler=schedule)
+    told = [str(each.message) for each in found if "T_max is 3, and the run has 10 steps" in str(each.message)]
+    assert bool(told) == warned
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(RunError, match="the scheduler belongs to another optimizer"):
         Setup().fit(batches(), scheduler=Setup().scheduler)

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from matta.errors import RunError, require_kind
 from matta.nesting.batches import Batch
@@ -80,7 +80,7 @@ def fit(
         steps: Optimizer steps in all; the data is passed over as often as they need. An iterator that ends
             earlier ends the run.
         epochs: Passes over the data, in place of `steps`; by default one.
-        scheduler: Of the optimizer; stepped after every optimizer step.
+        scheduler: Of the optimizer; stepped after every optimizer step, so its lengths are in steps, not in epochs.
         clip_norm: Largest norm of all gradients together.
         accumulate: Batches to an optimizer step; by default what `CoTraining` was given. Batches left over at
             the end of a pass count for the next one, and at the end of the last one for none.
@@ -154,6 +154,7 @@ def fit(
     accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
+    _warn_of_epochs(scheduler, feed.num_steps(settings.steps, settings.accumulate))
     training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
     return training.run(progress=progress, has_tensorboard=tensorboard)
 
@@ -171,6 +172,18 @@ def _require_kinds(cotrain: object, optimizer: object, scheduler: object, evalua
         raise RunError(
             "received ReduceLROnPlateau, which needs a metric in each step; expected a schedule over the steps, such "
             "as torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
+
+
+def _warn_of_epochs(scheduler: LRScheduler | None, num_steps: int | None) -> None:
+    """Warn of a schedule that was made for epochs: after its last step this one climbs up again."""
+    if type(scheduler) is not CosineAnnealingLR or num_steps is None or not is_main_process():
+        return
+    if scheduler.T_max < num_steps:
+        warnings.warn(
+            f"the scheduler's T_max is {scheduler.T_max}, and the run has {num_steps} steps, after each of which it is "
+            f"stepped, so that the learning rate rises again; expected T_max={num_steps}",
+            stacklevel=3,
         )
 
 
