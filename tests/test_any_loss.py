@@ -479,7 +479,13 @@ V = torch.zeros(BATCH)
         (Binary(), (BATCH,), Weighted(V, torch.zeros(3)), r"weights have shape \(3,\), and the labels \(4,\)"),
         (Binary(), (BATCH,), Weighted(V, torch.full((BATCH,), -1.0)), "weights lie between -1 and -1; expected"),
         (Custom(lambda z, y: z.mean()), (BATCH,), Weighted(V, V), r"shape \(\); expected one .*since they have"),
-        (Custom(lambda z, y: z), (2, 3), torch.zeros(2), r"Custom\(loss=...\) returned a tensor of shape \(2, 3\)"),
+        (Custom(functional.cross_entropy), (2, 3), torch.tensor([0, 2]), r"Custom without distill, which .* expected"),
+        (
+            Custom(lambda z, y: z, lambda z, ta: z),
+            (2, 3),
+            torch.zeros(2),
+            r"Custom\(loss=...\) returned a tensor of shape \(2, 3\)",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(objective: Any, shape: Any, labels: Any, message: str) -> None:

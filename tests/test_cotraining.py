@@ -539,6 +539,12 @@ def test_a_number_of_labels_that_is_none_is_refused(wrong: float) -> None:
     assert cotrain.step == 0
 
 
+@pytest.mark.parametrize("wrong", [lambda: matta.Turns(alone_steps=0.5), lambda: matta.Ramp(start=0.1, steps=0.5)])  # type: ignore[arg-type]
+def test_shares_of_a_run_are_no_numbers_of_steps(wrong: Any) -> None:
+    with pytest.raises(MattaError, match="expected optimizer steps, not shares of a run"):
+        wrong()
+
+
 @pytest.mark.parametrize("wrong", [{"weights": (1, 1, 1)}, {"ramp": 3}, {"turns": matta.Turns}])
 def test_settings_of_another_kind_are_refused(wrong: dict[str, Any]) -> None:
     name = next(iter(wrong))

@@ -263,5 +263,12 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         matta.Evaluation(data=data(), metrics={"all": torchmetrics.ConfusionMatrix(task="binary")})(nested())
     with pytest.raises(RunError, match=r"the metric 'auc' fails on logits of shape .* and labels of shape .*preds"):
         matta.Evaluation(data=data(), metrics={"auc": torchmetrics.AUROC(task="multiclass", num_classes=3)})(nested())
+    with pytest.raises(RunError, match="received a metric named 'loss', which the objective gives; expected another"):
+        matta.Evaluation(data=data(), objective=objective, metrics={"loss": BinaryAUROC()})
+    for name in ("ta", "student", "student_1"):
+        with pytest.raises(RunError, match=f"received a sub-model named '{name}' in models=, which is a name of the"):
+            matta.Evaluation(data=data(), objective=objective, models={name: matta.SubModel()})
+        with pytest.raises(RunError, match=f"received a sub-model named '{name}' in watch=, which is a name of the"):
+            matta.ProgressiveValidation(watch={name: matta.SubModel()})
     with pytest.raises(MattaError, match="received int as module; expected what matta.nest gives, or a plain module"):
         matta.Evaluation(data=data(), objective=matta.objectives.Binary())(5)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,23 @@ def test_accumulated_batches_make_one_step_and_the_ramp_counts_steps() -> None:
     assert result.steps == 7
     assert_equal(dict(ours.nested.ta.named_parameters()), dict(plain.nested.ta.named_parameters()))
     assert ours.cotrain.accumulate == 1
+
+
+def test_a_ramp_continues_where_a_run_with_another_accumulation_has_left_it(tmp_path: Path) -> None:
+    ours = Setup()
+    seen: list[float] = []
+    ours.cotrain.register_forward_hook(lambda *call: seen.append(round(float(call[-1].distill_weight), 4)))
+    for settings in ({"accumulate": 2, "steps": 4}, {"accumulate": 1, "steps": 1}, {"accumulate": 4, "steps": 1}):
+        ours.fit(batches(), scheduler=None, **settings)
+    assert seen == [0, 0, 0, 0, 0, 0, 0.2, 0.2, 0.4, *[0.6] * 4]  # from step 2 on, by a fifth each
+    ours.cotrain(batches()[0])
+    assert seen[-1] == 0.8
+    settings = {"accumulate": 2, "steps": 3, "run": tmp_path / "run"}
+    again = Setup()
+    again.fit(batches(), **settings)
+    resumed = Setup()
+    resumed.fit(batches(), **{**settings, "steps": 4, "resume": True})
+    assert resumed.cotrain.step == 4
 
 
 def test_bf16_is_the_forward_under_autocast() -> None:
@@ -624,6 +642,30 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str, tmp
         matta.fit(**{"run": tmp_path / "run", "progress": False, **arguments})
     began = arguments["data"] == [] or "evaluate gave" in message  # what only turns out when the run goes on
     assert (tmp_path / "run").exists() == began
+
+
+def test_parameters_that_the_optimizer_lacks_are_told() -> None:
+    pair = matta.nest(Tower(4), Tower(8), share="none")
+    cotrain = matta.CoTraining(pair, matta.objectives.Binary())
+    optimizer = torch.optim.SGD(pair.ta.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"does not hold nested.students.0.* and \d+ more, which stay as they are"):
+        matta.fit(cotrain, batches(), optimizer, steps=1, progress=False)
+    pair.students.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        matta.fit(cotrain, batches(), optimizer, steps=1, progress=False)
+        Setup().fit(batches(), steps=1)
+
+
+@pytest.mark.parametrize(("most", "warned"), [(3, True), (10, False)])
+def test_a_schedule_made_for_epochs_is_told(most: int, warned: bool) -> None:
+    ours = Setup()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(ours.optimizer, T_max=most)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ours.fit(batches(), epochs=2, scheduler=schedule)
+    told = [str(each.message) for each in found if "T_max is 3, and the run has 10 steps" in str(each.message)]
+    assert bool(told) == warned
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

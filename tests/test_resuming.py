@@ -407,8 +407,14 @@ def test_what_cannot_be_prolonged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"begun with 1 group\(s\) of parameters, and now there are 2"):
         grouped.fit(batches(), steps=9, run=tmp_path / "run", resume="prolong", scheduler=None)
     shampooed()().fit(batches(), steps=4, run=tmp_path / "blocks")
-    with pytest.raises(RunError, match="begun with block_size=128, which its state has the shape of, and now it is 4"):
+    with pytest.raises(RunError, match="begun with block_size=128, for which its state is made, and now it is 4"):
         shampooed(block_size=4)().fit(batches(), steps=9, run=tmp_path / "blocks", resume="prolong")
+    with pytest.raises(RunError, match="begun with graft='adam', for which its state is made, and now it is 'sgd'"):
+        shampooed(graft="sgd")().fit(batches(), steps=9, run=tmp_path / "blocks", resume="prolong")
+    other = Setup(make=tower)
+    other.optimizer = torch.optim.SGD(other.nested.parameters(), lr=0.1)
+    with pytest.raises(RunError, match="the optimizer Adam, whose state it keeps, and now it is SGD; expected"):
+        other.fit(batches(), steps=9, run=tmp_path / "run", resume="prolong", scheduler=None)
     with pytest.raises(RunError, match="resume='longer'; expected True, False or 'prolong'"):
         Setup().fit([(examples()[0], examples()[1])], run=tmp_path / "run", resume="longer")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +39,12 @@ def test_the_loss_seen_does_not_depend_on_the_number_of_processes() -> None:
     """So that a run that is resumed in more of them sees no leap."""
     seen = []
     for count in (1, 4):
-        outputs = [SimpleNamespace(loss=torch.tensor(0.25)), SimpleNamespace(loss=torch.tensor(0.5))]
+        outputs = [SimpleNamespace(loss=torch.tensor(each), total_weight=torch.tensor(3.0)) for each in (0.25, 0.5)]
         processes = SimpleNamespace(num_processes=count, reduce=lambda tensor, _, count=count: count * tensor)
         told: Any = SimpleNamespace(accelerator=processes, norm=None, interrupt=SimpleNamespace(came=None))
         told._note_signals = lambda total: None
         seen.append(Training._seen_loss(told, outputs))  # type: ignore[arg-type]
-    assert seen == [0.75, 0.75]
+    assert seen == [0.25, 0.25]
 
 
 def test_a_spike_costs_the_batches_since_the_checkpoint(tmp_path: Path) -> None:
@@ -62,6 +63,45 @@ def test_a_spike_costs_the_batches_since_the_checkpoint(tmp_path: Path) -> None:
         stopped.fit(spiked, steps=10, **settings)
     resumed.fit(spiked, steps=10, resume=True, **settings)
     assert_equal(resumed.state(), expected.state())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"turns": matta.Turns(alone_steps=6)},
+        {"ramp": matta.Ramp(start=6, steps=1), "weights": matta.Weights(distill=9)},
+    ],
+    ids=["turns", "ramp"],
+)
+def test_losses_that_join_in_are_no_spike(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(tower(4), tower(8))
+    cotrain = matta.CoTraining(nested, matta.objectives.Binary(), **settings)
+    rollback = matta.Rollback(factor=1.5, window=3)
+    chosen: dict[str, Any] = {"run": tmp_path / "run", "checkpoint_every": 2, "tensorboard": False, "progress": False}
+    optimizer = torch.optim.SGD(nested.parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert matta.fit(cotrain, batches(), optimizer, steps=12, rollback=rollback, **chosen).steps == 12
+
+
+def test_the_best_nesting_is_the_one_in_the_folder_after_a_rollback(tmp_path: Path) -> None:
+    values, kept = iter([5.0, 4, 3, 2, 1, *[9] * 20]), []
+
+    def judge(nested: matta.Nested) -> dict[str, float]:
+        kept.append({name: each.clone() for name, each in nested.ta.state_dict().items()})
+        return {"loss": next(values)}
+
+    good, ours = batches() * 4, setup()
+    settings: dict[str, Any] = {"rollback": ROLLBACK, "run": tmp_path / "run", "checkpoint_every": 4, "evaluate": judge}
+    with pytest.warns(UserWarning, match="the run continues from step 4"):
+        result: Any = ours.fit(
+            [*good[:5], spoilt(), *good[6:]], steps=9, evaluate_every=1, best=("loss", "min"), **settings
+        )
+    assert (result.best.step, result.best.values) == (5, {"loss": 1.0})
+    loaded = matta.load(tmp_path / "run" / "best", tower(4), tower(8))
+    for name, tensor in loaded.ta.state_dict().items():
+        assert torch.equal(tensor, kept[4][name])
 
 
 def test_too_many_spikes_end_the_run(tmp_path: Path) -> None:

@@ -27,9 +27,13 @@ class Custom(Objective):
 
     Args:
         loss: f, for L_S and L_TA.
-        distill: g, for L_D; None: `loss`, with the TA's logits for labels.
+        distill: g, for L_D; None: `loss`, with the TA's logits for labels. That suits logits that are values in the
+            labels' unit: give a function where they are turned into probabilities, classes or counts.
         weights: The field of the batch that says what each example weighs in the mean, for functions that give the
             losses of the examples; None: all the same.
+
+    Raises:
+        LabelError: no `distill`, and logits of another shape than the labels.
 
     Example:
         >>> objective = Custom(loss=lambda z, y: (z - y).abs(), distill=lambda z, ta: (z - ta).square())
@@ -47,6 +51,8 @@ class Custom(Objective):
     def losses(self, students: Sequence[Any], ta: Any, labels: Labels) -> Losses:
         own, weights = unweighted(labels)
         taught = tree_map_only(Tensor, Tensor.detach, ta)
+        if self.distill is None and students and isinstance(own, Tensor) and isinstance(ta, Tensor):
+            _require_values(ta, own)
         return Losses(
             students=tuple(self._mean("loss", self._loss(each, own), weights) for each in students),
             ta=self._mean("loss", self._loss(ta, own), weights),
@@ -74,6 +80,14 @@ class Custom(Objective):
                 f"example, (batch)" + (", since they have weights" if weights is not None else ", or their mean, ()")
             )
         return averaged(found, weighted_counts(torch.ones_like(found, dtype=torch.bool), weights))
+
+
+def _require_values(ta: Tensor, labels: Tensor) -> None:
+    if ta.numel() != labels.numel():
+        raise LabelError(
+            f"received Custom without distill, which takes the TA's logits, of shape {tuple(ta.shape)}, for labels, of "
+            f"shape {tuple(labels.shape)}; expected distill=, a function of the Student's and the TA's logits"
+        )
 
 
 def _named(function: LossFunction) -> str:

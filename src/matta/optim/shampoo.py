@@ -26,9 +26,10 @@ class Shampoo(torch.optim.Optimizer):
 
     Section 3.3; Gupta et al. 2018, with the factors of equal blocks of at most `block_size` a side. A block's
     step is as long as that of the graft: AdamW (averaged statistics, Nesterov's momentum, p = 1/2), Adagrad
-    (summed statistics, no momentum, p = 1/4: for streams) or SGD with momentum (p = 1/4). Embeddings, vectors
-    and matrices with a side over `max_dim` get the graft's own step. A sparse gradient, of `nn.Embedding(sparse=True)`,
-    moves the rows that it has and their state alone, weight decay included, at a cost without regard to the others.
+    (summed statistics, no momentum, p = 1/4: for streams) or SGD along the average of the gradients (p = 1/4; torch's
+    momentum adds them up, and so takes a smaller rate). Embeddings, vectors and matrices with a side over `max_dim` get
+    the graft's own step. A sparse gradient, of `nn.Embedding(sparse=True)`, moves the rows that it has and their state
+    alone, weight decay included, at a cost without regard to the others.
 
     Give it the module: a list of parameters does not tell which of them are embeddings (see
     `shampoo_groups`). State is float32 at least. A step with a non-finite gradient, or one too large to be

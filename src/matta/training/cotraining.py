@@ -233,6 +233,12 @@ class CoTraining(nn.Module):
         """Whether a Teacher labels the batches."""
         return bool(self.teachers.modules)
 
+    def count_by(self, accumulate: int, *, is_counted: bool = False) -> None:
+        """Another number of forwards to a step, at the same optimizer step; `is_counted`: `step` is in it already."""
+        if accumulate != self.accumulate and not is_counted:
+            self.step.mul_(accumulate).div_(self.accumulate, rounding_mode="floor")
+        self.accumulate = accumulate
+
     def num_labels(self, batches: Iterable[Batch]) -> Tensor:
         """The labels that count in the batches of an optimizer step, or the sum of their weights, for `forward`.
 
@@ -283,6 +289,8 @@ class CoTraining(nn.Module):
             distill_losses=_detached(losses.distill[: len(own)]) if cast.students and cast.ta else absent,
             logits=tuple(kept_logits(each) for each in (logits[0] if cast.ta else None, *of_students)),
             num_labels=num_counted,
+            weights=LossWeights(student=self.weights.student, ta=self.weights.ta, distill=weight),
+            num_students=len(logits) - int(cast.ta),
             head_losses=_of_heads(losses, cast),
             trains_ta=cast.ta,
             trains_students=cast.students,

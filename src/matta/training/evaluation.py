@@ -23,7 +23,7 @@ from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.optim.divided_parameters import is_sharded
 from matta.sizes.submodels import SubModel, live
-from matta.training.metrics import Metric, Metrics, Rows, require_metrics, rows_of
+from matta.training.metrics import Metric, Metrics, Rows, require_metrics, require_other_names, rows_of
 from matta.training.processes import (
     collected,
     dealt,
@@ -120,6 +120,7 @@ class Evaluation:
             )
         require_kind("objective", self.objective, (Objective, NoneType), "such as matta.objectives.Binary()")
         require_metrics(self.metrics, self.objective)
+        require_other_names(self.models, "models")
 
     def __call__(self, nested: nn.Module) -> dict[str, float]:
         """The values of every model of a nesting, in this process alone; of a plain module those of itself."""

@@ -7,12 +7,13 @@ the distillation loss counts optimizer steps, as everything here does.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from matta.errors import RunError, require_kind
 from matta.nesting.batches import Batch
@@ -20,7 +21,7 @@ from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate
 from matta.training.feeding import Feed
 from matta.training.loop import Training
-from matta.training.processes import make_accelerator, require_all
+from matta.training.processes import is_main_process, make_accelerator, require_all
 from matta.training.reporting import require_installed
 from matta.training.run_folder import RunFolder
 from matta.training.run_settings import FitResult, Observer, Settings
@@ -75,11 +76,11 @@ def fit(
         cotrain: The pair with its objective. It is in training mode meanwhile.
         data: A DataLoader, or any iterable of batches, also one without end. A `matta.streams.Stream` continues
             after the last event trained on, also when the run had ended and files have come since.
-        optimizer: Holds `nested.parameters()`.
+        optimizer: Holds `nested.parameters()`; what it lacks stays as it is, with a warning.
         steps: Optimizer steps in all; the data is passed over as often as they need. An iterator that ends
             earlier ends the run.
         epochs: Passes over the data, in place of `steps`; by default one.
-        scheduler: Of the optimizer; stepped after every optimizer step.
+        scheduler: Of the optimizer; stepped after every optimizer step, so its lengths are in steps, not in epochs.
         clip_norm: Largest norm of all gradients together.
         accumulate: Batches to an optimizer step; by default what `CoTraining` was given. Batches left over at
             the end of a pass count for the next one, and at the end of the last one for none.
@@ -153,6 +154,7 @@ def fit(
     accelerator.wait_for_everyone()  # all processes look at the folder before one of them makes it
     cotrain.to(accelerator.device)
     feed = Feed(data, accelerator, settings.num_passes)
+    _warn_of_epochs(scheduler, feed.num_steps(settings.steps, settings.accumulate))
     training = Training(cotrain, optimizer, scheduler, feed, settings, evaluate, observers, folder, accelerator)
     return training.run(progress=progress, has_tensorboard=tensorboard)
 
@@ -170,6 +172,18 @@ def _require_kinds(cotrain: object, optimizer: object, scheduler: object, evalua
         raise RunError(
             "received ReduceLROnPlateau, which needs a metric in each step; expected a schedule over the steps, such "
             "as torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
+
+
+def _warn_of_epochs(scheduler: LRScheduler | None, num_steps: int | None) -> None:
+    """Warn of a schedule that was made for epochs: after its last step this one climbs up again."""
+    if type(scheduler) is not CosineAnnealingLR or num_steps is None or not is_main_process():
+        return
+    if scheduler.T_max < num_steps:
+        warnings.warn(
+            f"the scheduler's T_max is {scheduler.T_max}, and the run has {num_steps} steps, after each of which it is "
+            f"stepped, so that the learning rate rises again; expected T_max={num_steps}",
+            stacklevel=3,
         )
 
 
@@ -203,10 +217,18 @@ def _check_arguments(
     settings: Settings,
     run: object,
 ) -> None:
-    own = {id(parameter) for parameter in cotrain.parameters()}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in cotrain.parameters()):
         raise RunError(
             "the optimizer holds no parameter of the nesting; expected nested.parameters() in it, made after sharding"
+        )
+    left = [name for name, each in cotrain.named_parameters() if each.requires_grad and id(each) not in held]
+    if left and is_main_process():
+        others = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(
+            f"the optimizer does not hold {', '.join(left[:3])}{others}, which stay as they are; pass "
+            f"nested.parameters(), or say so by requires_grad_(False)",
+            stacklevel=3,
         )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise RunError("the scheduler belongs to another optimizer; expected one made with the optimizer given")

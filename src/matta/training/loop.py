@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matta.nesting.batches import Batch
 from matta.nesting.sharded_slices import is_sharded
+from matta.objectives.losses import divisor
 from matta.optim.clipping import clip_gradients
 from matta.optim.shampoo import Shampoo
 from matta.training.cotraining import CoTraining
@@ -90,14 +91,14 @@ class Training:
         accumulate_before = self.cotrain.accumulate
         modes = [(part, part.training) for part in self.cotrain.modules()]
         try:
-            self.cotrain.accumulate = self.settings.accumulate
+            self.cotrain.count_by(self.settings.accumulate, is_counted=self.step > 0)  # what was resumed is
             self._open(progress=progress, has_tensorboard=has_tensorboard)
             with self.interrupt, self.interrupt.left_to_this_process(self.feed.data):
                 self.cotrain.train()
                 self._train()
                 self._finish()
         finally:
-            self.cotrain.accumulate = accumulate_before
+            self.cotrain.count_by(accumulate_before)
             for part, mode in modes:
                 part.training = mode
             if self.bar is not None:
@@ -197,11 +198,11 @@ class Training:
             self.scheduler.step()
 
     def _seen_loss(self, outputs: Sequence[CoTrainingOutput]) -> float:
-        """The loss of the step, of all processes together, not finite where the norm is not; the same on every process.
+        """The weighted mean of the step's losses, not finite where the norm is not; the same on every process.
 
         They tell each other of signals too.
         """
-        total = torch.stack([out.loss.detach() for out in outputs]).sum()
+        total = torch.stack([out.loss.detach() for out in outputs]).sum() / divisor(outputs[-1].total_weight)
         if self.norm is not None:
             total = total + 0 * self.norm.to(total.device)
         if self.accelerator.num_processes == 1:
@@ -219,7 +220,7 @@ class Training:
         if state is None:
             return False
         spikes.count(loss, self.step, back_at=state["step"])
-        self._take_up(state, prolong=False)
+        self._take_up({**state, "best": self.evaluation.state_dict()["best"]}, prolong=False)  # the folder holds it
         self.optimizer.zero_grad(set_to_none=True)
         return True
 

@@ -43,7 +43,7 @@ class Ramp:
     Steps are optimizer steps: training-mode forwards divided by `accumulate` of `CoTraining`.
 
     Raises:
-        MattaError: a number of steps that is negative or not finite.
+        MattaError: a number of steps that is negative, not finite, or between 0 and 1.
 
     Example:
         >>> [Ramp(start=10, steps=20).at(t) for t in (0, 10, 20, 30, 99)]
@@ -56,6 +56,7 @@ class Ramp:
     def __post_init__(self) -> None:
         if not (0 <= self.start < float("inf") and 0 <= self.steps < float("inf")):
             raise MattaError(f"received {self}; expected start and steps of zero or more")
+        _refuse_shares(self, self.start, self.steps)
 
     def at(self, step: int) -> float:
         """The weight at a step, between 0 and 1."""
@@ -83,7 +84,7 @@ class Turns:
     Parameters that a step does not train have a gradient of zero in it, so weight decay still moves them.
 
     Raises:
-        MattaError: a negative number of steps, or a chance outside of 0 to 1.
+        MattaError: a number of steps that is negative or between 0 and 1, or a chance outside of 0 to 1.
 
     Example:
         >>> Turns(alone_steps=100)
@@ -96,5 +97,11 @@ class Turns:
     def __post_init__(self) -> None:
         if self.alone_steps < 0:
             raise MattaError(f"received {self}; expected alone_steps of zero or more")
+        _refuse_shares(self, self.alone_steps)
         if not 0 <= self.student_chance <= 1:
             raise MattaError(f"received {self}; expected a student_chance from 0 to 1")
+
+
+def _refuse_shares(given: Ramp | Turns, *steps: float) -> None:
+    if any(0 < each < 1 for each in steps):
+        raise MattaError(f"received {given}; expected optimizer steps, not shares of a run: int(share * num_steps)")

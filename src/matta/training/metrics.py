@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from matta.errors import RunError, first_line
 from matta.objectives.labels import TopK
+from matta.objectives.losses import at_least_float32
 from matta.objectives.objective import Objective, side_by_side
 from matta.objectives.several_heads import Heads
 
@@ -46,6 +47,22 @@ def require_metrics(metrics: Any, objective: Objective | None) -> None:
             )
         for name, metric in own.items():
             _require_metric(name, metric)
+            if not head and name == "loss" and objective is not None:
+                raise RunError("received a metric named 'loss', which the objective gives; expected another name")
+
+
+def require_other_names(models: Iterable[str], where: str) -> None:
+    """Refuse sub-models under the names of the pair's own models, which they would stand in for.
+
+    Raises:
+        RunError: there is one.
+    """
+    for name in models:
+        if name in ("ta", "student") or name.removeprefix("student_").isdigit():
+            raise RunError(
+                f"received a sub-model named {name!r} in {where}=, which is a name of the pair's own models; expected "
+                f"another, such as 'half'"
+            )
 
 
 def _require_metric(name: str, metric: Any) -> None:
@@ -130,8 +147,9 @@ def _wants_classes(metric: Any) -> bool:
 
 def _probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Of a batch whose logits all lie between 0 and 1 torchmetrics would think that it has probabilities already."""
-    wide = logits.double()  # a sigmoid in float32 makes all logits from 17 on alike
-    return wide.sigmoid() if logits.shape == labels.shape else wide.softmax(-1)
+    if logits.shape == labels.shape:
+        return logits.double().sigmoid()  # in float32 all logits from 17 on would be alike
+    return at_least_float32(logits).softmax(-1)
 
 
 def _classes(name: str, metric: Any, labels: Tensor) -> Tensor:

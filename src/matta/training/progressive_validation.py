@@ -21,6 +21,7 @@ from matta.nesting.batches import Batch, call
 from matta.objectives.labels import unweighted
 from matta.sizes.submodels import SubModel, live
 from matta.training.cotraining import CoTraining
+from matta.training.metrics import require_other_names
 from matta.training.processes import gathered
 from matta.training.step_labels import weighted_batch
 from matta.training.step_output import CoTrainingOutput
@@ -76,6 +77,7 @@ class ProgressiveValidation:
             raise RunError(
                 f"received window={window}, every={every} and num_bins={num_bins}; expected at least 1, 1 and 2"
             )
+        require_other_names(watch or (), "watch")
         self.num_events, self.num_nonfinite = 0, 0
         self.points: list[dict[str, Any]] = []
         self.days: list[dict[str, Any]] = []

@@ -20,7 +20,8 @@ PROLONG: Final = "prolong"
 _MOST_SHOWN: Final = 8  # differences in a message
 _PLAIN = (bool, int, float, str, type(None))
 _HOW = ("foreach", "fused", "capturable", "differentiable", "chunk")  # how something is computed, not what
-_SHAPING = "block_size"  # of Shampoo's factors
+_SHAPING = ("block_size", "graft")  # of Shampoo's state
+_ALIKE = {"Adam", "AdamW"}  # optimizers that continue with each other's state
 _CYCLED = ("momentum", "betas")  # moved by the schedules that leave a max_momentum in the group
 _COUNTERS = ("last_epoch", "num_bad_epochs", "cooldown_counter", "best", "T_cur", "T_i")
 
@@ -139,6 +140,12 @@ def load_optimizer(
     Raises:
         RunError: it does not fit; or a new scheduler is past the step at which the run resumes.
     """
+    was, now = state.get("arguments", {}).get("optimizer", _name(optimizer)), _name(optimizer)
+    if prolong and was != now and not {was, now} <= _ALIKE:
+        raise RunError(
+            f"the run was begun with the optimizer {was}, whose state it keeps, and now it is {now}; expected the "
+            f"same: for another begin a new run with the weights of this one (matta.load)"
+        )
     saved = _with_new_values(optimizer, state["optimizer"]) if prolong else state["optimizer"]
     try:
         optimizer.load_state_dict(saved)
@@ -172,12 +179,13 @@ def _with_new_values(optimizer: torch.optim.Optimizer, state: Mapping[str, Any])
             f"{len(optimizer.param_groups)}; expected as many"
         )
     for new, saved in zip(optimizer.param_groups, groups, strict=True):
-        was, now = (each.get(_SHAPING) for each in (saved, new))
-        if was != now:
-            raise RunError(
-                f"the run was begun with {_SHAPING}={was}, which its state has the shape of, and now it is {now}; "
-                f"expected the same"
-            )
+        for name in _SHAPING:
+            was, now = (each.get(name) for each in (saved, new))
+            if was != now:
+                raise RunError(
+                    f"the run was begun with {name}={was!r}, for which its state is made, and now it is {now!r}; "
+                    f"expected the same"
+                )
     kept = [{**new, "params": saved["params"]} for new, saved in zip(optimizer.param_groups, groups, strict=True)]
     return {**state, "param_groups": kept}
 

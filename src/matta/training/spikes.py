@@ -22,6 +22,7 @@ from matta.training.processes import is_main_process
 class Rollback:
     """Return to the newest checkpoint when the loss of a step is over `factor` times the median of `window` steps.
 
+    The loss is the weighted mean of the step's losses, so that a ramp, or a model that joins in (`Turns`), is no leap.
     The weights, the optimizer and the schedule are then those of the checkpoint, and the batches since are left out.
     More than `most` rollbacks end the run.
 

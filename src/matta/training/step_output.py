@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from matta.errors import MattaError
 from matta.objectives.heads import LaterLogits, deferred, undeferred
+from matta.objectives.losses import LossWeights
 
 
 @final
@@ -36,9 +38,18 @@ class CoTrainingOutput:
     distill_losses: tuple[Tensor, ...]
     logits: tuple[Any, ...]
     num_labels: Tensor
+    weights: LossWeights
+    num_students: int
     head_losses: Tensor | None = None
     trains_ta: bool = True
     trains_students: bool = True
+
+    @property
+    def total_weight(self) -> Tensor:
+        """What the weights of the losses in `loss` add up to: those of `num_students` models, sampled ones too."""
+        if not self.trains_ta:
+            return torch.full_like(self.distill_weight, self.num_students * self.weights.student)
+        return self.num_students * (self.weights.student + self.distill_weight) + self.weights.ta
 
     @property
     def student_loss(self) -> Tensor:
