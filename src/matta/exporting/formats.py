@@ -43,6 +43,8 @@ TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in a
 LARGEST_ONNX: Final = 2**31 - 2**24  # bytes of weights: a file is one protobuf message of less than 2 GiB
 GRAPH_NAMES: Final = frozenset({"device", "torch", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 """What the code of a torch.fx graph calls by name: an input of that name hides it."""
+FIXED: Final = ("to be a constant", "a static shape")
+"""In torch's words: an open length turned out to be fixed. Its first line does not say so."""
 
 
 @final
@@ -263,6 +265,7 @@ def _onnx(
         except ModuleNotFoundError:
             raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
     values = tensors_of(inputs)
+    _forget_kernels()
     program = torch.onnx.export(
         _Positional(module, inputs, logits),
         tuple(values),
@@ -280,6 +283,15 @@ def _onnx(
             file = _quantised(file)
         file.replace(made)
     return OnnxModule(made), [] if int8 else untraced(program.exported_program)
+
+
+def _forget_kernels() -> None:
+    """Let torch.onnx put its kernels for any length in the place of recurrent layers', which torch keeps once they ran.
+
+    Without it a process exports a recurrent layer with an open length once, and then no more.
+    """
+    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        getattr(operator, "_dispatch_cache", {}).clear()
 
 
 def _require_own_names(outputs: Sequence[str], inputs: Sequence[str]) -> None:
@@ -342,8 +354,8 @@ def _in_a_line(format: Format, input_names: Sequence[str] = ()) -> Iterator[None
         taken = sorted({*input_names} & GRAPH_NAMES) if format == "torch_export" else []
         reason = _reason(error)
         remedy = f"rename the input {taken[0]!r}, a name in torch's own code" if taken else "replace that operation"
-        if "to be a constant" in reason:
-            remedy = "write x.shape[0] for len(x), which fixes a length"
+        if any(each in reason for each in FIXED):
+            remedy = "write x.shape[0] for len(x), which fixes a length, leave that axis out of open_axes"
         raise ExportError(
             f"the module cannot be exported as {format}: {reason}; {remedy}, or export format='safetensors' "
             f"and load it into your class where it is served"
@@ -355,7 +367,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line.removeprefix("- ").partition(". ")[0] for line in lines if "to be a constant" in line] or lines
+    fixed = [line for line in lines if any(each in line for each in FIXED)]
+    lines = [line.removeprefix("- ").partition(". ")[0] for line in fixed] or lines
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300].rstrip(".:")
 
 
