@@ -291,6 +291,20 @@ def test_a_length_without_a_finite_value_is_not_compared(tmp_path: Path) -> None
     assert matta.export(Spread(), tmp_path / "m", format="onnx", example=example, open_axes=(0, 1)).error < 1e-5
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch_export", "safetensors"])
+def test_a_live_module_is_exported_as_it_would_be_extracted(format: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest([nn.Linear(5, 2), nn.Linear(5, 3)], nn.Linear(5, 8), layouts={"*": 1})
+    example = torch.randn(4, 5), None
+    file = matta.export(nested.students[1], tmp_path / "m.pt2", format=format, example=example).path
+    if format == "safetensors":
+        read: Any = nn.Linear(5, 3)
+        load_model(read, file)
+    else:
+        read = matta.OnnxModule(file) if format == "onnx" else torch.export.load(file).module()
+    torch.testing.assert_close(read(example[0]).detach(), nested.students[1](example[0]).detach())
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_of_any_length_are_exported_again_and_again(kind: type[nn.RNNBase], tmp_path: Path) -> None:
     class Recurrent(nn.Module):

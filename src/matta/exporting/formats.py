@@ -35,6 +35,7 @@ from matta.nesting.batches import (
     tensors_of,
 )
 from matta.nesting.nested import Nested
+from matta.nesting.slicing import is_live, materialize
 from matta.sizes.storage import whole_file
 
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
@@ -87,8 +88,8 @@ def export(
     | "transformers" | a folder | `from_pretrained(path)` |
 
     Args:
-        module: A plain module, such as `matta.extract` gives, on the CPU. One of several heads, which returns a
-            mapping of tensors, has an output for each.
+        module: A module on the CPU, such as `matta.extract` gives, or a live one. One of several heads, which returns
+            a mapping of tensors, has an output for each.
         path: The file or folder to be; a file that is there is replaced, when all went well.
         format: See the table.
         example: A batch as in training, for "onnx" and "torch_export".
@@ -125,6 +126,7 @@ def export(
     if int8 and format != "onnx":
         raise ExportError(f"int8=True with format={format!r}; expected 'onnx': it is ONNX Runtime's quantisation")
     target = _target(path, is_folder=format == "transformers")
+    module = materialize(module) if is_live(module) else module
     with eval_mode(module):
         if format == "safetensors":
             return _safetensors(module, target)
