@@ -23,6 +23,7 @@ from matta.objectives.labels import Labels, TopK, unweighted
 from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.optim.divided_parameters import is_sharded
+from matta.sizes.extraction import warn_of_statistics
 from matta.sizes.submodels import SubModel, live
 from matta.training.processes import (
     collected,
@@ -174,6 +175,7 @@ class Evaluation:
 
     def _models(self, nested: Nested) -> dict[str, nn.Module]:
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
+        warn_of_statistics(nested, self.models, "it is evaluated with these")
         return {**students, "ta": nested.ta, **{name: live(nested, spec).eval() for name, spec in self.models.items()}}
 
 
