@@ -42,7 +42,8 @@ class Cost:
     """What a module costs; FLOPs and activations are of one forward of the example, per example.
 
     `flops` are those of matrix products and convolutions, whichever kernels compute them. `activation_bytes` is the
-    most that a forward without gradients holds at once beyond the parameters, in tensors between operators.
+    most that a forward without gradients holds at once beyond the parameters, in tensors between operators. What it
+    holds for any number of examples, such as weights that are composed in it, is in `bytes`, with weights and buffers.
     """
 
     parameters: int
@@ -64,13 +65,26 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     """
     count = num_examples(inputs)
     parameters = list(module.parameters())
+    lasting, each_example = _held_bytes(module, inputs, count)
     flops = count_flops(module, lambda: run_example(module, inputs))
     return Cost(
         parameters=sum(each.numel() for each in parameters),
-        bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())),
+        bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())) + lasting,
         flops=flops / count,
-        activation_bytes=_peak_bytes(module, inputs) / count,
+        activation_bytes=each_example,
     )
+
+
+def _held_bytes(module: nn.Module, inputs: Any, count: int) -> tuple[int, float]:
+    """The most that a forward holds at once: whatever the batch, and for each example; by batches of one and of all."""
+    most = _peak_bytes(module, inputs)
+    try:
+        one = _peak_bytes(module, resized(inputs, 1)) if count > 1 else most
+    except Exception:  # of the user's module, which need not take one example: any kind
+        one = most
+    each = (most - one) / max(1, count - 1)
+    lasting = int(one - each)
+    return (lasting, each) if count > 1 and each > 0 and lasting > 0 else (0, most / count)
 
 
 def _peak_bytes(module: nn.Module, inputs: Any) -> int:
