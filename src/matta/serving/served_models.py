@@ -43,7 +43,7 @@ from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import extract, running_statistics, share, unmeasured_norms
 from matta.sizes.extraction import recalibrate as measure_statistics
-from matta.sizes.submodels import SubModel, layer_names, student_spec, wide, wide_narrow_wide
+from matta.sizes.submodels import SubModel, is_one_width, layer_names, student_spec, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
 MODEL: Final = "model"
@@ -312,7 +312,7 @@ def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | 
     names = layer_names(nested)
     if not names:
         return {STUDENT: None, TA: wide(nested)}
-    steps = min(len(names), MOST_BETWEEN + 1)
+    steps = 1 if is_one_width(nested) else min(len(names), MOST_BETWEEN + 1)
     between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
     return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
 
