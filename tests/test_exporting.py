@@ -291,6 +291,17 @@ def test_a_length_without_a_finite_value_is_not_compared(tmp_path: Path) -> None
     assert matta.export(Spread(), tmp_path / "m", format="onnx", example=example, open_axes=(0, 1)).error < 1e-5
 
 
+def test_what_rounds_more_may_differ_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).bfloat16(), torch.randn(3, 5, 8).bfloat16()
+    done = matta.export(module, tmp_path / "m.pt2", format="torch_export", example=(x, None))
+    assert 1e-3 < done.error < done.tolerance == 4 * 2**-7, "kernels for a whole layer round otherwise"
+    assert (
+        matta.export(nn.Linear(8, 1), tmp_path / "n", format="torch_export", example=(x.float(), None)).tolerance
+        == 1e-3
+    )
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch_export", "safetensors"])
 def test_a_live_module_is_exported_as_it_would_be_extracted(format: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)

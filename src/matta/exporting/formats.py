@@ -99,7 +99,8 @@ def export(
         int8: Weights of matrix products as 8-bit integers, by ONNX Runtime's dynamic quantisation. How far its logits
             are off is told; `tolerance` is not asked, since only `evaluate` can judge it.
         evaluate: The quality of a module, which is measured on what was written ("onnx" and "torch_export").
-        tolerance: The most that logits may differ, over the largest logit; None: 1e-3.
+        tolerance: The most that logits may differ, over the largest logit; None: 1e-3, or where that is more, four
+            times the precision of the weights (0.03 for bfloat16).
         logits: Where the logits are in what the module returns, as in `CoTraining`; a function may give a mapping of
             several outputs.
 
@@ -140,7 +141,7 @@ def export(
         names = tuple(outputs_by_name(run_example(module, inputs), logits))
         inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
         write = partial(_onnx, int8=int8, names=names, logits=logits) if format == "onnx" else _torch_export
-        allowed = TOLERANCE if tolerance is None else tolerance
+        allowed = _tolerance(module) if tolerance is None else tolerance
         with whole_file(target) as made:
             with _in_a_line(format, tensor_names(inputs)), _quiet():
                 read, rest = write(module, made, inputs, axes)
@@ -156,6 +157,11 @@ def export(
             quality = None if evaluate is None else quality_of(evaluate, read)
             size = made.stat().st_size
     return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
+
+
+def _tolerance(module: nn.Module) -> float:
+    kinds = {each.dtype for each in module.parameters() if each.is_floating_point()}
+    return max(TOLERANCE, *(4 * torch.finfo(kind).eps for kind in kinds), 0.0)
 
 
 def _outputs(module: nn.Module, logits: Any, batch: Any) -> dict[str, Tensor]:
