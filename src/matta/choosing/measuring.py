@@ -53,8 +53,8 @@ class Cost:
 
 
 @torch.no_grad()
-def measure_cost(module: nn.Module, inputs: Any) -> Cost:
-    """The cost of a module on the inputs of a batch.
+def measure_cost(module: nn.Module, inputs: Any, labels: Any = None) -> Cost:
+    """The cost of a module on the inputs of a batch. Labels tell its length where the first input has another.
 
     Raises:
         MattaError: it does not run on them, or they have no rows.
@@ -63,7 +63,7 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
         >>> measure_cost(nn.Linear(4, 2), torch.zeros(3, 4)).flops
         16.0
     """
-    count = num_examples(inputs)
+    count = _num_labelled(inputs, labels)
     parameters = list(module.parameters())
     lasting, each_example = _held_bytes(module, inputs, count)
     flops = count_flops(module, lambda: run_example(module, inputs))
@@ -75,11 +75,18 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     )
 
 
+def _num_labelled(inputs: Any, labels: Any) -> int:
+    """The examples of a batch: ids of bags one after the other, as a first input, are more than these."""
+    count = num_examples(inputs)
+    told = next((len(each) for each in tensors_of(labels) if each.ndim and len(each)), count)
+    return told if any(each.ndim and len(each) == told for each in tensors_of(inputs)) else count
+
+
 def _held_bytes(module: nn.Module, inputs: Any, count: int) -> tuple[int, float]:
     """The most that a forward holds at once: whatever the batch, and for each example; by batches of one and of all."""
     most = _peak_bytes(module, inputs)
     try:
-        one = _peak_bytes(module, resized(inputs, 1)) if count > 1 else most
+        one = _peak_bytes(module, resized(inputs, 1)) if count == num_examples(inputs) > 1 else most
     except Exception:  # of the user's module, which need not take one example: any kind
         one = most
     each = (most - one) / max(1, count - 1)

@@ -89,8 +89,8 @@ def family(
             f"would not be of these; expected calls over 0, or no batch_sizes"
         )
     place = usable_device(device) if device is not None else next(nested.ta.parameters()).device
-    inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
-    judge = _Judge(nested, evaluate, inputs, place)
+    inputs, labels = split_labels(example)
+    judge = _Judge(nested, evaluate, map_tensors(inputs, lambda tensor: tensor.to(place)), labels, place)
     layers = _layers(nested)
     if calls:
         _require_batch_sizes(judge, batch_sizes)
@@ -126,9 +126,9 @@ class _Judge:
     """Takes sizes out one by one, and remembers what was found of each."""
 
     def __init__(
-        self, nested: Nested, evaluate: Callable[[nn.Module], float], inputs: Any, device: torch.device
+        self, nested: Nested, evaluate: Callable[[nn.Module], float], inputs: Any, labels: Any, device: torch.device
     ) -> None:
-        self.nested, self.evaluate, self.inputs, self.device = nested, evaluate, inputs, device
+        self.nested, self.evaluate, self.inputs, self.labels, self.device = nested, evaluate, inputs, labels, device
         self.found: dict[SubModel, Size] = {}
         self.unmeasured: dict[str, None] = {}  # norms of sizes that were judged with statistics of another's
 
@@ -142,7 +142,7 @@ class _Judge:
             module = self.module(spec)
             before = [each.clone() for each in running_statistics(module)]
             with torch.no_grad():
-                cost = measure_cost(module, self.inputs)
+                cost = measure_cost(module, self.inputs, self.labels)
                 quality = quality_of(self.evaluate, module)
             if all(map(torch.equal, before, running_statistics(module))):
                 self.unmeasured.update(dict.fromkeys(unmeasured_norms(self.nested, spec)))
