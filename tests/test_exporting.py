@@ -302,6 +302,17 @@ def test_what_rounds_more_may_differ_more(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_a_file_is_judged_by_an_evaluation(format: Any, tmp_path: Path) -> None:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    evaluation = matta.Evaluation(data=[(x, torch.ones(8))], objective=matta.objectives.Binary())
+    module = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)).train()
+    done = matta.export(
+        module, tmp_path / "m.pt2", format=format, example=(x, None), evaluate=lambda each: evaluation(each)["loss"]
+    )
+    assert done.quality == pytest.approx(evaluation(module)["loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch_export", "safetensors"])
 def test_a_live_module_is_exported_as_it_would_be_extracted(format: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)

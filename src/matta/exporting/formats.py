@@ -337,7 +337,9 @@ def _torch_export(
     with made.open("wb") as file:
         torch.export.save(program, file)
     with made.open("rb") as file:
-        return torch.export.load(file).module(), untraced(program)
+        read = torch.export.load(file).module()
+    vars(read).update(dict.fromkeys(("train", "eval"), lambda *_: read))  # torch's refuse; a graph has one mode
+    return read, untraced(program)
 
 
 def _shapes(value: Any, axes: Iterator[Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from matta.errors import RunError, first_line, require_kind
-from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
 from matta.nesting.plan import slices
@@ -54,14 +54,8 @@ class Metric(Protocol):
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each part of `module` has the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with eval_mode(module), torch.no_grad():
+        yield
 
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
