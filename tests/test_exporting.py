@@ -251,7 +251,9 @@ def test_another_branch_for_one_row_is_found(format: Any, tmp_path: Path) -> Non
 
 
 def test_a_length_that_is_fixed_by_len_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"'x'.* to be a constant \(4\); write x.shape\[0\] for len\(x\)") as told:
+    with pytest.raises(
+        ExportError, match=r"'x'.* to be a constant \(4\); write x.shape\[0\] for len\(x\), .*, leave that axis"
+    ) as told:
         matta.export(Headed(lambda y: y / len(y)), tmp_path / "m.pt2", format="torch_export", example=ROWS)
     assert "\n" not in str(told.value)
 
@@ -278,6 +280,71 @@ def test_another_branch_for_longer_ids_is_found(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="where an open axis has length 9, on which the module may branch"):
         matta.export(Windowed(), tmp_path / "m", format="onnx", example=(ids, ids), open_axes=(0, 1))
     assert matta.export(Windowed(), tmp_path / "m", format="onnx", example=(ids, ids)).error < 1e-5
+
+
+def test_a_length_without_a_finite_value_is_not_compared(tmp_path: Path) -> None:
+    class Spread(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(1, keepdim=True)).square().sum(1) / (x.shape[1] - 1)  # 0/0 for one number
+
+    example = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), None
+    assert matta.export(Spread(), tmp_path / "m", format="onnx", example=example, open_axes=(0, 1)).error < 1e-5
+
+
+def test_what_rounds_more_may_differ_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).bfloat16(), torch.randn(3, 5, 8).bfloat16()
+    done = matta.export(module, tmp_path / "m.pt2", format="torch_export", example=(x, None))
+    assert 1e-3 < done.error < done.tolerance == 4 * 2**-7, "kernels for a whole layer round otherwise"
+    assert (
+        matta.export(nn.Linear(8, 1), tmp_path / "n", format="torch_export", example=(x.float(), None)).tolerance
+        == 1e-3
+    )
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_a_file_is_judged_by_an_evaluation(format: Any, tmp_path: Path) -> None:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    evaluation = matta.Evaluation(data=[(x, torch.ones(8))], objective=matta.objectives.Binary())
+    module = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)).train()
+    done = matta.export(
+        module, tmp_path / "m.pt2", format=format, example=(x, None), evaluate=lambda each: evaluation(each)["loss"]
+    )
+    assert done.quality == pytest.approx(evaluation(module)["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export", "safetensors"])
+def test_a_live_module_is_exported_as_it_would_be_extracted(format: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest([nn.Linear(5, 2), nn.Linear(5, 3)], nn.Linear(5, 8), layouts={"*": 1})
+    example = torch.randn(4, 5), None
+    file = matta.export(nested.students[1], tmp_path / "m.pt2", format=format, example=example).path
+    if format == "safetensors":
+        read: Any = nn.Linear(5, 3)
+        load_model(read, file)
+    else:
+        read = matta.OnnxModule(file) if format == "onnx" else torch.export.load(file).module()
+    torch.testing.assert_close(read(example[0]).detach(), nested.students[1](example[0]).detach())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_of_any_length_are_exported_again_and_again(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = kind(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module, x = Recurrent().eval(), torch.randn(2, 6, 3)
+        matta.export(module, tmp_path / "m.pt2", format="torch_export", example=(x, None))  # leaves its kernels behind
+        file = matta.export(module, tmp_path / "m", format="onnx", example=(x, None), open_axes=(0, 1)).path
+        for shape in ((5, 1, 3), (1, 9, 3)):
+            other = torch.randn(shape)
+            torch.testing.assert_close(matta.OnnxModule(file)(other), module(other).detach(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])

@@ -127,3 +127,36 @@ def test_activations_inside_of_a_fast_kernel_are_seen() -> None:
     assert measure_cost(encoder().eval(), X).activation_bytes >= 4 * held, "queries, keys, values and their inputs"
     assert measure_cost(recurrent(nn.LSTM).eval(), X).activation_bytes >= LENGTH * 4 * 8 * 4, "the gates of all steps"
     assert torch.backends.mha.get_fastpath_enabled() and torch.backends.mkldnn.enabled
+
+
+def test_what_a_forward_holds_for_any_batch_is_no_activation_of_an_example() -> None:
+    class Composed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.up.weight @ self.down.weight)
+
+    for count in (2, 7):
+        cost = measure_cost(Composed(), torch.ones(count, 32))
+        assert (cost.bytes, cost.activation_bytes) == (4 * (2 * 32 * 2 + 32 * 32), 4 * 32)
+    cost = measure_cost(Composed(), torch.ones(1, 32))
+    assert (cost.bytes, cost.activation_bytes) == (4 * 2 * 32 * 2, 4 * (32 * 32 + 32)), "one example cannot tell them"
+
+
+def test_examples_are_counted_by_their_labels_where_ids_come_first() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags, self.out = nn.EmbeddingBag(30, 8), nn.Linear(8, 2)
+
+        def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+            return self.out(self.bags(ids, offsets))
+
+    inputs = torch.arange(12), torch.tensor([0, 2, 5])
+    cost = measure_cost(Bags().eval(), inputs, torch.zeros(3))
+    assert cost.flops == linear(8, 2, 1) and cost.activation_bytes >= 4 * (8 + 2)
+    assert measure_cost(Bags().eval(), inputs).flops == 3 * linear(8, 2, 1) / 12
+    assert measure_cost(nn.Linear(8, 2), torch.ones(4, 8), torch.zeros(4, 5)).flops == linear(8, 2, 1)
+    assert measure_cost(nn.Linear(8, 2), torch.ones(4, 8), torch.zeros(20)).flops == linear(8, 2, 1), "flattened"

@@ -117,3 +117,27 @@ def test_a_new_version_brings_the_students_statistics(tied: bool, tmp_path: Path
     served = models.load(tmp_path).modules
     for size, module in (("Student", matta.extract(trained_on)), ("TA", trained_on.ta)):
         torch.testing.assert_close(served[size](X), module(X), msg=size)
+
+
+def test_a_watched_sub_model_is_judged_with_present_statistics() -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(tower(4), tower(16), example=EXAMPLE)
+    validation = matta.ProgressiveValidation(watch={"wide": matta.wide(nested)})
+    cotrain = matta.CoTraining(nested, matta.objectives.Binary())
+    for _ in range(3):
+        out = cotrain((X, torch.ones(64)))
+        found = validation._logits(cotrain, X, out)["wide"]
+        torch.testing.assert_close(found, matta.extract(nested, matta.wide(nested)).eval()(X), atol=0.0, rtol=0.0)
+
+
+def test_mixed_sub_models_are_published_and_judged_with_a_warning(tmp_path: Path) -> None:
+    nested = trained()
+    mixed = {"half": matta.SubModel({"0": "wide"})}
+    with pytest.warns(UserWarning, match="of 1, 4 .* for 'half': call matta.recalibrate.* what read_snapshot gives"):
+        matta.Snapshots(tmp_path, every_s=60, models=mixed).publish(nested)
+    evaluation = matta.Evaluation(data=[(X, torch.ones(64))], objective=matta.objectives.Binary(), models=mixed)
+    with pytest.warns(UserWarning, match="for 'half': it is evaluated with these"):
+        evaluation(nested)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matta.Snapshots(tmp_path, every_s=60, models={"ta": matta.wide(nested), "student": None}).publish(nested)

@@ -98,6 +98,27 @@ def test_the_student_is_served_although_chance_keeps_it_off_the_front_of_latenci
     assert [*served_specs(pair(), family)] == ["Student", "wide: a", "TA"]
 
 
+def test_student_and_deeper_ta_of_another_hidden_width_are_served_without_a_family() -> None:
+    class Residual(nn.Module):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 1)
+            self.h = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for block in self.h:
+                x = x + block(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    nested = matta.nest(Residual(4, 2), Residual(8, 4), layers={"h": "even"}, example=EXAMPLE)
+    models = ServedModels(nested, example=EXAMPLE)
+    assert models.sizes == ("Student", "TA")
+    for size, module in (("Student", matta.extract(nested)), ("TA", nested.ta)):
+        torch.testing.assert_close(models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"], module(EXAMPLE[0]).detach())
+
+
 def test_a_plain_module_is_one_size() -> None:
     module = tower(4).train()
     models = ServedModels(module, example=EXAMPLE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import matta
 from matta.errors import SubModelError
-from matta.sizes.submodels import sizes_between
+from matta.sizes.submodels import alike_layers, sizes_between
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -240,3 +240,48 @@ def test_a_module_called_hidden_is_a_layer_like_any_other() -> None:
     assert len(draws) == 4
     found = matta.family(nested, evaluate=lambda module: 0.0, example=(X, None), calls=0, progress=False)
     assert [size.name for size in found.sizes] == ["Student", "wide: second", "wide: hidden", "TA"]
+
+
+class Deep(nn.Module):
+    """Residual blocks; in some the hidden layer, a number or a norm's statistics are the Student's."""
+
+    def __init__(self, depth: int, hidden: int = 4, scale: float = 1.0, *, has_norm: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            norm = [nn.BatchNorm1d(hidden)] if has_norm else []
+            self.blocks.append(nn.Sequential(nn.Linear(6, hidden), *norm, nn.Softplus(scale), nn.Linear(hidden, 6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:sizes between Student and TA were judged")
+@pytest.mark.parametrize(
+    ("of_student", "of_ta", "are_alike"),
+    [
+        ({}, {}, True),
+        ({}, {"hidden": 8}, False),
+        ({"scale": 2.0}, {}, False),
+        ({"has_norm": True}, {"has_norm": True}, False),
+    ],
+)
+def test_blocks_in_which_nothing_grows_are_no_sizes(
+    of_student: dict[str, Any], of_ta: dict[str, Any], are_alike: bool
+) -> None:
+    torch.manual_seed(0)
+    nested = matta.nest(Deep(2, **of_student), Deep(4, **of_ta), layers={"blocks": "even"})
+    x = torch.randn(5, 6)
+    nested.ta.train()(x)  # changes the statistics of its norms
+    nested.eval()
+    assert alike_layers(nested) == ({*matta.layer_names(nested)} if are_alike else set())
+    models = [matta.extract(nested, spec) for spec in (matta.narrow(nested), matta.wide(nested))]
+    assert are_alike == torch.equal(models[0](x), models[1](x))
+    family = matta.family(
+        nested, evaluate=lambda module: float(module(x).sum()), example=(x, None), calls=0, progress=False
+    )
+    assert len(family.sizes) == (2 if are_alike else 17) and family.is_complete
+    if are_alike:
+        assert [size.name for size in family.sizes] == ["Student", "TA"]

@@ -31,7 +31,8 @@ COSTS: Final = ("parameters", "flops", "memory_mb", "latency_ms")
 class Size:
     """One size: its layers, what it costs, and how good it is.
 
-    `flops` and `activation_bytes` are of one example; `bytes` are those of weights and buffers.
+    `flops` and `activation_bytes` are of one example; `bytes` are those of weights and buffers, and of what a forward
+    holds whatever the batch.
     """
 
     name: str

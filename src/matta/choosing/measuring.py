@@ -42,7 +42,8 @@ class Cost:
     """What a module costs; FLOPs and activations are of one forward of the example, per example.
 
     `flops` are those of matrix products and convolutions, whichever kernels compute them. `activation_bytes` is the
-    most that a forward without gradients holds at once beyond the parameters, in tensors between operators.
+    most that a forward without gradients holds at once beyond the parameters, in tensors between operators. What it
+    holds for any number of examples, such as weights that are composed in it, is in `bytes`, with weights and buffers.
     """
 
     parameters: int
@@ -52,8 +53,8 @@ class Cost:
 
 
 @torch.no_grad()
-def measure_cost(module: nn.Module, inputs: Any) -> Cost:
-    """The cost of a module on the inputs of a batch.
+def measure_cost(module: nn.Module, inputs: Any, labels: Any = None) -> Cost:
+    """The cost of a module on the inputs of a batch. Labels tell its length where the first input has another.
 
     Raises:
         MattaError: it does not run on them, or they have no rows.
@@ -62,15 +63,35 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
         >>> measure_cost(nn.Linear(4, 2), torch.zeros(3, 4)).flops
         16.0
     """
-    count = num_examples(inputs)
+    count = _num_labelled(inputs, labels)
     parameters = list(module.parameters())
+    lasting, each_example = _held_bytes(module, inputs, count)
     flops = count_flops(module, lambda: run_example(module, inputs))
     return Cost(
         parameters=sum(each.numel() for each in parameters),
-        bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())),
+        bytes=sum(each.numel() * each.element_size() for each in (*parameters, *module.buffers())) + lasting,
         flops=flops / count,
-        activation_bytes=_peak_bytes(module, inputs) / count,
+        activation_bytes=each_example,
     )
+
+
+def _num_labelled(inputs: Any, labels: Any) -> int:
+    """The examples of a batch: ids of bags one after the other, as a first input, are more than these."""
+    count = num_examples(inputs)
+    told = next((len(each) for each in tensors_of(labels) if each.ndim and len(each)), count)
+    return told if any(each.ndim and len(each) == told for each in tensors_of(inputs)) else count
+
+
+def _held_bytes(module: nn.Module, inputs: Any, count: int) -> tuple[int, float]:
+    """The most that a forward holds at once: whatever the batch, and for each example; by batches of one and of all."""
+    most = _peak_bytes(module, inputs)
+    try:
+        one = _peak_bytes(module, resized(inputs, 1)) if count == num_examples(inputs) > 1 else most
+    except Exception:  # of the user's module, which need not take one example: any kind
+        one = most
+    each = (most - one) / max(1, count - 1)
+    lasting = int(one - each)
+    return (lasting, each) if count > 1 and each > 0 and lasting > 0 else (0, most / count)
 
 
 def _peak_bytes(module: nn.Module, inputs: Any) -> int:

@@ -19,7 +19,7 @@ from matta.errors import ChoiceError, MattaError, first_line, require_kind
 from matta.nesting.batches import Batch, map_tensors, split_labels
 from matta.nesting.nested import Nested, require_nested
 from matta.sizes.extraction import extract, running_statistics, unmeasured_norms
-from matta.sizes.submodels import NARROW, WIDE, SubModel, is_one_width, layer_names, student_spec
+from matta.sizes.submodels import NARROW, WIDE, SubModel, alike_layers, is_one_width, layer_names, student_spec
 
 STUDENT, TA = "Student", "TA"
 TIMED_TOGETHER: Final = 8  # modules whose calls take turns; more would be in memory at once
@@ -40,7 +40,8 @@ def family(
 ) -> Family:
     """The table of a nesting's sizes: what each costs, its latency here, and its quality by your own function.
 
-    All choices of wide and narrow layers are evaluated if they are at most `max_evaluations`. Of more the front of
+    All choices of wide and narrow layers are evaluated if they are at most `max_evaluations` (blocks in which nothing
+    grows are the same wide and narrow, and no choice). Of more the front of
     parameters and quality is searched: Student, TA, wide-narrow-wide (section 4.2.3), each layer wide for itself, then
     choices that a model of the effects of layers predicts to be best.
 
@@ -89,21 +90,21 @@ def family(
             f"would not be of these; expected calls over 0, or no batch_sizes"
         )
     place = usable_device(device) if device is not None else next(nested.ta.parameters()).device
-    inputs = map_tensors(split_labels(example)[0], lambda tensor: tensor.to(place))
-    judge = _Judge(nested, evaluate, inputs, place)
+    inputs, labels = split_labels(example)
+    judge = _Judge(nested, evaluate, map_tensors(inputs, lambda tensor: tensor.to(place)), labels, place)
     layers = _layers(nested)
     if calls:
         _require_batch_sizes(judge, batch_sizes)
     with _bar(progress, min(max_evaluations, 2 ** len(layers))) as advance:
 
         def loss(choice: Choice) -> float:
-            size = judge.size(_spec(layers, choice))
+            size = judge.size(_spec(nested, layers, choice))
             advance()
             return -size.quality if higher_is_better else size.quality
 
         found = search(len(layers), _additive_cost(judge, layers), loss, max_evaluations=max_evaluations)
     student = student_spec(nested)
-    specs = [_spec(layers, choice) for choice in found]
+    specs = [_spec(nested, layers, choice) for choice in found]
     sizes = [judge.size(spec) for spec in (specs if student in specs else [student, *specs])]
     if judge.unmeasured:
         warnings.warn(
@@ -126,9 +127,9 @@ class _Judge:
     """Takes sizes out one by one, and remembers what was found of each."""
 
     def __init__(
-        self, nested: Nested, evaluate: Callable[[nn.Module], float], inputs: Any, device: torch.device
+        self, nested: Nested, evaluate: Callable[[nn.Module], float], inputs: Any, labels: Any, device: torch.device
     ) -> None:
-        self.nested, self.evaluate, self.inputs, self.device = nested, evaluate, inputs, device
+        self.nested, self.evaluate, self.inputs, self.labels, self.device = nested, evaluate, inputs, labels, device
         self.found: dict[SubModel, Size] = {}
         self.unmeasured: dict[str, None] = {}  # norms of sizes that were judged with statistics of another's
 
@@ -142,7 +143,7 @@ class _Judge:
             module = self.module(spec)
             before = [each.clone() for each in running_statistics(module)]
             with torch.no_grad():
-                cost = measure_cost(module, self.inputs)
+                cost = measure_cost(module, self.inputs, self.labels)
                 quality = quality_of(self.evaluate, module)
             if all(map(torch.equal, before, running_statistics(module))):
                 self.unmeasured.update(dict.fromkeys(unmeasured_norms(self.nested, spec)))
@@ -182,7 +183,9 @@ def _additive_cost(judge: _Judge, layers: Sequence[Sequence[str]]) -> Callable[[
     base = 0.0
 
     def count(choice: Choice) -> float:
-        return float(sum(each.numel() for each in extract(judge.nested, _spec(layers, choice)).parameters()))
+        return float(
+            sum(each.numel() for each in extract(judge.nested, _spec(judge.nested, layers, choice)).parameters())
+        )
 
     def cost(choice: Choice) -> float:
         nonlocal base
@@ -241,12 +244,15 @@ def _layers(nested: Nested) -> list[tuple[str, ...]]:
     names = layer_names(nested)
     if not names:
         raise ChoiceError("the Student shares no layer with the TA, so there are no sizes between to choose from")
-    return [names] if is_one_width(nested) else [(name,) for name in names]
+    alike = alike_layers(nested)
+    return [names] if is_one_width(nested) else [(name,) for name in names if name not in alike]
 
 
-def _spec(layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:
-    pairs = zip(layers, choice, strict=True)
-    return SubModel({name: WIDE if wide else NARROW for names, wide in pairs for name in names})
+def _spec(nested: Nested, layers: Sequence[Sequence[str]], choice: Choice) -> SubModel:
+    """The sub-model of a choice; blocks that are the same wide and narrow are wide in the TA alone, by name."""
+    chosen = {name: WIDE if wide else NARROW for names, wide in zip(layers, choice, strict=True) for name in names}
+    rest = WIDE if all(choice) else NARROW
+    return SubModel({name: chosen.get(name, rest) for name in layer_names(nested)})
 
 
 def size_name(nested: Nested, spec: SubModel) -> str:

@@ -35,6 +35,7 @@ from matta.nesting.batches import (
     tensors_of,
 )
 from matta.nesting.nested import Nested
+from matta.nesting.slicing import is_live, materialize
 from matta.sizes.storage import whole_file
 
 Format = Literal["onnx", "torch_export", "safetensors", "transformers"]
@@ -43,6 +44,8 @@ TOLERANCE: Final = 1e-3  # relative to the largest logit; other kernels sum in a
 LARGEST_ONNX: Final = 2**31 - 2**24  # bytes of weights: a file is one protobuf message of less than 2 GiB
 GRAPH_NAMES: Final = frozenset({"device", "torch", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
 """What the code of a torch.fx graph calls by name: an input of that name hides it."""
+FIXED: Final = ("to be a constant", "a static shape")
+"""In torch's words: an open length turned out to be fixed. Its first line does not say so."""
 
 
 @final
@@ -85,8 +88,8 @@ def export(
     | "transformers" | a folder | `from_pretrained(path)` |
 
     Args:
-        module: A plain module, such as `matta.extract` gives, on the CPU. One of several heads, which returns a
-            mapping of tensors, has an output for each.
+        module: A module on the CPU, such as `matta.extract` gives, or a live one. One of several heads, which returns
+            a mapping of tensors, has an output for each.
         path: The file or folder to be; a file that is there is replaced, when all went well.
         format: See the table.
         example: A batch as in training, for "onnx" and "torch_export".
@@ -96,7 +99,8 @@ def export(
         int8: Weights of matrix products as 8-bit integers, by ONNX Runtime's dynamic quantisation. How far its logits
             are off is told; `tolerance` is not asked, since only `evaluate` can judge it.
         evaluate: The quality of a module, which is measured on what was written ("onnx" and "torch_export").
-        tolerance: The most that logits may differ, over the largest logit; None: 1e-3.
+        tolerance: The most that logits may differ, over the largest logit; None: 1e-3, or where that is more, four
+            times the precision of the weights (0.03 for bfloat16).
         logits: Where the logits are in what the module returns, as in `CoTraining`; a function may give a mapping of
             several outputs.
 
@@ -123,6 +127,7 @@ def export(
     if int8 and format != "onnx":
         raise ExportError(f"int8=True with format={format!r}; expected 'onnx': it is ONNX Runtime's quantisation")
     target = _target(path, is_folder=format == "transformers")
+    module = materialize(module) if is_live(module) else module
     with eval_mode(module):
         if format == "safetensors":
             return _safetensors(module, target)
@@ -136,7 +141,7 @@ def export(
         names = tuple(outputs_by_name(run_example(module, inputs), logits))
         inputs = resized(inputs, max(SMALLEST_BATCH, num_examples(inputs)))
         write = partial(_onnx, int8=int8, names=names, logits=logits) if format == "onnx" else _torch_export
-        allowed = TOLERANCE if tolerance is None else tolerance
+        allowed = _tolerance(module) if tolerance is None else tolerance
         with whole_file(target) as made:
             with _in_a_line(format, tensor_names(inputs)), _quiet():
                 read, rest = write(module, made, inputs, axes)
@@ -152,6 +157,11 @@ def export(
             quality = None if evaluate is None else quality_of(evaluate, read)
             size = made.stat().st_size
     return Exported(path=target, format=format, bytes=size, error=error, tolerance=allowed, quality=quality)
+
+
+def _tolerance(module: nn.Module) -> float:
+    kinds = {each.dtype for each in module.parameters() if each.is_floating_point()}
+    return max(TOLERANCE, *(4 * torch.finfo(kind).eps for kind in kinds), 0.0)
 
 
 def _outputs(module: nn.Module, logits: Any, batch: Any) -> dict[str, Tensor]:
@@ -263,6 +273,7 @@ def _onnx(
         except ModuleNotFoundError:
             raise ExportError(f"{package} is not installed; pip install 'matta[export]'") from None
     values = tensors_of(inputs)
+    _forget_kernels()
     program = torch.onnx.export(
         _Positional(module, inputs, logits),
         tuple(values),
@@ -280,6 +291,15 @@ def _onnx(
             file = _quantised(file)
         file.replace(made)
     return OnnxModule(made), [] if int8 else untraced(program.exported_program)
+
+
+def _forget_kernels() -> None:
+    """Let torch.onnx put its kernels for any length in the place of recurrent layers', which torch keeps once they ran.
+
+    Without it a process exports a recurrent layer with an open length once, and then no more.
+    """
+    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        getattr(operator, "_dispatch_cache", {}).clear()
 
 
 def _require_own_names(outputs: Sequence[str], inputs: Sequence[str]) -> None:
@@ -317,7 +337,9 @@ def _torch_export(
     with made.open("wb") as file:
         torch.export.save(program, file)
     with made.open("rb") as file:
-        return torch.export.load(file).module(), untraced(program)
+        read = torch.export.load(file).module()
+    vars(read).update(dict.fromkeys(("train", "eval"), lambda *_: read))  # torch's refuse; a graph has one mode
+    return read, untraced(program)
 
 
 def _shapes(value: Any, axes: Iterator[Any]) -> Any:
@@ -342,8 +364,8 @@ def _in_a_line(format: Format, input_names: Sequence[str] = ()) -> Iterator[None
         taken = sorted({*input_names} & GRAPH_NAMES) if format == "torch_export" else []
         reason = _reason(error)
         remedy = f"rename the input {taken[0]!r}, a name in torch's own code" if taken else "replace that operation"
-        if "to be a constant" in reason:
-            remedy = "write x.shape[0] for len(x), which fixes a length"
+        if any(each in reason for each in FIXED):
+            remedy = "write x.shape[0] for len(x), which fixes a length, leave that axis out of open_axes"
         raise ExportError(
             f"the module cannot be exported as {format}: {reason}; {remedy}, or export format='safetensors' "
             f"and load it into your class where it is served"
@@ -355,7 +377,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line.removeprefix("- ").partition(". ")[0] for line in lines if "to be a constant" in line] or lines
+    fixed = [line for line in lines if any(each in line for each in FIXED)]
+    lines = [line.removeprefix("- ").partition(". ")[0] for line in fixed] or lines
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300].rstrip(".:")
 
 

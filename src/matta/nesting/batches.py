@@ -7,7 +7,7 @@ arguments, or a pair (inputs, labels) with inputs a tensor or a tuple of positio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -96,11 +96,15 @@ def tensor_names(inputs: Any) -> list[str]:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Modules in eval mode for a while; each of their parts then has its own mode again."""
+    """Modules in eval mode for a while; each of their parts then has its own mode again.
+
+    What `torch.export` has written has no modes, and says so where it is asked.
+    """
     modes = {part: part.training for module in modules for part in module.modules()}
     try:
         for module in modules:
-            module.eval()
+            with suppress(NotImplementedError):
+                module.eval()
         yield
     finally:
         for part, mode in modes.items():

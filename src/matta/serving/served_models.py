@@ -45,7 +45,15 @@ from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import extract, share, unmeasured_norms
 from matta.sizes.extraction import recalibrate as measure_statistics
-from matta.sizes.submodels import SubModel, layer_names, student_spec, wide, wide_narrow_wide
+from matta.sizes.submodels import (
+    SubModel,
+    alike_layers,
+    is_one_width,
+    layer_names,
+    student_spec,
+    wide,
+    wide_narrow_wide,
+)
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
 LOG: Final = logging.getLogger("matta.serve")
@@ -311,7 +319,8 @@ def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | 
     names = layer_names(nested)
     if not names:
         return {STUDENT: None, TA: wide(nested)}
-    steps = min(len(names), MOST_BETWEEN + 1)
+    has_between = not is_one_width(nested) and alike_layers(nested) != {*names}
+    steps = min(len(names), MOST_BETWEEN + 1) if has_between else 1
     between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
     return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import final
@@ -124,6 +125,17 @@ def unmeasured_norms(nested: Nested, spec: SubModel | None) -> list[str]:
         if name in norms and _is_one(part.running_mean, norms[name].running_mean):
             del norms[name]
     return list(norms)
+
+
+def warn_of_statistics(nested: Nested, specs: Mapping[str, SubModel | None], remedy: str) -> None:
+    """Tell of sizes whose norms have the running statistics of Student or TA, which are not theirs."""
+    for name, spec in specs.items():
+        if norms := unmeasured_norms(nested, spec):
+            warnings.warn(
+                f"the running statistics of {', '.join(norms[:4])} are those of Student and TA, and were never "
+                f"measured for {name!r}: {remedy}",
+                stacklevel=3,
+            )
 
 
 def _is_one(mean: Tensor | None, other: Tensor | None) -> bool:

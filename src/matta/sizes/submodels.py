@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, zip_longest
 from random import Random
 from typing import final
 
 from torch import nn
 
 from matta.errors import SubModelError
+from matta.nesting.closures import OF_MODULES
+from matta.nesting.copying import holds_same
 from matta.nesting.nested import Nested, require_nested
+from matta.nesting.slicing import skeleton, slices_of
 from matta.sizes.assembly import assemble
 from matta.sizes.units import Unit, find_units
 
@@ -181,6 +184,58 @@ def random_sub_model(nested: Nested, among: Sequence[SubModel] | None = None) ->
     if is_one_width(nested):
         return lambda random: SubModel(dict.fromkeys(names, random.choice((NARROW, WIDE))))
     return lambda random: SubModel({name: random.choice((NARROW, WIDE)) for name in names})
+
+
+def alike_layers(nested: Nested) -> set[str]:
+    """The blocks that are the same wide and narrow, since nothing in them grows: with depth M-nesting alone, all.
+
+    Example:
+        >>> import matta
+        >>> def tower(depth): return nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth)))
+        >>> sorted(alike_layers(matta.nest(tower(1), tower(2), layers={"": "first"})))
+        ['0', '1']
+    """
+    units = [unit for unit in find_units(nested.student, nested.ta, nested.plan) if unit.layers is not None]
+    if not units:
+        return set()
+    try:
+        both = live(nested, SubModel(default=WIDE)), live(nested, SubModel())
+    except SubModelError:  # some block cannot be narrow
+        return set()
+    found = set()
+    for unit in units:
+        assert unit.layers is not None, "only these are taken"
+        paths = (f"{path}.{unit.index}" if path else f"{unit.index}" for path in (unit.layers.ta, unit.layers.student))
+        wide_block, narrow_block = (module.get_submodule(path) for module, path in zip(both, paths, strict=True))
+        if _is_alike(wide_block, narrow_block):
+            found.add(unit.name)
+    return found
+
+
+def _is_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two live modules are of the same weights, buffers and settings, in parts of the same classes."""
+    if [live.key for live in slices_of(one).values()] != [live.key for live in slices_of(other).values()]:
+        return False
+    parts = (skeleton(each, keep_own=True).named_modules() for each in (one, other))
+    pairs = list(zip_longest(*parts, fillvalue=("", None)))
+    return all(path == name and _has_same_settings(left, right) for (path, left), (name, right) in pairs)
+
+
+def _has_same_settings(left: nn.Module | None, right: nn.Module | None) -> bool:
+    if left is None or type(left) is not type(right):
+        return False
+    if any(each is not None for part in (left, right) for each in part._parameters.values()):
+        return False  # private ones
+    buffers = [{name: each for name, each in part._buffers.items() if each is not None} for part in (left, right)]
+    if buffers[0].keys() != buffers[1].keys():
+        return False
+    settings = [{name: each for name, each in vars(part).items() if name not in OF_MODULES} for part in (left, right)]
+    try:
+        return settings[0] == settings[1] and all(
+            holds_same(each, buffers[1][name]) for name, each in buffers[0].items()
+        )
+    except (RuntimeError, ValueError):  # tensors and arrays among them
+        return False
 
 
 def sizes_between(nested: Nested) -> list[SubModel] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from matta.errors import RunError, require_kind
-from matta.nesting.batches import Batch, call, logits_of, map_tensors, split_labels
+from matta.nesting.batches import Batch, call, eval_mode, logits_of, map_tensors, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.nested import Nested
 from matta.nesting.plan import slices
@@ -22,6 +22,7 @@ from matta.objectives.labels import Labels, unweighted
 from matta.objectives.losses import divisor
 from matta.objectives.objective import Objective
 from matta.optim.divided_parameters import is_sharded
+from matta.sizes.extraction import warn_of_statistics
 from matta.sizes.submodels import SubModel, live
 from matta.training.metrics import Metric, Metrics, Rows, require_metrics, require_other_names, rows_of
 from matta.training.processes import (
@@ -40,14 +41,8 @@ from matta.training.step_labels import weighted_batch
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each part of `module` has the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with eval_mode(module), torch.no_grad():
+        yield
 
 
 Evaluate = Callable[[Nested], Mapping[str, float]]
@@ -162,6 +157,7 @@ class Evaluation:
 
     def _models(self, nested: Nested) -> dict[str, nn.Module]:
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(nested.students)}
+        warn_of_statistics(nested, self.models, "it is evaluated with these")
         return {**students, "ta": nested.ta, **{name: live(nested, spec).eval() for name, spec in self.models.items()}}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from matta.errors import LabelError, RunError
 from matta.nesting.batches import Batch, call
 from matta.objectives.labels import unweighted
+from matta.sizes.extraction import running_statistics, warn_of_statistics
 from matta.sizes.submodels import SubModel, live
 from matta.training.cotraining import CoTraining
 from matta.training.metrics import require_other_names
@@ -115,7 +116,9 @@ class ProgressiveValidation:
 
     def _logits(self, cotrain: CoTraining, inputs: Any, out: CoTrainingOutput) -> dict[str, Tensor]:
         nested = cotrain.nested
-        if self._watch and not self._live:
+        if not self._live:
+            warn_of_statistics(nested, self._watch, "what it predicts is judged by these")
+        if not self._live or running_statistics(nested.ta):  # a live sub-model follows the weights, not the statistics
             self._live = {name: live(nested, spec).eval() for name, spec in self._watch.items()}
         students = {f"student_{i}" if i else "student": each for i, each in enumerate(out.all_student_logits)}
         mixed = {name: cotrain.read(call(module, inputs)) for name, module in self._live.items()}

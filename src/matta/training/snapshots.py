@@ -28,7 +28,7 @@ from matta.nesting.batches import Batch, split_labels
 from matta.nesting.nested import Nested
 from matta.nesting.sharded_slices import is_sharded
 from matta.objectives.labels import num_examples
-from matta.sizes.extraction import extract
+from matta.sizes.extraction import extract, warn_of_statistics
 from matta.sizes.storage import verify, whole_file, whole_folder
 from matta.sizes.submodels import SubModel
 from matta.training.cotraining import CoTraining
@@ -140,6 +140,7 @@ class Snapshots:
                 "received a nesting that is sharded over processes to publish; expected a whole one: leave Snapshots "
                 "out, and take models from the checkpoints of the run"
             )
+        warn_of_statistics(nested, self.models, "call matta.recalibrate(module, batches) on what read_snapshot gives")
         self.folder.mkdir(parents=True, exist_ok=True)
         version = max((int(each.name) for each in _versions(self.folder)), default=0) + 1
         with whole_folder(self.folder / f"{version:08d}") as made:
