@@ -619,13 +619,17 @@ def test_a_run_that_another_has_begun_at_the_same_time_is_left_to_it(
     assert (out / "fit.json").is_file() and (out / "recipe.json").is_file()
 
 
-def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path) -> None:
+def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = values(tmp_path, steps=1000, warmup=0, checkpoint_every=1000)
     recipe["data"] = {**recipe["data"], "passes": 1}
     recipe["family"] = {"k": []}
-    results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
+    with pytest.warns(UserWarning, match=r"the text ends after \d+ of 1,000 steps \(data.passes = 1\), before the"):
+        results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
     assert results is not None
     assert 0 < results["steps"] < 1000
+    most = results["text"]["samples"] // 4
+    assert f"the text ends after {most} of 1,000 steps" in capsys.readouterr().out
+    assert results["steps"] - most in (0, 1)
     card = (tmp_path / "out" / "models" / "student" / "README.md").read_text()
     assert f"\n{results['steps']} steps on " in card
 
