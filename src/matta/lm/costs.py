@@ -7,6 +7,8 @@ kernels.
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, final

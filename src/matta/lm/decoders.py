@@ -5,6 +5,8 @@ Models can be built and nested on the meta device (`with torch.device("meta")`),
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import copy
 import math
 import os

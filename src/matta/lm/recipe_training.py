@@ -5,6 +5,8 @@ In one process, or in several: `matta train RECIPE --processes 2`, or by torchru
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import math
 import shutil
 import time
