@@ -31,7 +31,7 @@ from matta.lm import extracting, recipe_training
 from matta.lm.command_settings import ExtractSettings, TrainSettings
 from matta.lm.continued_runs import require_same
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
-from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
+from matta.lm.decoders import build_pair, make_optimizer, nest_pair, parameter_groups, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, read_by_both, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
@@ -399,6 +399,21 @@ def test_decay_spares_embeddings_norms_and_biases() -> None:
     assert decayed == matrices
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, nested.parameters()))
+
+
+def test_decay_spares_the_biases_of_experts_and_rates_of_states() -> None:
+    experts = {**GQA, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    states = {"num_hidden_layers": 1, "hidden_size": 16, "state_size": 4}
+    for architecture, sizes in (("gpt_oss", experts), ("mamba", states)):
+        part = ModelPart(architecture=architecture, student=sizes, ta={"num_hidden_layers": 3})
+        with torch.device("meta"):
+            _, model = build_pair(part, 257)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = parameter_groups(model, 0.1)
+        spared = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+        expected = {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(("bias", "A_log"))}
+        assert any(dict(model.named_parameters())[name].ndim == 2 for name in expected)
+        assert spared == expected | {name for name in names.values() if "embed" in name}
 
 
 def test_the_rate_rises_and_falls_to_its_end() -> None:
