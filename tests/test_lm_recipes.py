@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import matta
+from matta.choosing.measuring import measure_cost
 from matta.cli import main
 from matta.errors import GrowthError, RunError
 from matta.lm import extracting, recipe_training
@@ -312,16 +313,52 @@ def test_flops_are_what_torch_counts_and_the_family_adds_up(architecture: str) -
     assert costs[4] == cost_of(ta, 16)
 
 
-def test_experts_are_counted_as_if_all_ran() -> None:
+LATENT = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "intermediate_size": 24,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"), [("mixtral", {**GQA, "num_local_experts": 3}), ("deepseek_v3", LATENT)]
+)
+@pytest.mark.parametrize("per_token", [1, 2, 3])
+def test_experts_are_counted_that_a_token_is_sent_to(architecture: str, sizes: dict[str, Any], per_token: int) -> None:
     torch.manual_seed(0)
-    experts = {**GQA, "num_local_experts": 3, "num_experts_per_tok": 3, "attn_implementation": "eager"}
-    part = ModelPart(architecture="mixtral", student=experts, ta={"intermediate_size": 40})
-    model, _ = build_pair(part, 257)
+    experts = {**sizes, "num_experts_per_tok": per_token, "attn_implementation": "eager"}
+    model, _ = build_pair(ModelPart(architecture=architecture, student=experts, ta={"num_hidden_layers": 3}), 257)
     model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
     rotary = 2 * 2 * 16 * 2
     assert abs(counter.get_total_flops() - 32 * cost_of(model, 16).flops_per_token) <= rotary
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mixtral"])
+def test_flops_planned_are_those_by_which_a_size_is_chosen(architecture: str) -> None:
+    torch.manual_seed(0)
+    sizes = ARCHITECTURES[architecture][0] if architecture in ARCHITECTURES else {**GQA, "num_local_experts": 3}
+    part = ModelPart(architecture=architecture, student=sizes, ta={"num_hidden_layers": 3})
+    model = build_pair(part, 257)[0].eval()
+    measured = measure_cost(model, {"input_ids": torch.arange(32).view(2, 16)}).flops
+    assert measured == 16 * cost_of(model, 16).flops_per_token
+
+
+def test_a_model_that_runs_on_no_fake_tensors_has_no_planned_memory() -> None:
+    sizes = {**GQA, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model, _ = build_pair(ModelPart(architecture="mixtral", student=sizes, ta={"intermediate_size": 40}), 257)
+    model.set_experts_implementation("eager")
     with pytest.raises(RunError, match=r"^MixtralForCausalLM cannot be run on fake tensors.* \(\w+: [^\n]*$"):
         saved_bytes(model.config, batch=1, context=8, precision="no")
 

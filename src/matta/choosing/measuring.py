@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,30 @@ class Latency:
 class Cost:
     """What a module costs; FLOPs and activations are of one forward of the example, per example.
 
-    `flops` are those of matrix products and convolutions, as `torch.utils.flop_counter` counts them. `activation_bytes`
-    is the most that a forward without gradients holds at once beyond the parameters.
+    `flops` are those of matrix products and convolutions, as `torch.utils.flop_counter` counts them, with those of
+    torch's attention on a CPU and of products by groups (experts), which it leaves out. `activation_bytes` is the most
+    that a forward without gradients holds at once beyond the parameters.
     """
 
     parameters: int
     bytes: int
     flops: float
     activation_bytes: float
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    *batch, num_queries, width = query
+    return 2 * math.prod(batch) * num_queries * key[-2] * (width + value[-1])
+
+
+def _grouped_flops(rows: Sequence[int], _: Sequence[int], *__: Any, out_shape: Sequence[int], **___: Any) -> int:
+    return 2 * rows[-1] * math.prod(out_shape)
+
+
+_UNCOUNTED: Final = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
 
 
 @torch.no_grad()
@@ -64,7 +81,7 @@ def measure_cost(module: nn.Module, inputs: Any) -> Cost:
     """
     count = num_examples(inputs)
     parameters = list(module.parameters())
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         run_example(module, inputs)
     return Cost(
         parameters=sum(each.numel() for each in parameters),
