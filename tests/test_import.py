@@ -71,3 +71,24 @@ def test_nest_loads_torch_and_no_extra() -> None:
 def test_the_command_line_loads_no_torch() -> None:
     loaded = loaded_after("from matta.cli import COMMANDS, _parser; _parser(COMMANDS)")
     assert loaded.isdisjoint({"torch", "numpy", *EXTRAS})
+
+
+def test_language_models_without_their_extra_name_it() -> None:
+    """Each module that needs the packages says so in a line, whichever is imported first."""
+    code = """
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys(["transformers", "tokenizers", "accelerate", "datasets", "rich", "huggingface_hub"])
+import matta.lm
+told = set()
+for module in pkgutil.iter_modules(matta.lm.__path__):
+    try:
+        importlib.import_module(f"matta.lm.{module.name}")
+    except matta.MattaError as error:
+        told.add(str(error))
+    except ModuleNotFoundError:
+        assert module.name == "modeling_matta"  # lies in folders, where matta is not
+print(*told, sep="\\n")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    expected = "matta.lm needs transformers, which is not installed; pip install 'matta[lm]'\n"
+    assert ended.stdout == expected, ended.stderr

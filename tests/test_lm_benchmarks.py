@@ -721,6 +721,10 @@ def test_texts_read_in_portions_of_different_length_are_told(judged: dict[str, A
     models = [first, {**second, "text": {**second["text"], "context": 32}}]
     (note,) = [note for note in notes({**judged, "models": models}) if "held-out" in note]
     assert note.endswith("at most, 32 by the model of the shortest context: --context 32 is fairer.")
+    models = [first, {**second, "text": {**second["text"], "num_unknown": 7}}]
+    (note,) = [note for note in notes({**judged, "models": models}) if "unknown" in note]
+    told = f"{second['name']}: 7 of {second['text']['num_tokens']} tokens of the text are unknown to the tokenizer: its"
+    assert note == f"{told} bits per byte are too low, and compare with no other tokenizer."
 
 
 # --- real files, where they are ---------------------------------------------------------------------

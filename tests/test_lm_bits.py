@@ -276,5 +276,7 @@ def test_the_name_of_a_special_token_is_text_as_in_training(kind: str) -> None:
     assert kind == "unigram" or tokenizer.eos_token_id not in block.tokens  # a unigram model has it as a piece, too
     assert (score.num_tokens, score.num_bytes) == (len(block.tokens), len(NAMED.encode()))
     assert score.bits_per_byte == pytest.approx(score.num_tokens * math.log2(model.size) / score.num_bytes)
+    unknown = block.tokens.tolist().count(tokenizer.unk_token_id)
+    assert (score.num_unknown, unknown > 0) == (unknown, kind in ("unigram", "words"))
     cut = bits_per_byte(model, tokenizer, NAMED, context=5, batch=3)
     assert (cut.num_tokens, math.fsum(cut.unit_bytes)) == (score.num_tokens, score.num_bytes)

@@ -25,13 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import matta
+from matta.choosing.measuring import measure_cost
 from matta.cli import main
 from matta.errors import GrowthError, RunError
 from matta.lm import extracting, recipe_training
 from matta.lm.command_settings import ExtractSettings, TrainSettings
 from matta.lm.continued_runs import require_same
 from matta.lm.costs import cost_of, family_costs, optimizer_bytes, saved_bytes
-from matta.lm.decoders import build_pair, make_optimizer, nest_pair, rate_factor
+from matta.lm.decoders import build_pair, make_optimizer, nest_pair, parameter_groups, rate_factor
 from matta.lm.documents import held_out_documents, pydoc_topics, read_by_both, text_source
 from matta.lm.gpu_memory import choices, fitting
 from matta.lm.planning import nest_on_meta, plan_figures
@@ -312,16 +313,52 @@ def test_flops_are_what_torch_counts_and_the_family_adds_up(architecture: str) -
     assert costs[4] == cost_of(ta, 16)
 
 
-def test_experts_are_counted_as_if_all_ran() -> None:
+LATENT = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "intermediate_size": 24,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"), [("mixtral", {**GQA, "num_local_experts": 3}), ("deepseek_v3", LATENT)]
+)
+@pytest.mark.parametrize("per_token", [1, 2, 3])
+def test_experts_are_counted_that_a_token_is_sent_to(architecture: str, sizes: dict[str, Any], per_token: int) -> None:
     torch.manual_seed(0)
-    experts = {**GQA, "num_local_experts": 3, "num_experts_per_tok": 3, "attn_implementation": "eager"}
-    part = ModelPart(architecture="mixtral", student=experts, ta={"intermediate_size": 40})
-    model, _ = build_pair(part, 257)
+    experts = {**sizes, "num_experts_per_tok": per_token, "attn_implementation": "eager"}
+    model, _ = build_pair(ModelPart(architecture=architecture, student=experts, ta={"num_hidden_layers": 3}), 257)
     model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
     rotary = 2 * 2 * 16 * 2
     assert abs(counter.get_total_flops() - 32 * cost_of(model, 16).flops_per_token) <= rotary
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mixtral"])
+def test_flops_planned_are_those_by_which_a_size_is_chosen(architecture: str) -> None:
+    torch.manual_seed(0)
+    sizes = ARCHITECTURES[architecture][0] if architecture in ARCHITECTURES else {**GQA, "num_local_experts": 3}
+    part = ModelPart(architecture=architecture, student=sizes, ta={"num_hidden_layers": 3})
+    model = build_pair(part, 257)[0].eval()
+    measured = measure_cost(model, {"input_ids": torch.arange(32).view(2, 16)}).flops
+    assert measured == 16 * cost_of(model, 16).flops_per_token
+
+
+def test_a_model_that_runs_on_no_fake_tensors_has_no_planned_memory() -> None:
+    sizes = {**GQA, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model, _ = build_pair(ModelPart(architecture="mixtral", student=sizes, ta={"intermediate_size": 40}), 257)
+    model.set_experts_implementation("eager")
     with pytest.raises(RunError, match=r"^MixtralForCausalLM cannot be run on fake tensors.* \(\w+: [^\n]*$"):
         saved_bytes(model.config, batch=1, context=8, precision="no")
 
@@ -399,6 +436,21 @@ def test_decay_spares_embeddings_norms_and_biases() -> None:
     assert decayed == matrices
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, nested.parameters()))
+
+
+def test_decay_spares_the_biases_of_experts_and_rates_of_states() -> None:
+    experts = {**GQA, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    states = {"num_hidden_layers": 1, "hidden_size": 16, "state_size": 4}
+    for architecture, sizes in (("gpt_oss", experts), ("mamba", states)):
+        part = ModelPart(architecture=architecture, student=sizes, ta={"num_hidden_layers": 3})
+        with torch.device("meta"):
+            _, model = build_pair(part, 257)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = parameter_groups(model, 0.1)
+        spared = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+        expected = {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(("bias", "A_log"))}
+        assert any(dict(model.named_parameters())[name].ndim == 2 for name in expected)
+        assert spared == expected | {name for name in names.values() if "embed" in name}
 
 
 def test_the_rate_rises_and_falls_to_its_end() -> None:
@@ -619,13 +671,17 @@ def test_a_run_that_another_has_begun_at_the_same_time_is_left_to_it(
     assert (out / "fit.json").is_file() and (out / "recipe.json").is_file()
 
 
-def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path) -> None:
+def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = values(tmp_path, steps=1000, warmup=0, checkpoint_every=1000)
     recipe["data"] = {**recipe["data"], "passes": 1}
     recipe["family"] = {"k": []}
-    results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
+    with pytest.warns(UserWarning, match=r"the text ends after \d+ of 1,000 steps \(data.passes = 1\), before the"):
+        results = run(TrainSettings(recipe=write(tmp_path, recipe), out=tmp_path / "out"))
     assert results is not None
     assert 0 < results["steps"] < 1000
+    most = results["text"]["samples"] // 4
+    assert f"the text ends after {most} of 1,000 steps" in capsys.readouterr().out
+    assert results["steps"] - most in (0, 1)
     card = (tmp_path / "out" / "models" / "student" / "README.md").read_text()
     assert f"\n{results['steps']} steps on " in card
 

@@ -223,10 +223,8 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _transformers(module: nn.Module, target: Path) -> Exported:
-    try:
-        from matta.lm.folders import export as write_folder
-    except ModuleNotFoundError:
-        raise ExportError("format='transformers' needs Transformers: pip install 'matta[lm]'") from None
+    from matta.lm.folders import export as write_folder  # which names the extra that it needs
+
     write_folder(module, target)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Exported(path=target, format="transformers", bytes=size, error=0.0, tolerance=0.0)

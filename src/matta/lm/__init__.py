@@ -16,4 +16,5 @@ Read in this order:
 - `choosing_sizes`: `matta choose`. `run_report`: `matta report`.
 - `drafting`: the Student drafts and the TA verifies, in Transformers' assisted generation.
 - `bits_per_byte`, `judging`, `benchmarks`, `benchmark_tables`: `matta evaluate`.
+- `needed`: the extra `lm`, named by an error where it is not installed.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from matta.lm.bits_per_byte import unknown_note
 from matta.lm.judging import BENCHMARKS
 from matta.training.reporting import markdown_table
 
@@ -70,6 +71,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     found += [f"{', '.join(names)} read {cut}; their beginnings were left out." for cut, names in cuts.items()]
     if _has_text(results):
         found.append(_text_note([model["text"] for model in results["models"]]))
+    for model in results["models"]:
+        text = model["text"]
+        if text and (told := unknown_note(text["num_unknown"], text["num_tokens"])) is not None:
+            found.append(f"{model['name']}: {told}.")
     return found
 
 

@@ -303,7 +303,7 @@ def _row(judged: _Judged) -> dict[str, Any]:
 
 
 def _text_row(score: TextScore) -> dict[str, Any]:
-    names = ("bits_per_byte", "standard_error", "perplexity", "num_tokens", "num_bytes")
+    names = ("bits_per_byte", "standard_error", "perplexity", "num_tokens", "num_unknown", "num_bytes")
     return {name: getattr(score, name) for name in names}
 
 

@@ -1,7 +1,7 @@
 """How well a language model predicts a text: bits per byte and perplexity, by rolling windows.
 
-Bits per byte do not hang on the tokenizer, so that models with different ones can be compared; the perplexity
-of a token does.
+Bits per byte do not hang on the tokenizer, so that models with different ones can be compared, as long as no text is
+unknown to them; the perplexity of a token does.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class TextScore:
     perplexity: float  # of a token; infinite from 710 nats on
     num_bytes: int  # of the text in UTF-8
     num_tokens: int  # that were predicted
+    num_unknown: int  # of them: each stands for any text, so that with many the bits per byte are too few
     standard_error: float | None  # of the bits per byte; None with fewer than two units
     unit_bits: tuple[float, ...] = field(repr=False)
     unit_bytes: tuple[float, ...] = field(repr=False)
@@ -100,7 +101,24 @@ def bits_per_byte(
     if not windows:
         raise RunError("the text has no token to predict; expected at least one (two without a mark of a beginning)")
     nats = _nats(model, windows, batch, len(sizes), together=together)
-    return _score(nats, sizes, sum(window.num_scored for window in windows))
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    scored = torch.cat([window.tokens[-window.num_scored :] for window in windows])
+    return _score(nats, sizes, len(scored), 0 if unknown is None else int((scored == unknown).sum()))
+
+
+def unknown_note(num_unknown: int, num_tokens: int) -> str | None:
+    """What to say of a text with tokens that stand for any text; None: it has none.
+
+    Example:
+        >>> unknown_note(0, 4) is None, unknown_note(1, 4).partition(":")[0]
+        (True, '1 of 4 tokens of the text are unknown to the tokenizer')
+    """
+    if not num_unknown:
+        return None
+    return (
+        f"{num_unknown:,} of {num_tokens:,} tokens of the text are unknown to the tokenizer: its bits per byte are too "
+        f"low, and compare with no other tokenizer"
+    )
 
 
 def change(score: TextScore, baseline: TextScore) -> tuple[float, float | None]:
@@ -241,13 +259,14 @@ def _takes_mask(model: nn.Module) -> bool:
     return any(each.name == "attention_mask" or each.kind is each.VAR_KEYWORD for each in arguments)
 
 
-def _score(nats: np.ndarray[Any, Any], sizes: Sequence[float], num_tokens: int) -> TextScore:
+def _score(nats: np.ndarray[Any, Any], sizes: Sequence[float], num_tokens: int, num_unknown: int) -> TextScore:
     bits = [float(each) * BITS_PER_NAT for each in nats]
     return TextScore(
         bits_per_byte=math.fsum(bits) / math.fsum(sizes),
         perplexity=_exponential(math.fsum(nats) / num_tokens),
         num_bytes=round(math.fsum(sizes)),
         num_tokens=num_tokens,
+        num_unknown=num_unknown,
         standard_error=ratio_error(bits, sizes),
         unit_bits=tuple(bits),
         unit_bytes=tuple(sizes),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, final

@@ -10,6 +10,8 @@ takes no memory; `matta.lm.folders` compares what both compute.
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -9,6 +9,8 @@ and any place cost nothing.
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import hashlib
 import json
 import shutil

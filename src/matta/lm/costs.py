@@ -7,6 +7,8 @@ kernels.
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -49,9 +51,9 @@ def cost_of(module: nn.Module, context: int) -> Cost:
 
     FLOPs are those of the matrix products, as `torch.utils.flop_counter` counts them: two for each weight of a
     linear layer (a head tied to the embedding included), and 4 x context x width for scores and values of each
-    attention, masked positions included. Layers with experts are counted as if all experts ran.
+    attention, masked positions included. Of experts those count that a token is sent to.
     """
-    flops = sum(2 * _linear_weights(part) for part in module.modules())
+    flops = sum(2 * _weights_of_token(part) for part in module.modules())
     flops += sum(4 * context * width for width in _attention_widths(module))
     return Cost(parameters=sum(each.numel() for each in module.parameters()), flops_per_token=flops)
 
@@ -91,10 +93,12 @@ def _is_block(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _linear_weights(part: nn.Module) -> int:
-    """The weights of a linear layer, of one of GPT-2's, which are called convolutions, or of a row of experts."""
+def _weights_of_token(part: Any) -> int:
+    """The weights of a linear layer, of one of GPT-2's, which are called convolutions, or of the experts of a token."""
     if "Experts" in type(part).__name__:
-        return sum(each.numel() for each in part.parameters(recurse=False) if each.ndim == 3)
+        total = sum(each.numel() for each in part.parameters(recurse=False) if each.ndim == 3)
+        config, count = getattr(part, "config", None), getattr(part, "num_experts", 1)
+        return total * (getattr(config, "num_experts_per_tok", None) or count) // count
     weight = getattr(part, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(part, nn.Embedding):
         return 0
@@ -102,7 +106,7 @@ def _linear_weights(part: nn.Module) -> int:
 
 
 def _attention_widths(module: nn.Module) -> list[int]:
-    """Heads times the width of a head, of each attention."""
+    """Heads times the width of a head, of each attention; where values have another than keys, their mean."""
     found = []
     for part in module.modules():
         if "Attention" in type(part).__name__ and not any("Attention" in type(c).__name__ for c in part.children()):
@@ -113,6 +117,9 @@ def _attention_widths(module: nn.Module) -> list[int]:
 def _attention_width(part: Any) -> int:
     config = getattr(part, "config", None)
     heads = getattr(config, "num_attention_heads", None) or getattr(part, "num_heads", None)
+    of_keys, of_values = getattr(part, "qk_head_dim", None), getattr(part, "v_head_dim", None)
+    if heads is not None and of_keys is not None and of_values is not None:  # DeepSeek's latent attention
+        return int(heads) * int(of_keys + of_values) // 2
     head_dim = getattr(part, "head_dim", None) or getattr(config, "head_dim", None)
     if head_dim is None and heads is not None and config is not None:
         head_dim = config.hidden_size // heads

@@ -5,6 +5,8 @@ Models can be built and nested on the meta device (`with torch.device("meta")`),
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import copy
 import math
 import os
@@ -351,15 +353,18 @@ def make_optimizer(part: TrainPart, module: nn.Module) -> torch.optim.Optimizer:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for `Shampoo`. Matrices decay; embeddings (with heads tied to them), norms and biases do not.
 
+    Biases of experts are rows of one tensor, and the `A_log` of Mamba is a table of rates: neither is a matrix.
+
     Example:
         >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
         >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(module, 0.1)]
         [(1, 0.1), (1, 0.0), (1, 0.0)]
     """
     groups: list[dict[str, Any]] = []
+    spared = {id(each) for name, each in module.named_parameters() if name.endswith(("bias", "A_log")) or each.ndim < 2}
     for group in shampoo_groups(module):
-        matrices = [each for each in group["params"] if each.ndim > 1 and group["precondition"]]
-        others = [each for each in group["params"] if each.ndim <= 1 or not group["precondition"]]
+        matrices = [each for each in group["params"] if group["precondition"] and id(each) not in spared]
+        others = [each for each in group["params"] if not group["precondition"] or id(each) in spared]
         groups.append({**group, "params": matrices, "weight_decay": weight_decay})
         groups.append({**group, "params": others, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

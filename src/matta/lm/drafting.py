@@ -6,6 +6,8 @@ from Transformers via Speculative Decoding", ICML 2023).
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from matta.errors import DAMAGE, MattaError, RunError, SubModelError
 from matta.lm.benchmark_tables import with_error
-from matta.lm.bits_per_byte import TextScore, bits_per_byte
+from matta.lm.bits_per_byte import TextScore, bits_per_byte, unknown_note
 from matta.lm.cards import ModelCard, Score, held_out_scores, loading_lines, recipe_card
 from matta.lm.command_settings import ExtractSettings
 from matta.lm.folders import CODE, auto_class, export, require_configuration, require_new
@@ -32,6 +34,7 @@ from matta.training.run_settings import FitResult
 STUDENT: Final = "student"
 TA: Final = "ta"
 FAMILY: Final = "family"
+_COUNTS: Final = ("num_unknown", "num_tokens")
 
 
 @final
@@ -152,6 +155,8 @@ def _finish_model(outcome: Outcome, name: str, spec: SubModel | None) -> dict[st
         "bits_per_byte": None if score is None else score.bits_per_byte,
         "standard_error": None if score is None else score.standard_error,
         "perplexity": None if score is None else score.perplexity,
+        "num_tokens": None if score is None else score.num_tokens,
+        "num_unknown": None if score is None else score.num_unknown,
         "folder": str(folder) if not_written is None else None,
         "not_written": not_written,
     }
@@ -198,6 +203,8 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
     if outcome.fit.num_skipped:
         yield f"{outcome.fit.num_skipped} steps were skipped: their loss or gradient was not finite"
     yield from outcome.notes
+    if outcome.documents and (told := unknown_note(*(results["models"][0][key] for key in _COUNTS))) is not None:
+        yield told
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
 

@@ -9,6 +9,8 @@ operators.
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import copy
 import json
 import os

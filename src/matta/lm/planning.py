@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final

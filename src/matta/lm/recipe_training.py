@@ -5,6 +5,8 @@ In one process, or in several: `matta train RECIPE --processes 2`, or by torchru
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import math
 import shutil
 import time
@@ -148,7 +150,7 @@ class _Session:
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
         self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
-        self.notes = tuple(_notes(recipe, student))
+        self.notes = tuple(_notes(recipe, student, self.data))
         for note in self.notes if accelerator.is_main_process else ():
             warnings.warn(note, stacklevel=2)
         self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
@@ -176,9 +178,15 @@ class _Session:
         )
 
 
-def _notes(recipe: Recipe, student: PreTrainedModel) -> Iterator[str]:
+def _notes(recipe: Recipe, student: PreTrainedModel, text: PackedTokens) -> Iterator[str]:
     """What the figures of a run must not be taken for."""
-    data = recipe.data
+    data, part = recipe.data, recipe.train
+    num_steps, most = part.num_steps(data.context), (text.num_samples or 0) * (data.passes or 0) // part.batch
+    if most and most < num_steps:
+        yield (
+            f"the text ends after {most:,} of {num_steps:,} steps (data.passes = {data.passes}), before the learning "
+            f"rate has come to its end; expected train.steps={most}, or more passes"
+        )
     if data.evaluate is not None and (told := read_by_both(data.train, data.evaluate)) is not None:
         yield told
     if recipe.model.architecture and (told := untrained_positions(student, data.context)) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import copy
 from collections.abc import Mapping
 from functools import partial

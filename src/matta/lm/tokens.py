@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import hashlib
 import json
 import os

@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+from matta.lm.needed import EXTRA as EXTRA
+
 import json
 import os
 import re

@@ -147,10 +147,8 @@ def _last_logits(output: Any) -> Tensor:
 
 
 def _of_run(folder: Path) -> Serving:
-    try:
-        from matta.lm.trained_runs import load_run
-    except ModuleNotFoundError as error:
-        raise ServeError(f"{error}; a run of matta train needs: pip install 'matta[lm]'") from None
+    from matta.lm.trained_runs import load_run  # which names the extra that it needs
+
     trained = load_run(folder)
     ids = torch.zeros(2, trained.recipe.data.context, dtype=torch.int64)
     family = Family.load(folder) if (folder / FILE).is_file() else None
