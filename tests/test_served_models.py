@@ -175,13 +175,25 @@ def test_a_model_whose_answers_depend_on_other_rows_is_refused(rows: int, alike:
 
 def test_statistics_of_the_batch_are_refused_and_running_ones_are_served() -> None:
     norm = nn.BatchNorm1d(6, track_running_stats=False)
-    with pytest.raises(ServeError, match="apart when the other rows"):
-        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
     with pytest.raises(
-        ServeError, match=r"runs on the 2 rows of the example and fails on 1 of them with ValueError: E"
+        ServeError, match=r"runs on the 4 rows of the example and fails on 1 of them with ValueError: E"
     ):
-        ServedModels(ByBatch(0.0, norm), example=(EXAMPLE[0][:2], None))
+        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
     assert ServedModels(ByBatch(0.0, nn.BatchNorm1d(6)).train(), example=EXAMPLE).sizes == ("model",)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_model_that_loses_the_axis_of_one_row_is_refused(rows: int) -> None:
+    """It would answer requests that come together, and fail on those that come alone."""
+
+    class Squeezed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    with pytest.raises(
+        ServeError, match=r"squeeze\(-1\) in place of squeeze\(\)|answers 1 examples with .* of shape \(\)"
+    ):
+        ServedModels(Squeezed(6, 1), example=(torch.randn(rows, 6), None))
 
 
 def test_a_little_of_the_batch_and_answers_that_do_not_repeat_are_told(caplog: pytest.LogCaptureFixture) -> None:
