@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
@@ -435,6 +436,38 @@ def test_columns_with_a_cell_that_is_none_set_its_row_aside(tmp_path: Path) -> N
         (1, "user: received a list; expected one value", 2),
         (3, "user: received a dict; expected one value", 4),
     ]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "rows"])
+def test_a_column_that_no_event_has_is_told_once(events: Path, ending: str) -> None:
+    """A misspelt name would be a feature that is always missing."""
+    columns = {
+        "x": Numeric(),
+        "disstance": Numeric(),
+        "orgin": Categorical(buckets=8),
+        "origin": Categorical(buckets=8),
+    }
+    schema = Schema(columns=columns, label="late")
+    rows = [{"x": 1.0 if i == 900 else None, "distance": i, "origin": "JFK", "late": 0} for i in range(3000)]
+    (events / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def stream() -> Stream:
+        source = Folder(events, idle_s=0) if ending == "jsonl" else Rows(rows)
+        return Stream(source, schema, batch_size=500, quarantine=events.parent / "bad.jsonl")
+
+    first = stream()
+    next(first)
+    with pytest.warns(UserWarning, match=r"^disstance, orgin: missing from all of 1,000 events and more; .* misspelt"):
+        next(first)
+    state = first.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(first)) == 4
+    second = stream()
+    second.load_state_dict(state)
+    next(second)
+    with pytest.warns(UserWarning, match="disstance, orgin, x: missing from all of 1,000 events"):
+        next(second)
 
 
 def test_vocabularies_grow_to_their_limit(events: Path) -> None:
