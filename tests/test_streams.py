@@ -260,6 +260,23 @@ def test_a_folder_that_is_taken_away_is_told(events: Path, monkeypatch: pytest.M
         next(again)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b"\n".join([changed(late=7)] * 5),
+            r"5 rows and 0 files .*bad.jsonl; row 0 of a.jsonl: late: received 7",
+        ),
+        ("a.csv.gz", b"anything", r"0 rows and 1 files .*bad.jsonl; a.csv.gz: of the kind '.gz'; expected .parquet"),
+    ],
+)
+def test_a_stream_of_nothing_but_bad_rows_says_so(events: Path, name: str, content: bytes, message: str) -> None:
+    (events / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"no event fits the schema: {message}"):
+        assert labels_of(stream_of(events)) == []
+
+
 def test_many_bad_rows_among_good_ones_keep_their_order(events: Path) -> None:
     lines = [changed(x=i % 10, late=i % 2) if i % 7 else b"{" for i in range(1000)]
     (events / "a.jsonl").write_bytes(b"\n".join(lines))

@@ -113,6 +113,14 @@ class Stream:
             self._tell_unseen()
         return batch
 
+    def _tell_nothing(self, first: Bad) -> None:
+        counts, where = self.counts, first.file if first.row is None else f"row {first.row} of {first.file}"
+        warnings.warn(
+            f"no event fits the schema: {counts.bad_rows:,} rows and {counts.bad_files:,} files were set aside in "
+            f"{self._quarantine.path}; {where}: {first.reason}",
+            stacklevel=3,
+        )
+
     def _tell_unseen(self) -> None:
         """Warn of columns that no event has: of JSON lines and rows, a misspelt name is one that all of them lack."""
         names = ", ".join(sorted(self._unseen))
@@ -143,6 +151,8 @@ class Stream:
         pieces = self._take(wanted)
         if not pieces:
             self._quarantine.state_dict()
+            if not self._events and self._quarantine.first is not None:
+                self._tell_nothing(self._quarantine.first)
             raise StopIteration
         ids, numbers, labels, times = (_joined(each) for each in zip(*pieces, strict=True))
         assert ids is not None and numbers is not None and labels is not None
