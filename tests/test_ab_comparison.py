@@ -128,7 +128,7 @@ def test_an_arm_of_a_few_requests_gives_no_interval(tmp_path: Path) -> None:
     )
     report = compare([log], metric="rate")
     assert 5 < report.arms[1].joined < 20
-    assert report.pairs[0].difference is not None
+    assert report.pairs[0].difference == pytest.approx(-(report.arms[0].metric or 0))
     assert report.pairs[0].decision == "go on: too few outcomes yet"
 
 

@@ -268,8 +268,10 @@ class _Experiment:
         if not len(units):
             return _Interval()
         found = confidence_sequence(units, alpha=self.alpha, tuned_for=self.tuned_for)
-        if not arms_have_begun(values, of_b)[-1]:
-            return _Interval(float(found.means[-1]))
+        if not (arms_have_begun(values, of_b)[-1] and math.isfinite(found.half_widths[-1])):
+            return _Interval(
+                float(values[of_b].mean() + sign * values[~of_b].mean())
+            )  # a few weights would say anything
         return _Interval(float(found.means[-1]), float(found.half_widths[-1]), float(found.deviations[-1]))
 
     def _difference_of_auc(self, in_a: NDArray[np.bool_], in_b: NDArray[np.bool_]) -> _Interval:
