@@ -173,6 +173,17 @@ def test_a_model_whose_answers_depend_on_other_rows_is_refused(rows: int, alike:
     assert models.sizes == ("model",)
 
 
+def test_scores_of_each_row_with_each_other_are_refused() -> None:
+    """As of towers that are trained with the batch as negatives: a client would see the items of others."""
+
+    class Towers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ x.T
+
+    with pytest.raises(ServeError, match="an answer is of another shape, or NaN, when the other rows of its batch are"):
+        ServedModels(Towers(6, 6), example=EXAMPLE)
+
+
 def test_statistics_of_the_batch_are_refused_and_running_ones_are_served() -> None:
     norm = nn.BatchNorm1d(6, track_running_stats=False)
     with pytest.raises(

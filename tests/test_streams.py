@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -415,6 +416,48 @@ def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
     found = next(stream).times
     assert found is not None and found.tolist() == [1_357_016_400.123456] * 3
     assert stream.counts.bad_rows == 2
+
+
+CELLS = [
+    "a",
+    "b",
+    7,
+    7.0,
+    "7",
+    True,
+    "True",
+    None,
+    NOT_A_NUMBER,
+    1.5,
+    [1],
+    np.int64(7),
+    date(2020, 1, 1),
+    b"a",
+    pandas.NA,
+]
+NUMBERS = [1, 2.5, None, "3", "x", NOT_A_NUMBER, -10, True, np.float32(0.5), torch.tensor(2.5)]
+TIMES = [0, 1.0, datetime(2020, 1, 1), "2020-01-01", None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_events_of_mixed_cells_give_the_same_batches_however_they_are_cut(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    columns = {"c": Categorical(vocabulary=6), "x": Numeric(low=-9), "y": Numeric()}
+    schema = Schema(columns=columns, label="late", time="time")
+    choices = {"c": CELLS, "x": NUMBERS, "y": [1.0, 2], "late": [0, 1, "1", True, 2], "time": TIMES}
+    rows = [{name: draw.choice(cells) for name, cells in choices.items()} for _ in range(150)]
+    pieces = [{name: [row[name] for row in rows[i : i + 40]] for name in choices} for i in range(0, 150, 40)]
+
+    def batches(source: Rows, name: str) -> tuple[list[Any], list[int]]:
+        stream, found = Stream(source, schema, batch_size=4, quarantine=tmp_path / name), []
+        for batch in stream:
+            found.append(({key: each.tolist() for key, each in batch.items()}, batch.times))
+        return found, [json.loads(line)["row"] for line in (tmp_path / name).read_text().splitlines()]
+
+    one_by_one = batches(Rows(rows, num_rows=1), "1")
+    assert 5 < len(one_by_one[0]) < 30
+    for name, source in {"7": Rows(rows, num_rows=7), "all": Rows(rows), "c": Rows(pieces, columns=True)}.items():
+        assert repr(batches(source, name)) == repr(one_by_one)
 
 
 KINDS = {

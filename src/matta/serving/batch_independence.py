@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any, Final
 
 import torch
@@ -104,7 +105,8 @@ def _require_uncoupled(compute: Compute, inputs: Any, expected: Mapping[str, Ten
     rows = count // 2 or 2
     apart = _apart(expected, _computed(compute, inputs, rows), min(count, rows))
     apart = max(apart, _apart_from_zeros(compute, inputs, expected))
-    told = f"an answer is {apart:.0%} of the largest apart when the other rows of its batch are others"
+    how = f"is {apart:.0%} of the largest apart" if isfinite(apart) else "is of another shape, or NaN,"
+    told = f"an answer {how} when the other rows of its batch are others"
     if apart > COUPLED:
         raise ServeError(
             f"{told}; expected answers to each row by itself: replace statistics of the batch by running ones, or "
@@ -137,10 +139,12 @@ def _judged(answers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _apart(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], rows: int) -> float:
-    """The largest difference in the first rows, relative to the largest value of an output."""
+    """The largest difference in the first rows, relative to the largest value of an output; infinity if NaN."""
     found = 0.0
     for name, each in expected.items():
         one, other = each.double(), got[name].double()
+        if one.shape[1:] != other.shape[1:]:  # such as scores of each row with each other
+            return float("inf")
         error = float((one[:rows] - other[:rows]).abs().max()) if one[:rows].numel() else 0.0
         scale = float(one.abs().max()) if one.numel() else 0.0
         found = max(found, error / max(scale, 1e-12) if error == error else float("inf"))
