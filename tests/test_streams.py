@@ -418,6 +418,23 @@ def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
     assert stream.counts.bad_rows == 2
 
 
+@pytest.mark.parametrize("times", [[20130131, 20130201], ["20130131"], [20130131.0, 20130101]])
+def test_dates_that_are_written_as_numbers_are_told(tmp_path: Path, times: list[Any]) -> None:
+    schema = Schema(columns={"x": Numeric()}, label="late", time="time")
+    rows = [{"x": 1, "late": 0, "time": each} for each in times] * 3
+
+    def stream(events: list[Any]) -> Stream:
+        return Stream(Rows(events, num_rows=2), schema, batch_size=2, quarantine=tmp_path / "bad.jsonl")
+
+    with pytest.warns(UserWarning, match="time: received 20130131, which is 20,130,131 seconds, in 1970; exp") as told:
+        assert len(labels_of(stream(rows))) == len(rows)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for others in ([20131301, 20130131], [20130131.5], [1_357_016_400], ["2013-01-31"], [0]):
+            labels_of(stream([{"x": 1, "late": 0, "time": each} for each in others]))
+
+
 CELLS = [
     "a",
     "b",

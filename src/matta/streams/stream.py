@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from matta.errors import RunError
 from matta.streams.chunks import Bad, Chunk, Place, Quarantine, Source
 from matta.streams.encoding import Encoder, EventBatch
-from matta.streams.row_checks import check
+from matta.streams.row_checks import are_written_dates, check
 from matta.streams.schema import Schema
 
 MANY: Final = 1000  # events, after which a column that none of them has is told
@@ -87,7 +87,7 @@ class Stream:
         self._events = 0
         self._block: _Block | None = None
         self._has_begun = False
-        self._unseen, self._told_at = set(schema.columns), MANY
+        self._unseen, self._told_at, self._has_told_dates = set(schema.columns), MANY, False
 
     @property
     def counts(self) -> Counts:
@@ -120,6 +120,16 @@ class Stream:
             f"{self._quarantine.path}; {where}: {first.reason}",
             stacklevel=3,
         )
+
+    def _tell_dates(self, times: NDArray[np.float64] | None) -> None:
+        if not self._has_told_dates and are_written_dates(times):
+            assert times is not None
+            warnings.warn(
+                f"{self._schema.time}: received {times[0]:.0f}, which is {times[0]:,.0f} seconds, in 1970; expected "
+                f"seconds since 1970, or a date as in 2013-01-31",
+                stacklevel=5,
+            )
+            self._has_told_dates = True
 
     def _tell_unseen(self) -> None:
         """Warn of columns that no event has: of JSON lines and rows, a misspelt name is one that all of them lack."""
@@ -199,6 +209,7 @@ class Stream:
                     break
                 self._block = _Block(chunk, self.encoder)
                 self._unseen -= self._block.seen
+                self._tell_dates(self._block.rest()[3])
             block = self._block
             piece = block.rest(wanted)
             if len(piece[2]):
