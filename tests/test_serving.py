@@ -444,11 +444,14 @@ def test_a_version_that_is_named_is_no_part_of_the_split(tmp_path: Path) -> None
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2, "the split, and the answer drawn"
 
 
-def test_weights_of_the_start_are_not_version_one_of_the_snapshots(tmp_path: Path) -> None:
+def test_weights_of_the_start_are_not_version_one_of_the_snapshots(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = ServeSettings(snapshots=tmp_path, poll_s=0.02, name="ranker")
     application = Application(ServedModels(pair(), example=EXAMPLE), settings)
     with TestClient(application.asgi) as client:
         assert client.post(INFER, json=asked()).json()["model_version"] == "0"
+        assert f"{tmp_path} has no version that is served; the weights of the start are, as 0" in caplog.messages
         assert "matta_model_version 0.0" in client.get("/metrics").text
         other = pair(1)
         matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(other)}).publish(other)

@@ -77,6 +77,8 @@ class Application:
         if settings.snapshots is not None:
             self._watch = VersionWatch(models, settings.snapshots, swapped=self._swapped, refused=self._refused)
             self._watch.look()
+            if models.current.name == BEFORE:
+                LOG.warning("%s has no version that is served; the weights of the start are, as 0", settings.snapshots)
         self.asgi = Starlette(
             routes=self._routes(), lifespan=self._lifespan, exception_handlers={HTTPException: _as_json}
         )
