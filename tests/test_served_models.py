@@ -338,29 +338,6 @@ def test_a_new_version_brings_what_the_student_has_of_its_own(tmp_path: Path, sh
     assert models.current.name == "1"
 
 
-def test_sizes_whose_running_statistics_do_not_fit_are_left_out_or_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Between a Student and a TA of 0.07 nats there were sizes of 0.15 to 0.48."""
-
-    def build(width: int) -> nn.Module:
-        hidden = (nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width))
-        return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 1))
-
-    nested = matta.nest(build(4), build(16))
-    assert ServedModels(nested, example=EXAMPLE).sizes == ("Student", "TA")
-    assert not caplog.messages
-    family = matta.family(
-        nested,
-        evaluate=lambda module: -sum(each.numel() for each in module.parameters()),
-        example=EXAMPLE,
-        calls=0,
-        progress=False,
-    )
-    models = ServedModels(nested, example=EXAMPLE, family=family)
-    mixed = [size for size in models.sizes if size not in ("Student", "TA")]
-    assert mixed and caplog.messages[0].startswith(f"{'; '.join(mixed)} mix Student and TA, and are served with")
-    assert caplog.messages[0].endswith("expected batches to measure theirs on: Serving(recalibrate=batches)")
-
-
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
 def test_running_statistics_of_sizes_between_are_measured_for_each_version(tmp_path: Path, runtime: str) -> None:
     def build(width: int) -> nn.Module:
@@ -377,7 +354,7 @@ def test_running_statistics_of_sizes_between_are_measured_for_each_version(tmp_p
 
     batches = [(torch.randn(32, 6, generator=torch.Generator().manual_seed(seed)), None) for seed in range(3)]
     old, new = trained(0), trained(1)
-    models = ServedModels(old, example=EXAMPLE, batches=iter(batches), runtime=runtime)
+    models = ServedModels(old, example=EXAMPLE, recalibrate=iter(batches), runtime=runtime)
     assert models.sizes == ("Student", "wide: 0", "TA")
     published(tmp_path, new)
     for nested in (old, new):

@@ -114,8 +114,7 @@ class ServedModels:
         self.inputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in tensors.items() if has_rows[name])
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
         self._require_runs()
-        self._batches = None if batches is None else list(batches)
-        self.specs = self._specs(nested, family)
+        self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -289,8 +288,7 @@ def served_specs(nested: Nested, family: Family | None, *, between: bool = True)
     """The sizes to serve, from the worst: the fronts of a family, else Student, TA, and a few between.
 
     Latencies of small models are close together, so that chance keeps the Student off the front of latencies. It is
-    first on that of parameters. Without `between` there are none unless a family says so: running statistics of Student
-    and TA (BatchNorm) do not fit a mixture of both.
+    first on that of parameters.
     """
     if family is not None:
         costs = ("latency_ms", "parameters") if family.sizes[0].latencies else ("parameters",)
@@ -298,11 +296,11 @@ def served_specs(nested: Nested, family: Family | None, *, between: bool = True)
         order = sorted(family.sizes, key=lambda size: size.quality, reverse=not family.higher_is_better)
         return {size.name: size.spec for size in order if size.name in served}
     names = layer_names(nested)
-    if not names or not between:
+    if not names:
         return {STUDENT: None, TA: wide(nested)}
     steps = min(len(names), MOST_BETWEEN + 1)
-    mixed = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
-    return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in mixed}, TA: wide(nested)}
+    between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
+    return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
 
 
 def _spec(name: str, tensor: Tensor, open_axes: set[int]) -> TensorSpec:
