@@ -128,7 +128,7 @@ def test_an_arm_of_a_few_requests_gives_no_interval(tmp_path: Path) -> None:
     )
     report = compare([log], metric="rate")
     assert 5 < report.arms[1].joined < 20
-    assert report.pairs[0].difference is not None
+    assert report.pairs[0].difference == pytest.approx(-(report.arms[0].metric or 0))
     assert report.pairs[0].decision == "go on: too few outcomes yet"
 
 
@@ -168,6 +168,23 @@ def test_a_split_that_is_not_as_declared_is_warned_of(tmp_path: Path) -> None:
     assert compare([log]).warnings == ()
     (warning,) = compare([log], shares={"A": 1, "B": 1}).warnings
     assert "the split is not as declared" in warning and "0.5 (A), 0.5 (B)" in warning
+
+
+@pytest.mark.parametrize("metric", ["log_loss", "calibration", "squared_error", "rate", "auc_loss"])
+def test_probabilities_that_are_taken_for_logits_are_warned_of(tmp_path: Path, metric: str) -> None:
+    log = experiment(tmp_path, lambda arm, outcome, draw: draw.random(), count=200)
+    warnings = compare([log], metric=metric).warnings
+    assert len(warnings) == (metric not in ("rate", "auc_loss"))
+    assert all(
+        "lie between 0 and 1, as probabilities do" in each and "--predictions probab" in each for each in warnings
+    )
+    assert compare([log], metric=metric, predictions="probability").warnings == ()
+    one = experiment(
+        tmp_path / "one", lambda arm, y, draw: draw.random() if arm == "B" else draw.gauss(0, 2), count=200
+    )
+    assert all("all predictions of B lie" in each for each in compare([one], metric=metric).warnings)
+    assert len(compare([one], metric=metric).warnings) == len(warnings)
+    assert compare([experiment(tmp_path / "logits", same, count=200)], metric=metric).warnings == ()
 
 
 def test_outcomes_that_one_arm_lacks_are_warned_of(tmp_path: Path) -> None:

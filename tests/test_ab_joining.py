@@ -133,6 +133,7 @@ def test_a_damaged_last_line_is_skipped(tmp_path: Path, end: str) -> None:
         ("{}", "line 2: no 'predictions'"),
         ('{"kind": "guess"}', "line 2: kind 'guess'"),
         ('{"kind": "outcome", "id": "a", "outcomes": ["late"]}', "line 2: could not convert"),
+        ('{"kind": "outcome", "id": "a", "outcomes": "10"}', "line 2: outcomes '10'"),
         ('{"kind": "outcome", "id": "a", "outcomes": [NaN]}', "line 2: outcomes"),
         ('{"kind": "split", "shares": {"A": 0}}', "expected finite numbers over zero"),
     ],

@@ -39,8 +39,10 @@ def test_sure_predictions_have_a_finite_loss() -> None:
 
 
 def test_what_is_out_of_range_is_refused() -> None:
-    with pytest.raises(AbError, match="the probabilities lie between -1 and 2"):
-        values("log_loss", "probability")
+    for metric in ("log_loss", "calibration", "squared_error"):
+        with pytest.raises(AbError, match="the probabilities lie between -1 and 2; expected 0 to 1 .logits are --pred"):
+            values(metric, "probability")
+    assert values("rate", "probability") == [0.5, 1.0]
     with pytest.raises(AbError, match="the outcomes lie between"):
         unit_values("log_loss", "logit", LOGITS, OUTCOMES + 1, UNITS)
     with pytest.raises(AbError, match="0 or 1"):

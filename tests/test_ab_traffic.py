@@ -134,6 +134,8 @@ def test_what_is_no_arm_no_id_or_no_list_is_refused(tmp_path: Path) -> None:
             answer(log, arm="ta")
         with pytest.raises(AbError, match="received predictions=0.5; expected a number for each row, in a list"):
             answer(log, predictions=0.5)
+        with pytest.raises(AbError, match="received predictions='10'; expected a number for each row"):
+            answer(log, predictions="10")  # not 1 and 0
         with pytest.raises(AbError, match="received outcomes=1.0; expected"):
             log.outcome("r", outcomes=1.0)  # type: ignore[arg-type]
         with pytest.raises(MattaError, match="received int as the id"):

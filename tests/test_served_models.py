@@ -9,7 +9,8 @@ import matta
 from matta.choosing.family import Size
 from matta.choosing.measuring import Latency
 from matta.errors import CheckpointError, MattaError, ServeError
-from matta.serving.served_models import ServedModels, VersionWatch, served_specs
+from matta.serving.served_models import ServedModels, VersionWatch
+from matta.serving.served_sizes import served_specs
 
 EXAMPLE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4)
 
@@ -194,15 +195,38 @@ def test_a_model_whose_answers_depend_on_other_rows_is_refused(rows: int, alike:
     assert models.sizes == ("model",)
 
 
+def test_scores_of_each_row_with_each_other_are_refused() -> None:
+    """As of towers that are trained with the batch as negatives: a client would see the items of others."""
+
+    class Towers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ x.T
+
+    with pytest.raises(ServeError, match="an answer is of another shape, or NaN, when the other rows of its batch are"):
+        ServedModels(Towers(6, 6), example=EXAMPLE)
+
+
 def test_statistics_of_the_batch_are_refused_and_running_ones_are_served() -> None:
     norm = nn.BatchNorm1d(6, track_running_stats=False)
-    with pytest.raises(ServeError, match="apart when the other rows"):
-        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
     with pytest.raises(
-        ServeError, match=r"runs on the 2 rows of the example and fails on 1 of them with ValueError: E"
+        ServeError, match=r"runs on the 4 rows of the example and fails on 1 of them with ValueError: E"
     ):
-        ServedModels(ByBatch(0.0, norm), example=(EXAMPLE[0][:2], None))
+        ServedModels(ByBatch(0.0, norm), example=EXAMPLE)
     assert ServedModels(ByBatch(0.0, nn.BatchNorm1d(6)).train(), example=EXAMPLE).sizes == ("model",)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_model_that_loses_the_axis_of_one_row_is_refused(rows: int) -> None:
+    """It would answer requests that come together, and fail on those that come alone."""
+
+    class Squeezed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    with pytest.raises(
+        ServeError, match=r"squeeze\(-1\) in place of squeeze\(\)|answers 1 examples with .* of shape \(\)"
+    ):
+        ServedModels(Squeezed(6, 1), example=(torch.randn(rows, 6), None))
 
 
 def test_a_little_of_the_batch_and_answers_that_do_not_repeat_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -334,6 +358,35 @@ def test_a_new_version_brings_what_the_student_has_of_its_own(tmp_path: Path, sh
     watch.look()
     assert "version 2 has the TA alone, and the Student has" in told.refused[0][1]
     assert models.current.name == "1"
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_running_statistics_of_sizes_between_are_measured_for_each_version(tmp_path: Path, runtime: str) -> None:
+    def build(width: int) -> nn.Module:
+        hidden = (nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width))
+        return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 1))
+
+    def trained(seed: int) -> matta.Nested:
+        torch.manual_seed(seed)
+        nested = matta.nest(build(4), build(16))
+        for module in (nested.student, nested.ta):
+            module.train()(torch.randn(64, 6) + seed)
+            module.eval()
+        return nested
+
+    batches = [(torch.randn(32, 6, generator=torch.Generator().manual_seed(seed)), None) for seed in range(3)]
+    old, new = trained(0), trained(1)
+    models = ServedModels(old, example=EXAMPLE, recalibrate=iter(batches), runtime=runtime)
+    assert models.sizes == ("Student", "wide: 0", "TA")
+    published(tmp_path, new)
+    for nested in (old, new):
+        for size, spec in models.specs.items():
+            expected = matta.extract(nested, spec).eval()
+            if size not in ("Student", "TA"):
+                assert matta.recalibrate(expected, batches) == 3
+            logits = models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"]
+            torch.testing.assert_close(logits, expected(EXAMPLE[0]).detach())
+        Told().watch(models, tmp_path).look()
 
 
 def test_buffers_that_never_change_need_no_student(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -415,11 +416,42 @@ def test_a_log_without_a_split_has_each_answer_under_its_size(tmp_path: Path) ->
     ]
 
 
-def test_weights_of_the_start_are_not_version_one_of_the_snapshots(tmp_path: Path) -> None:
+def test_a_version_that_is_named_is_no_part_of_the_split(tmp_path: Path) -> None:
+    """The current one too: it is what was asked for, and not drawn."""
+    versions = [pair(1), pair(2)]
+    snapshots = matta.Snapshots(tmp_path / "versions", every_s=1e9, models={"ta": matta.wide(versions[0])})
+    for each in versions:
+        snapshots.publish(each)
+    settings = ServeSettings(snapshots=tmp_path / "versions", split="TA@1=1", log=tmp_path / "log.jsonl", name="ranker")
+    application = Application(ServedModels(pair(), example=EXAMPLE), settings)
+    with TestClient(application.asgi) as client:
+        drawn = client.post(INFER, json=asked()).json()
+        assert (drawn["model_version"], drawn["parameters"]) == ("1", {"size": "TA", "arm": "TA@1"})
+        for number, nested in enumerate(versions, start=1):
+            answer = client.post(f"/v2/models/ranker/versions/{number}/infer", json=asked()).json()
+            assert (answer["model_version"], answer["parameters"]) == (str(number), {"size": "TA"})
+            expected = nested.ta(torch.tensor([3]), torch.ones(1, 6))
+            torch.testing.assert_close(torch.tensor(answer["outputs"][0]["data"]), expected)
+        current, answer_of = application.models.current, application.batcher.answer
+
+        async def answer_after_a_swap(*asked: Any) -> Any:
+            application.models.current = replace(current, name="3")
+            return await answer_of(*asked)
+
+        application.batcher.answer = answer_after_a_swap  # type: ignore[method-assign]
+        answer = client.post("/v2/models/ranker/versions/2/infer", json=asked())
+        assert (answer.status_code, answer.json()["error"]) == (404, "version '2' was replaced meanwhile; expected '3'")
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2, "the split, and the answer drawn"
+
+
+def test_weights_of_the_start_are_not_version_one_of_the_snapshots(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = ServeSettings(snapshots=tmp_path, poll_s=0.02, name="ranker")
     application = Application(ServedModels(pair(), example=EXAMPLE), settings)
     with TestClient(application.asgi) as client:
         assert client.post(INFER, json=asked()).json()["model_version"] == "0"
+        assert f"{tmp_path} has no version that is served; the weights of the start are, as 0" in caplog.messages
         assert "matta_model_version 0.0" in client.get("/metrics").text
         other = pair(1)
         matta.Snapshots(tmp_path, every_s=1e9, models={"ta": matta.wide(other)}).publish(other)
@@ -530,6 +562,19 @@ def test_a_source_that_is_none_is_told_in_a_line(source: str, message: str, caps
         named_serving(source)
     assert main(["serve", source]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_batches_for_running_statistics_bring_the_sizes_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(width: int) -> nn.Module:
+        hidden = nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, width), nn.BatchNorm1d(width)
+        return nn.Sequential(*hidden, nn.Linear(width, 1))
+
+    served: list[Application] = []
+    monkeypatch.setattr("matta.serving.http_server.run_server", served.append)
+    nested, example = matta.nest(build(4), build(8)), (torch.randn(8, 3), None)
+    serve(Serving(nested=nested, example=example))
+    serve(Serving(nested=nested, example=example, recalibrate=[example] * 2))
+    assert [each.models.sizes for each in served] == [("Student", "TA"), ("Student", "wide: 0", "TA")]
 
 
 def test_the_last_position_alone_is_for_runs() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
@@ -259,6 +261,23 @@ def test_a_folder_that_is_taken_away_is_told(events: Path, monkeypatch: pytest.M
         next(again)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b"\n".join([changed(late=7)] * 5),
+            r"5 rows and 0 files .*bad.jsonl; row 0 of a.jsonl: late: received 7",
+        ),
+        ("a.csv.gz", b"anything", r"0 rows and 1 files .*bad.jsonl; a.csv.gz: of the kind '.gz'; expected .parquet"),
+    ],
+)
+def test_a_stream_of_nothing_but_bad_rows_says_so(events: Path, name: str, content: bytes, message: str) -> None:
+    (events / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"no event fits the schema: {message}"):
+        assert labels_of(stream_of(events)) == []
+
+
 def test_many_bad_rows_among_good_ones_keep_their_order(events: Path) -> None:
     lines = [changed(x=i % 10, late=i % 2) if i % 7 else b"{" for i in range(1000)]
     (events / "a.jsonl").write_bytes(b"\n".join(lines))
@@ -399,6 +418,65 @@ def test_times_may_have_more_digits_than_microseconds(tmp_path: Path) -> None:
     assert stream.counts.bad_rows == 2
 
 
+@pytest.mark.parametrize("times", [[20130131, 20130201], ["20130131"], [20130131.0, 20130101]])
+def test_dates_that_are_written_as_numbers_are_told(tmp_path: Path, times: list[Any]) -> None:
+    schema = Schema(columns={"x": Numeric()}, label="late", time="time")
+    rows = [{"x": 1, "late": 0, "time": each} for each in times] * 3
+
+    def stream(events: list[Any]) -> Stream:
+        return Stream(Rows(events, num_rows=2), schema, batch_size=2, quarantine=tmp_path / "bad.jsonl")
+
+    with pytest.warns(UserWarning, match="time: received 20130131, which is 20,130,131 seconds, in 1970; exp") as told:
+        assert len(labels_of(stream(rows))) == len(rows)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for others in ([20131301, 20130131], [20130131.5], [1_357_016_400], ["2013-01-31"], [0]):
+            labels_of(stream([{"x": 1, "late": 0, "time": each} for each in others]))
+
+
+CELLS = [
+    "a",
+    "b",
+    7,
+    7.0,
+    "7",
+    True,
+    "True",
+    None,
+    NOT_A_NUMBER,
+    1.5,
+    [1],
+    np.int64(7),
+    date(2020, 1, 1),
+    b"a",
+    pandas.NA,
+]
+NUMBERS = [1, 2.5, None, "3", "x", NOT_A_NUMBER, -10, True, np.float32(0.5), torch.tensor(2.5)]
+TIMES = [0, 1.0, datetime(2020, 1, 1), "2020-01-01", None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_events_of_mixed_cells_give_the_same_batches_however_they_are_cut(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    columns = {"c": Categorical(vocabulary=6), "x": Numeric(low=-9), "y": Numeric()}
+    schema = Schema(columns=columns, label="late", time="time")
+    choices = {"c": CELLS, "x": NUMBERS, "y": [1.0, 2], "late": [0, 1, "1", True, 2], "time": TIMES}
+    rows = [{name: draw.choice(cells) for name, cells in choices.items()} for _ in range(150)]
+    pieces = [{name: [row[name] for row in rows[i : i + 40]] for name in choices} for i in range(0, 150, 40)]
+
+    def batches(source: Rows, name: str) -> tuple[list[Any], list[int]]:
+        stream, found = Stream(source, schema, batch_size=4, quarantine=tmp_path / name), []
+        for batch in stream:
+            found.append(({key: each.tolist() for key, each in batch.items()}, batch.times))
+        return found, [json.loads(line)["row"] for line in (tmp_path / name).read_text().splitlines()]
+
+    one_by_one = batches(Rows(rows, num_rows=1), "1")
+    assert 5 < len(one_by_one[0]) < 30
+    for name, source in {"7": Rows(rows, num_rows=7), "all": Rows(rows), "c": Rows(pieces, columns=True)}.items():
+        assert repr(batches(source, name)) == repr(one_by_one)
+
+
 KINDS = {
     "list": pa.list_(pa.int64()),
     "struct": pa.struct([("a", pa.int64())]),
@@ -435,6 +513,38 @@ def test_columns_with_a_cell_that_is_none_set_its_row_aside(tmp_path: Path) -> N
         (1, "user: received a list; expected one value", 2),
         (3, "user: received a dict; expected one value", 4),
     ]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "rows"])
+def test_a_column_that_no_event_has_is_told_once(events: Path, ending: str) -> None:
+    """A misspelt name would be a feature that is always missing."""
+    columns = {
+        "x": Numeric(),
+        "disstance": Numeric(),
+        "orgin": Categorical(buckets=8),
+        "origin": Categorical(buckets=8),
+    }
+    schema = Schema(columns=columns, label="late")
+    rows = [{"x": 1.0 if i == 900 else None, "distance": i, "origin": "JFK", "late": 0} for i in range(3000)]
+    (events / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def stream() -> Stream:
+        source = Folder(events, idle_s=0) if ending == "jsonl" else Rows(rows)
+        return Stream(source, schema, batch_size=500, quarantine=events.parent / "bad.jsonl")
+
+    first = stream()
+    next(first)
+    with pytest.warns(UserWarning, match=r"^disstance, orgin: missing from all of 1,000 events and more; .* misspelt"):
+        next(first)
+    state = first.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(first)) == 4
+    second = stream()
+    second.load_state_dict(state)
+    next(second)
+    with pytest.warns(UserWarning, match="disstance, orgin, x: missing from all of 1,000 events"):
+        next(second)
 
 
 def test_vocabularies_grow_to_their_limit(events: Path) -> None:

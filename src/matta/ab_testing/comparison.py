@@ -26,7 +26,7 @@ from matta.ab_testing.confidence_sequences import (
 from matta.ab_testing.joining import Joined, read_logs
 from matta.ab_testing.split_checks import split_p_value
 from matta.ab_testing.traffic import Split
-from matta.ab_testing.unit_metrics import Auc, auc_loss, unit_values
+from matta.ab_testing.unit_metrics import Auc, auc_loss, look_like_probabilities, unit_values
 from matta.errors import AbError
 
 MISMATCH: Final = 0.001  # a p-value below it is told
@@ -169,7 +169,7 @@ def compare(
         margin=margin,
         arms=tuple(experiment.arm(index) for index in range(len(joined.arms))),
         pairs=tuple(experiment.pair(name, control) for name in joined.arms if name != control),
-        warnings=tuple(_warnings(joined, declared)),
+        warnings=(*_warnings(joined, declared), *_warnings_of_kind(joined, metric, predictions)),
         notes=tuple(_notes(joined)),
     )
 
@@ -268,8 +268,10 @@ class _Experiment:
         if not len(units):
             return _Interval()
         found = confidence_sequence(units, alpha=self.alpha, tuned_for=self.tuned_for)
-        if not arms_have_begun(values, of_b)[-1]:
-            return _Interval(float(found.means[-1]))
+        if not (arms_have_begun(values, of_b)[-1] and math.isfinite(found.half_widths[-1])):
+            return _Interval(
+                float(values[of_b].mean() + sign * values[~of_b].mean())
+            )  # a few weights would say anything
         return _Interval(float(found.means[-1]), float(found.half_widths[-1]), float(found.deviations[-1]))
 
     def _difference_of_auc(self, in_a: NDArray[np.bool_], in_b: NDArray[np.bool_]) -> _Interval:
@@ -354,6 +356,18 @@ def _warnings(joined: Joined, shares: Mapping[str, float]) -> Iterator[str]:
         yield (
             f"outcomes are missing from one arm more than from another (p = {p_value:.1g}): {_told(joined, parts)} of "
             f"the answers have none; the difference may be of who is missing"
+        )
+
+
+def _warnings_of_kind(joined: Joined, metric: str, kind: str) -> Iterator[str]:
+    """Arms whose predictions look like another kind: one of two models may give what the other does not."""
+    arm = joined.arm[joined.request]
+    found = [look_like_probabilities(metric, kind, joined.predictions[arm == k]) for k in range(len(joined.arms))]
+    if any(found):
+        names = ", ".join(name for name, is_one in zip(joined.arms, found, strict=True) if is_one)
+        yield (
+            f"all predictions of {names} lie between 0 and 1, as probabilities do, and {metric} takes them for logits; "
+            f"if they are probabilities, compare with --predictions probability, or log logits in all arms"
         )
 
 

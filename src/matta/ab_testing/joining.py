@@ -151,6 +151,8 @@ class _Reading:
         if kind not in ("answer", "outcome"):
             raise ValueError(f"kind {kind!r}")
         columns, name = (self.answers, "predictions") if kind == "answer" else (self.outcomes, "outcomes")
+        if isinstance(record[name], str):  # "10" is no 1 and 0
+            raise ValueError(f"{name} {record[name]!r}")
         values = [float(value) for value in record[name]]
         if not values or not all(map(math.isfinite, values)):
             raise ValueError(f"{name} {values}")

@@ -176,6 +176,8 @@ class AnswerLog:
     def _numbers(self, name: str, request_id: str, values: Sequence[float]) -> list[float]:
         require_kind("the id", request_id, str, "text, as Split.arm was asked with")
         try:
+            if isinstance(values, str):
+                raise TypeError
             numbers = [float(each) for each in values]
         except (TypeError, ValueError, OverflowError):
             raise AbError(f"received {name}={values!r:.100}; expected a number for each row, in a list") from None

@@ -15,6 +15,7 @@ from matta.errors import AbError
 
 Floats = NDArray[np.float64]
 SMALLEST: Final = 1e-15  # a probability, so that its logarithm is finite
+MANY: Final = 50  # predictions
 
 
 def unit_values(metric: str, kind: str, predictions: Floats, outcomes: Floats, units: NDArray[np.int64]) -> Floats:
@@ -37,23 +38,31 @@ def unit_values(metric: str, kind: str, predictions: Floats, outcomes: Floats, u
 def _row_values(metric: str, kind: str, predictions: Floats, outcomes: Floats) -> Floats:
     if metric == "rate":
         return outcomes
+    if kind == "probability":
+        _require_range("probabilities", predictions, "expected", "logits are --predictions logit, others value")
     if metric == "log_loss":
-        _require_range("outcomes", outcomes, "log_loss")
+        _require_range("outcomes", outcomes, "log_loss expects", "squared_error takes any")
         if kind == "logit":
             return np.logaddexp(0.0, predictions) - outcomes * predictions
-        _require_range("probabilities", predictions, "log_loss")
         likely = np.clip(predictions, SMALLEST, 1 - SMALLEST)
         return -(outcomes * np.log(likely) + (1 - outcomes) * np.log1p(-likely))
     predicted = 0.5 * (1 + np.tanh(predictions / 2)) if kind == "logit" else predictions
     return (predicted - outcomes) ** 2 if metric == "squared_error" else predicted - outcomes
 
 
-def _require_range(name: str, values: Floats, metric: str) -> None:
-    if len(values) and not (values.min() >= 0 and values.max() <= 1):
-        raise AbError(
-            f"the {name} lie between {values.min():g} and {values.max():g}; {metric} expects 0 to 1 "
-            f"(squared_error takes any; logits are --predictions logit)"
-        )
+def _require_range(name: str, values: Floats, reason: str, remedy: str) -> None:
+    if not _are_within(values):
+        raise AbError(f"the {name} lie between {values.min():g} and {values.max():g}; {reason} 0 to 1 ({remedy})")
+
+
+def _are_within(values: Floats) -> bool:
+    return not len(values) or bool(values.min() >= 0 and values.max() <= 1)
+
+
+def look_like_probabilities(metric: str, kind: str, predictions: Floats) -> bool:
+    """Whether what is taken for logits lies between 0 and 1, all of many: probabilities from 0.5 to 0.73."""
+    is_read = kind == "logit" and metric not in ("rate", "auc_loss")
+    return is_read and len(predictions) >= MANY and _are_within(predictions)
 
 
 @final

@@ -77,6 +77,8 @@ class Application:
         if settings.snapshots is not None:
             self._watch = VersionWatch(models, settings.snapshots, swapped=self._swapped, refused=self._refused)
             self._watch.look()
+            if models.current.name == BEFORE:
+                LOG.warning("%s has no version that is served; the weights of the start are, as 0", settings.snapshots)
         self.asgi = Starlette(
             routes=self._routes(), lifespan=self._lifespan, exception_handlers={HTTPException: _as_json}
         )
@@ -217,8 +219,11 @@ class Application:
         if asked.rows > self.settings.max_batch:
             raise ProtocolError(400, f"received {asked.rows} rows; expected at most {self.settings.max_batch}")
         identity = asked.id or uuid.uuid4().hex
-        arm, size, version = self._chosen(asked, identity, version)
+        named = request.path_params.get("version")
+        arm, size, version = self._chosen(asked, identity, version, is_named=named is not None)
         answer = await self._answer(asked, size, version)
+        if named not in (None, answer.version):
+            raise ProtocolError(404, f"version {named!r} was replaced meanwhile; expected {answer.version!r}")
         seconds = time.perf_counter() - start
         if self.log is not None and (arm is not None or self.split is None):  # of a split, what it drew alone
             self._write(identity, arm or answer.size, answer, seconds)
@@ -233,7 +238,7 @@ class Application:
         return Response(content, headers=headers)
 
     def _chosen(
-        self, asked: InferenceRequest, identity: str, version: str | None
+        self, asked: InferenceRequest, identity: str, version: str | None, *, is_named: bool
     ) -> tuple[str | None, str | None, str | None]:
         """The arm of a split, the size, and the pinned version of a request; what it names itself comes first."""
         size = asked.parameters.get("size")
@@ -241,7 +246,7 @@ class Application:
             if size not in self.models.sizes:
                 raise ProtocolError(400, f"received the size {size!r}; expected one of: {'; '.join(self.models.sizes)}")
             return None, str(size), version
-        if self.split is None or version is not None:
+        if self.split is None or is_named:
             return None, None, version
         arm = self.split.arm(identity)
         return arm, *self.arms[arm]

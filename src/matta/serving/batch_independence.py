@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any, Final
 
 import torch
@@ -28,7 +29,7 @@ Compute = Callable[[Any], Mapping[str, Tensor]]
 def require_own_rows(
     compute: Compute, inputs: Any, constants: Mapping[str, Tensor], dtypes: set[torch.dtype], *, max_rows: int
 ) -> None:
-    """Refuse answers that change with the other rows of their batch, and warn of those that do not repeat.
+    """Refuse answers that change with the other rows of their batch or need some, and warn of those that do not repeat.
 
     A mask or a scale that all rows share does not change an answer when the batch has other rows; ids of bags by
     offsets do.
@@ -46,6 +47,8 @@ def require_own_rows(
     expected = _judged(compute(inputs))
     near = max([NEAR, *(ROUNDINGS * torch.finfo(each).eps for each in dtypes if each.is_floating_point)])
     count = num_examples(inputs)
+    if not constants:
+        _require_one_row(compute, inputs)
     if (apart := _apart(expected, _judged(compute(inputs)), count)) > near:
         LOG.warning(
             "answers to the same rows are %.0f%% of the largest apart from call to call; look for a "
@@ -55,8 +58,29 @@ def require_own_rows(
         return
     if constants:
         _require_no_offsets(compute, inputs, constants, expected, near)
+        _require_one_row(compute, inputs)
     elif max_rows > 1:
         _require_uncoupled(compute, inputs, expected, near)
+
+
+def _require_one_row(compute: Compute, inputs: Any) -> None:
+    """Refuse a model that loses the axis of the batch where that has one row: it would answer under load alone."""
+    for name, answer in _computed(compute, inputs, 1).items():
+        if not answer.ndim or len(answer) != 1:
+            raise ServeError(
+                f"the module answers one row alone with {name} of shape {tuple(answer.shape)}; expected a row there "
+                f"too: squeeze(-1) in place of squeeze()"
+            )
+
+
+def _computed(compute: Compute, inputs: Any, rows: int) -> Mapping[str, Tensor]:
+    try:
+        return compute(resized(inputs, rows))
+    except Exception as error:  # of the user's module: any kind
+        raise ServeError(
+            f"the module runs on the {num_examples(inputs)} rows of the example and fails on {rows} of them with "
+            f"{type(error).__name__}: {first_line(error)}; expected one that takes any number of rows"
+        ) from error
 
 
 def _require_no_offsets(
@@ -78,16 +102,11 @@ def _require_no_offsets(
 
 def _require_uncoupled(compute: Compute, inputs: Any, expected: Mapping[str, Tensor], near: float) -> None:
     count = num_examples(inputs)
-    part = resized(inputs, count // 2 or 2)
-    try:
-        apart = _apart(expected, compute(part), min(count, num_examples(part)))
-    except Exception as error:  # of the user's module: any kind
-        raise ServeError(
-            f"the module runs on the {count} rows of the example and fails on {num_examples(part)} of them with "
-            f"{type(error).__name__}: {first_line(error)}; expected one that takes any number of rows"
-        ) from error
+    rows = count // 2 or 2
+    apart = _apart(expected, _computed(compute, inputs, rows), min(count, rows))
     apart = max(apart, _apart_from_zeros(compute, inputs, expected))
-    told = f"an answer is {apart:.0%} of the largest apart when the other rows of its batch are others"
+    how = f"is {apart:.0%} of the largest apart" if isfinite(apart) else "is of another shape, or NaN,"
+    told = f"an answer {how} when the other rows of its batch are others"
     if apart > COUPLED:
         raise ServeError(
             f"{told}; expected answers to each row by itself: replace statistics of the batch by running ones, or "
@@ -120,10 +139,12 @@ def _judged(answers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _apart(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], rows: int) -> float:
-    """The largest difference in the first rows, relative to the largest value of an output."""
+    """The largest difference in the first rows, relative to the largest value of an output; infinity if NaN."""
     found = 0.0
     for name, each in expected.items():
         one, other = each.double(), got[name].double()
+        if one.shape[1:] != other.shape[1:]:  # such as scores of each row with each other
+            return float("inf")
         error = float((one[:rows] - other[:rows]).abs().max()) if one[:rows].numel() else 0.0
         scale = float(one.abs().max()) if one.numel() else 0.0
         found = max(found, error / max(scale, 1e-12) if error == error else float("inf"))

@@ -6,12 +6,11 @@ it take the place of the one before it, which ends the batches that it has begun
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from matta.choosing.family import Family
 from matta.choosing.measuring import num_examples, resized, run_example, usable_device
-from matta.choosing.survey import STUDENT, TA, size_name
 from matta.errors import CheckpointError, MattaError, ServeError, require_kind
 from matta.exporting.formats import export
 from matta.exporting.onnx_runtime import OnnxModule
@@ -42,26 +40,16 @@ from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.nested import Nested
 from matta.serving.batch_independence import require_own_rows
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
+from matta.serving.served_sizes import measured_specs, served_specs
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import extract, share, unmeasured_norms
 from matta.sizes.extraction import recalibrate as measure_statistics
-from matta.sizes.submodels import (
-    SubModel,
-    alike_layers,
-    is_one_width,
-    layer_names,
-    student_spec,
-    wide,
-    wide_narrow_wide,
-)
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
-LOG: Final = logging.getLogger("matta.serve")
 MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
 TIMED_CALLS: Final = 5
-MOST_BETWEEN: Final = 3  # sizes between Student and TA, where no family says which
 
 
 @final
@@ -88,8 +76,8 @@ class ServedModels:
         device: Where the modules compute.
         runtime: "torch", views of one copy of the weights; or "onnx", a session of ONNX Runtime for each size.
         logits: Where they are in what the modules return, as in `CoTraining`.
-        recalibrate: Batches on which the running statistics of norms are measured, for each size and version; without
-            them, sizes between whose norms keep some are not served.
+        recalibrate: Batches on which the running statistics of sizes between Student and TA are measured, for each
+            version; without them, sizes whose norms keep some are left out.
 
     Raises:
         ServeError: the example or the module cannot be served.
@@ -109,7 +97,7 @@ class ServedModels:
         device: str | torch.device = "cpu",
         runtime: str = TORCH,
         logits: str | Callable[[Any], Any] | None = None,
-        recalibrate: Sequence[Batch] = (),
+        recalibrate: Iterable[Batch] = (),
     ) -> None:
         require_kind("nested", nested, nn.Module, "what matta.nest gives, or a plain module")
         require_kind("family", family, (Family, NoneType), "what matta.family gives: matta.Family.load(path)")
@@ -128,7 +116,9 @@ class ServedModels:
         self._batches = [
             (map_tensors(split_labels(batch)[0], lambda each: each.to(self.device)), None) for batch in recalibrate
         ]
-        self.specs = self._measured(served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None})
+        self.specs = {MODEL: None} if not isinstance(nested, Nested) else served_specs(nested, family)
+        if isinstance(nested, Nested) and not self._batches:
+            self.specs = measured_specs(nested, self.specs)
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -143,22 +133,6 @@ class ServedModels:
         values = map_tensors(self._inputs, lambda each: each.to(self.device))
         with eval_mode(module):
             run_example(module, values)
-
-    def _measured(self, specs: Mapping[str, SubModel | None]) -> Mapping[str, SubModel | None]:
-        """The sizes but for those between Student and TA whose norms would have statistics of other inputs."""
-        if self._batches or not isinstance(self._source, Nested):
-            return specs
-        norms = {name: unmeasured_norms(self._source, spec) for name, spec in specs.items()}
-        left_out = [name for name in specs if norms[name]]
-        if left_out:
-            LOG.warning(
-                "not served: %s, since the running statistics of %s are those of Student and TA; expected "
-                "Serving(recalibrate=batches), a list of some batches as in training",
-                ", ".join(left_out),
-                ", ".join(norms[left_out[0]][:4]),
-            )
-        kept = {name: spec for name, spec in specs.items() if not norms[name]}
-        return kept or {STUDENT: student_spec(self._source), TA: wide(self._source)}
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -220,10 +194,11 @@ class ServedModels:
     def _modules(self, source: nn.Module) -> Mapping[str, nn.Module]:
         if isinstance(source, Nested):
             modules: Mapping[str, nn.Module] = share(source, self.specs)
+            for name, spec in self.specs.items() if self._batches else ():
+                if unmeasured_norms(source, spec):
+                    measure_statistics(modules[name], self._batches)
         else:
             modules = {MODEL: copy_module(source, {}).eval()}
-        for module in modules.values() if self._batches else ():
-            measure_statistics(module, self._batches)
         return modules if self._runtime == TORCH else self._sessions(modules)
 
     def _sessions(self, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
@@ -303,26 +278,6 @@ def _require_rows(name: str, answer: Tensor, count: int) -> None:
             f"row for each example: batches of several requests must come apart again, also in the first input "
             f"(ids padded to (batch, length), not one after the other)"
         )
-
-
-def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | None]:
-    """The sizes to serve, from the worst: the fronts of a family, else Student, TA, and a few between.
-
-    Latencies of small models are close together, so that chance keeps the Student off the front of latencies. It is
-    first on that of parameters.
-    """
-    if family is not None:
-        costs = ("latency_ms", "parameters") if family.sizes[0].latencies else ("parameters",)
-        served = {size.name for by in costs for size in family.pareto(by)}
-        order = sorted(family.sizes, key=lambda size: size.quality, reverse=not family.higher_is_better)
-        return {size.name: size.spec for size in order if size.name in served}
-    names = layer_names(nested)
-    if not names:
-        return {STUDENT: None, TA: wide(nested)}
-    has_between = not is_one_width(nested) and alike_layers(nested) != {*names}
-    steps = min(len(names), MOST_BETWEEN + 1) if has_between else 1
-    between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
-    return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
 
 
 def _spec(name: str, tensor: Tensor, open_axes: set[int]) -> TensorSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -31,8 +31,8 @@ class Serving:
         open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
         logits: Where the logits are in what the modules return, as in `CoTraining`. A mapping of tensors (several
             heads) is answered with an output for each.
-        recalibrate: Batches on which the running statistics of norms (BatchNorm) are measured for each size, when it is
-            loaded and with each version; sizes between Student and TA need them.
+        recalibrate: Batches on which the running statistics (BatchNorm) of sizes between Student and TA are measured,
+            now and of each new version; without them, a nesting with such has no sizes between.
 
     Example:
         >>> import matta, torch
@@ -44,7 +44,7 @@ class Serving:
     family: Family | None = None
     open_axes: tuple[int, ...] = (0,)
     logits: str | Callable[[Any], Any] | None = None
-    recalibrate: Sequence[Batch] = ()
+    recalibrate: Iterable[Batch] = ()
 
 
 def serve(serving: Serving, settings: ServeSettings | None = None) -> None:

@@ -204,9 +204,12 @@ class Quarantine:
         self.path = Path(path).absolute()
         self.num_rows, self.num_files, self._length = 0, 0, 0
         self._file: IO[bytes] | None = None
+        self.first: Bad | None = None
+        """What was set aside first, since this object was made."""
 
     def add(self, bad: Bad) -> None:
         """Set a row or file aside."""
+        self.first = self.first or bad
         line = {"file": bad.file, "row": bad.row, "reason": bad.reason, "raw": _plain(bad.raw)}
         self._opened().write(json.dumps(line).encode() + b"\n")
         if bad.row is None:

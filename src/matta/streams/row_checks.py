@@ -108,6 +108,15 @@ def _time(table: pa.Table, name: str, reasons: Reasons) -> NDArray[np.float64]:
     return values
 
 
+def are_written_dates(times: NDArray[np.float64] | None) -> bool:
+    """Whether all of them, as seconds in August 1970, are dates from 1900 to 2100 that were written as 20130131."""
+    if times is None or not len(times):
+        return False
+    years, months, days = times // 10_000, times // 100 % 100, times % 100
+    found = (years >= 1900) & (years <= 2100) & (months >= 1) & (months <= 12) & np.isin(days, np.arange(1, 32))
+    return bool(found.all())
+
+
 def _floats(given: pa.Array, convert: Callable[[pa.Array], pa.Array]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The values, NaN where they are missing, and which were there but could not be converted."""
     refused: list[int] = []

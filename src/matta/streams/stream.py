@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from matta.errors import RunError
 from matta.streams.chunks import Bad, Chunk, Place, Quarantine, Source
 from matta.streams.encoding import Encoder, EventBatch
-from matta.streams.row_checks import check
+from matta.streams.row_checks import are_written_dates, check
 from matta.streams.schema import Schema
+
+MANY: Final = 1000  # events, after which a column that none of them has is told
 
 
 @final
@@ -84,6 +87,7 @@ class Stream:
         self._events = 0
         self._block: _Block | None = None
         self._has_begun = False
+        self._unseen, self._told_at, self._has_told_dates = set(schema.columns), MANY, False
 
     @property
     def counts(self) -> Counts:
@@ -105,7 +109,37 @@ class Stream:
         if batch is None:
             batch = self._last_of_files(wanted)
         self._events += len(batch["labels"])
+        if self._unseen and self._events >= self._told_at:
+            self._tell_unseen()
         return batch
+
+    def _tell_nothing(self, first: Bad) -> None:
+        counts, where = self.counts, first.file if first.row is None else f"row {first.row} of {first.file}"
+        warnings.warn(
+            f"no event fits the schema: {counts.bad_rows:,} rows and {counts.bad_files:,} files were set aside in "
+            f"{self._quarantine.path}; {where}: {first.reason}",
+            stacklevel=3,
+        )
+
+    def _tell_dates(self, times: NDArray[np.float64] | None) -> None:
+        if not self._has_told_dates and are_written_dates(times):
+            assert times is not None
+            warnings.warn(
+                f"{self._schema.time}: received {times[0]:.0f}, which is {times[0]:,.0f} seconds, in 1970; expected "
+                f"seconds since 1970, or a date as in 2013-01-31",
+                stacklevel=5,
+            )
+            self._has_told_dates = True
+
+    def _tell_unseen(self) -> None:
+        """Warn of columns that no event has: of JSON lines and rows, a misspelt name is one that all of them lack."""
+        names = ", ".join(sorted(self._unseen))
+        warnings.warn(
+            f"{names}: missing from all of {MANY:,} events and more; expected a column that some have: look for a "
+            f"misspelt name in the schema, or leave it out",
+            stacklevel=3,
+        )
+        self._unseen.clear()
 
     def _full_batch(self) -> EventBatch | None:
         """A batch that lies within the block at hand: all of these are encoded at once."""
@@ -127,6 +161,8 @@ class Stream:
         pieces = self._take(wanted)
         if not pieces:
             self._quarantine.state_dict()
+            if not self._events and self._quarantine.first is not None:
+                self._tell_nothing(self._quarantine.first)
             raise StopIteration
         ids, numbers, labels, times = (_joined(each) for each in zip(*pieces, strict=True))
         assert ids is not None and numbers is not None and labels is not None
@@ -154,6 +190,7 @@ class Stream:
         if hasattr(self._source, "heads"):
             self._source.heads = {name: list(head) for name, head in state.get("heads", {}).items()}
         self._events = state["events"]
+        self._told_at = self._events + MANY
         self._block = None
         self._has_begun = False
 
@@ -171,6 +208,8 @@ class Stream:
                 if chunk is None:
                     break
                 self._block = _Block(chunk, self.encoder)
+                self._unseen -= self._block.seen
+                self._tell_dates(self._block.rest()[3])
             block = self._block
             piece = block.rest(wanted)
             if len(piece[2]):
@@ -202,11 +241,16 @@ class _Block:
         self.batches: Iterator[EventBatch] | None = None  # those of full size, once they are asked for
         self._bad = deque(chunk.bad)
         self._rows = chunk.rows
+        self.seen: set[str] = set()  # columns that a row has
         if not len(chunk.rows):
             self._arrays: _Piece | None = None
             return
         checked = check(encoder.schema, chunk.table)
         categories, numbers, labels, times = checked.categories, checked.numbers, checked.labels, checked.times
+        self.seen = {name for name, each in categories.items() if each.null_count < len(each)}
+        self.seen |= {
+            name for name, is_there in zip(encoder.schema.numeric, (numbers == numbers).any(0), strict=True) if is_there
+        }
         if checked.reasons:
             good = np.ones(len(chunk.rows), bool)
             good[list(checked.reasons)] = False
