@@ -98,7 +98,8 @@ def extract_saved(
 
     It has the tensors of `matta.extract(matta.load(saved, ...), spec)`. Neither model is ever in memory, so that this
     works with a TA of any size; for that, build the modules on the meta device. `safetensors.torch.load_model` loads
-    the file. The checksum of the weights is not compared, since that would read all of them.
+    the file. The checksum of the weights is not compared, since that would read all of them. Between Student and TA
+    running statistics (BatchNorm) are those of the one or the other: call `matta.recalibrate` on what was loaded.
 
     Args:
         saved: The folder of `matta.save`.
