@@ -358,36 +358,6 @@ def test_sizes_whose_running_statistics_do_not_fit_are_left_out_or_told(caplog: 
     models = ServedModels(nested, example=EXAMPLE, family=family)
     mixed = [size for size in models.sizes if size not in ("Student", "TA")]
     assert mixed and caplog.messages[0].startswith(f"{'; '.join(mixed)} mix Student and TA, and are served with")
-    assert caplog.messages[0].endswith("expected batches to measure theirs on: Serving(recalibrate=batches)")
-
-
-@pytest.mark.parametrize("runtime", ["torch", "onnx"])
-def test_running_statistics_of_sizes_between_are_measured_for_each_version(tmp_path: Path, runtime: str) -> None:
-    def build(width: int) -> nn.Module:
-        hidden = (nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width))
-        return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 1))
-
-    def trained(seed: int) -> matta.Nested:
-        torch.manual_seed(seed)
-        nested = matta.nest(build(4), build(16))
-        for module in (nested.student, nested.ta):
-            module.train()(torch.randn(64, 6) + seed)
-            module.eval()
-        return nested
-
-    batches = [(torch.randn(32, 6, generator=torch.Generator().manual_seed(seed)), None) for seed in range(3)]
-    old, new = trained(0), trained(1)
-    models = ServedModels(old, example=EXAMPLE, batches=iter(batches), runtime=runtime)
-    assert models.sizes == ("Student", "wide: 0", "TA")
-    published(tmp_path, new)
-    for nested in (old, new):
-        for size, spec in models.specs.items():
-            expected = matta.extract(nested, spec).eval()
-            if size not in ("Student", "TA"):
-                assert matta.recalibrate(expected, batches) == 3
-            logits = models.run(size, {"input_0": EXAMPLE[0]})[0]["logits"]
-            torch.testing.assert_close(logits, expected(EXAMPLE[0]).detach())
-        Told().watch(models, tmp_path).look()
 
 
 def test_buffers_that_never_change_need_no_student(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ it take the place of the one before it, which ends the batches that it has begun
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from matta.choosing.family import Family
 from matta.choosing.measuring import num_examples, resized, run_example, usable_device
@@ -41,12 +43,12 @@ from matta.nesting.copying import copy_module, deep_copy
 from matta.nesting.nested import Nested
 from matta.serving.batch_independence import require_own_rows
 from matta.serving.inference_protocol import NAMES, OPEN, TensorSpec
-from matta.serving.mixed_statistics import has_running_statistics, measure_mixed, tell_of_mixed
 from matta.serving.size_policy import BatchTime
 from matta.sizes.extraction import extract, share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
+LOG: Final = logging.getLogger("matta.serve")
 MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
@@ -78,7 +80,6 @@ class ServedModels:
         device: Where the modules compute.
         runtime: "torch", views of one copy of the weights; or "onnx", a session of ONNX Runtime for each size.
         logits: Where they are in what the modules return, as in `CoTraining`.
-        batches: Those on which the running statistics of sizes between Student and TA are measured.
 
     Raises:
         ServeError: the example or the module cannot be served.
@@ -98,7 +99,6 @@ class ServedModels:
         device: str | torch.device = "cpu",
         runtime: str = TORCH,
         logits: str | Callable[[Any], Any] | None = None,
-        batches: Iterable[Batch] | None = None,
     ) -> None:
         require_kind("nested", nested, nn.Module, "what matta.nest gives, or a plain module")
         require_kind("family", family, (Family, NoneType), "what matta.family gives: matta.Family.load(path)")
@@ -114,8 +114,8 @@ class ServedModels:
         self.inputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in tensors.items() if has_rows[name])
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
         self._require_runs()
-        self._batches = None if batches is None else list(batches)
-        self.specs = self._specs(nested, family)
+        self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
+        _tell_of_mixed(nested, self.specs)
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -123,15 +123,6 @@ class ServedModels:
             self._require_own_rows(answers, max_rows)
         self.outputs = tuple(_spec(name, each, {0, *open_axes}) for name, each in answers.items())
         self.times = self._measure(max_rows)
-
-    def _specs(self, nested: nn.Module, family: Family | None) -> dict[str, SubModel | None]:
-        if not isinstance(nested, Nested):
-            return {MODEL: None}
-        is_measured = self._batches is not None or not has_running_statistics(nested.ta)
-        specs = served_specs(nested, family, between=is_measured)
-        if not is_measured:
-            tell_of_mixed([*specs])
-        return specs
 
     def _require_runs(self) -> None:
         """Refuse an example that the module does not run on, before it is exported or timed."""
@@ -200,8 +191,6 @@ class ServedModels:
     def _modules(self, source: nn.Module) -> Mapping[str, nn.Module]:
         if isinstance(source, Nested):
             modules: Mapping[str, nn.Module] = share(source, self.specs)
-            if self._batches is not None:
-                measure_mixed(modules, self._batches, self.device)
         else:
             modules = {MODEL: copy_module(source, {}).eval()}
         return modules if self._runtime == TORCH else self._sessions(modules)
@@ -285,12 +274,12 @@ def _require_rows(name: str, answer: Tensor, count: int) -> None:
         )
 
 
-def served_specs(nested: Nested, family: Family | None, *, between: bool = True) -> dict[str, SubModel | None]:
+def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | None]:
     """The sizes to serve, from the worst: the fronts of a family, else Student, TA, and a few between.
 
     Latencies of small models are close together, so that chance keeps the Student off the front of latencies. It is
-    first on that of parameters. Without `between` there are none unless a family says so: running statistics of Student
-    and TA (BatchNorm) do not fit a mixture of both.
+    first on that of parameters. With BatchNorm there is none between, unless a family says so: the running statistics
+    of Student and TA do not fit a mixture of both.
     """
     if family is not None:
         costs = ("latency_ms", "parameters") if family.sizes[0].latencies else ("parameters",)
@@ -298,11 +287,27 @@ def served_specs(nested: Nested, family: Family | None, *, between: bool = True)
         order = sorted(family.sizes, key=lambda size: size.quality, reverse=not family.higher_is_better)
         return {size.name: size.spec for size in order if size.name in served}
     names = layer_names(nested)
-    if not names or not between:
+    if not names or _has_running_statistics(nested):
         return {STUDENT: None, TA: wide(nested)}
     steps = min(len(names), MOST_BETWEEN + 1)
-    mixed = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
-    return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in mixed}, TA: wide(nested)}
+    between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
+    return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
+
+
+def _has_running_statistics(nested: Nested) -> bool:
+    return any(isinstance(part, _NormBase) and part.running_mean is not None for part in nested.ta.modules())
+
+
+def _tell_of_mixed(nested: nn.Module, specs: Mapping[str, SubModel | None]) -> None:
+    """Warn of sizes whose running statistics are of other widths than theirs."""
+    if not isinstance(nested, Nested) or not _has_running_statistics(nested):
+        return
+    if mixed := [name for name in specs if name not in (STUDENT, TA)]:
+        LOG.warning(
+            "%s mix Student and TA, and are served with the running statistics (BatchNorm) of both, which do not fit "
+            "them; if the table was measured after matta.recalibrate, serve what it recalibrated as plain modules",
+            "; ".join(mixed),
+        )
 
 
 def _spec(name: str, tensor: Tensor, open_axes: set[int]) -> TensorSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -31,9 +31,6 @@ class Serving:
         open_axes: Axes of the inputs that may have any length; the first, that of the batch, always may.
         logits: Where the logits are in what the modules return, as in `CoTraining`. A mapping of tensors (several
             heads) is answered with an output for each.
-        recalibrate: Batches on which the running statistics (BatchNorm) of sizes between Student and TA are measured,
-            now and of each new version, as `matta.recalibrate` does. None: a nesting with such has no sizes between,
-            unless the family has.
 
     Example:
         >>> import matta, torch
@@ -45,7 +42,6 @@ class Serving:
     family: Family | None = None
     open_axes: tuple[int, ...] = (0,)
     logits: str | Callable[[Any], Any] | None = None
-    recalibrate: Iterable[Batch] | None = None
 
 
 def serve(serving: Serving, settings: ServeSettings | None = None) -> None:
@@ -74,7 +70,6 @@ def serve(serving: Serving, settings: ServeSettings | None = None) -> None:
         family=serving.family,
         open_axes=serving.open_axes,
         logits=serving.logits,
-        batches=serving.recalibrate,
         max_rows=settings.max_batch,
         threads=settings.threads,
         device=settings.device,
