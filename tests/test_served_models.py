@@ -338,28 +338,6 @@ def test_a_new_version_brings_what_the_student_has_of_its_own(tmp_path: Path, sh
     assert models.current.name == "1"
 
 
-def test_sizes_whose_running_statistics_do_not_fit_are_left_out_or_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Between a Student and a TA of 0.07 nats there were sizes of 0.15 to 0.48."""
-
-    def build(width: int) -> nn.Module:
-        hidden = (nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width))
-        return nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 1))
-
-    nested = matta.nest(build(4), build(16))
-    assert ServedModels(nested, example=EXAMPLE).sizes == ("Student", "TA")
-    assert not caplog.messages
-    family = matta.family(
-        nested,
-        evaluate=lambda module: -sum(each.numel() for each in module.parameters()),
-        example=EXAMPLE,
-        calls=0,
-        progress=False,
-    )
-    models = ServedModels(nested, example=EXAMPLE, family=family)
-    mixed = [size for size in models.sizes if size not in ("Student", "TA")]
-    assert mixed and caplog.messages[0].startswith(f"{'; '.join(mixed)} mix Student and TA, and are served with")
-
-
 def test_buffers_that_never_change_need_no_student(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self, width: int) -> None:

@@ -6,7 +6,6 @@ it take the place of the one before it, which ends the batches that it has begun
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 import threading
@@ -21,7 +20,6 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from matta.choosing.family import Family
 from matta.choosing.measuring import num_examples, resized, run_example, usable_device
@@ -48,7 +46,6 @@ from matta.sizes.extraction import extract, share
 from matta.sizes.submodels import SubModel, layer_names, wide, wide_narrow_wide
 from matta.training.snapshots import LATEST, newest_version, read_snapshot
 
-LOG: Final = logging.getLogger("matta.serve")
 MODEL: Final = "model"
 TORCH: Final = "torch"
 OWN: Final = "1"  # the version of the weights that the server was started with
@@ -115,7 +112,6 @@ class ServedModels:
         self._constants = {name: each for name, each in tensors.items() if not has_rows[name]}
         self._require_runs()
         self.specs = served_specs(nested, family) if isinstance(nested, Nested) else {MODEL: None}
-        _tell_of_mixed(nested, self.specs)
         self.current = Version(name=OWN, modules=self._modules(self._source))
         self.pinned: dict[str, Version] = {}
         with torch.inference_mode():
@@ -278,8 +274,7 @@ def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | 
     """The sizes to serve, from the worst: the fronts of a family, else Student, TA, and a few between.
 
     Latencies of small models are close together, so that chance keeps the Student off the front of latencies. It is
-    first on that of parameters. With BatchNorm there is none between, unless a family says so: the running statistics
-    of Student and TA do not fit a mixture of both.
+    first on that of parameters.
     """
     if family is not None:
         costs = ("latency_ms", "parameters") if family.sizes[0].latencies else ("parameters",)
@@ -287,27 +282,11 @@ def served_specs(nested: Nested, family: Family | None) -> dict[str, SubModel | 
         order = sorted(family.sizes, key=lambda size: size.quality, reverse=not family.higher_is_better)
         return {size.name: size.spec for size in order if size.name in served}
     names = layer_names(nested)
-    if not names or _has_running_statistics(nested):
+    if not names:
         return {STUDENT: None, TA: wide(nested)}
     steps = min(len(names), MOST_BETWEEN + 1)
     between = [wide_narrow_wide(nested, len(names) * k // steps) for k in range(1, steps)]
     return {STUDENT: student_spec(nested), **{size_name(nested, spec): spec for spec in between}, TA: wide(nested)}
-
-
-def _has_running_statistics(nested: Nested) -> bool:
-    return any(isinstance(part, _NormBase) and part.running_mean is not None for part in nested.ta.modules())
-
-
-def _tell_of_mixed(nested: nn.Module, specs: Mapping[str, SubModel | None]) -> None:
-    """Warn of sizes whose running statistics are of other widths than theirs."""
-    if not isinstance(nested, Nested) or not _has_running_statistics(nested):
-        return
-    if mixed := [name for name in specs if name not in (STUDENT, TA)]:
-        LOG.warning(
-            "%s mix Student and TA, and are served with the running statistics (BatchNorm) of both, which do not fit "
-            "them; if the table was measured after matta.recalibrate, serve what it recalibrated as plain modules",
-            "; ".join(mixed),
-        )
 
 
 def _spec(name: str, tensor: Tensor, open_axes: set[int]) -> TensorSpec:
