@@ -564,19 +564,6 @@ def test_a_source_that_is_none_is_told_in_a_line(source: str, message: str, caps
     assert message in capsys.readouterr().err
 
 
-def test_batches_for_running_statistics_bring_the_sizes_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(width: int) -> nn.Module:
-        hidden = nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, width), nn.BatchNorm1d(width)
-        return nn.Sequential(*hidden, nn.Linear(width, 1))
-
-    served: list[Application] = []
-    monkeypatch.setattr("matta.serving.http_server.run_server", served.append)
-    nested, example = matta.nest(build(4), build(8)), (torch.randn(8, 3), None)
-    serve(Serving(nested=nested, example=example))
-    serve(Serving(nested=nested, example=example, recalibrate=[example] * 2))
-    assert [each.models.sizes for each in served] == [("Student", "TA"), ("Student", "wide: 0", "TA")]
-
-
 def test_the_last_position_alone_is_for_runs() -> None:
     with pytest.raises(ServeError, match="--last for 'a:b', no run of matta train"):
         named_serving("a:b", last=True)

@@ -105,15 +105,18 @@ def _require_uncoupled(compute: Compute, inputs: Any, expected: Mapping[str, Ten
     rows = count // 2 or 2
     apart = _apart(expected, _computed(compute, inputs, rows), min(count, rows))
     apart = max(apart, _apart_from_zeros(compute, inputs, expected))
-    how = f"is {apart:.0%} of the largest apart" if isfinite(apart) else "is of another shape, or NaN,"
-    told = f"an answer {how} when the other rows of its batch are others"
+    how = f"by {apart:.0%} of the largest" if isfinite(apart) else "in its shape, or to NaN"
     if apart > COUPLED:
         raise ServeError(
-            f"{told}; expected answers to each row by itself: replace statistics of the batch by running ones, or "
-            f"serve one row at a time with max_batch=1"
+            f"an answer changes with the other rows of its batch, requests are computed together, and it does {how}; "
+            f"expected rows that do not mix: running statistics in place of the batch's, or max_batch=1"
         )
     if apart > near:
-        LOG.warning("%s (layers that scale by the batch?); max_batch=1 serves one row at a time", told)
+        LOG.warning(
+            "an answer changes with the other rows of its batch, %s (layers that scale by the batch?); max_batch=1 "
+            "serves one row at a time",
+            how,
+        )
 
 
 def _apart_from_zeros(compute: Compute, inputs: Any, expected: Mapping[str, Tensor]) -> float:
