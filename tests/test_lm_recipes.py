@@ -680,7 +680,9 @@ def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path, capsys: pyte
     assert results is not None
     assert 0 < results["steps"] < 1000
     most = results["text"]["samples"] // 4
-    assert f"the text ends after {most} of 1,000 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"the text ends after {most} of 1,000 steps" in shown
+    assert re.search(r"text: 60 documents, [\d,]+ bytes, [\d,]+ tokens, passed over 1.0\d times", shown)
     assert results["steps"] - most in (0, 1)
     card = (tmp_path / "out" / "models" / "student" / "README.md").read_text()
     assert f"\n{results['steps']} steps on " in card
