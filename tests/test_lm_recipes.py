@@ -39,6 +39,7 @@ from matta.lm.planning import nest_on_meta, plan_figures
 from matta.lm.recipe import ModelPart, SourcePart, TrainPart, TurnsPart
 from matta.lm.recipe_files import read_recipe, recipe_from_values, recipe_to_values
 from matta.lm.recipe_training import Meter, run
+from matta.lm.run_notes import notes_of
 from matta.lm.trained_runs import load_run, read_run_recipe
 from matta.training.cotraining import CoTraining
 from matta.training.run_folder import RunFolder
@@ -483,6 +484,23 @@ def test_text_that_is_trained_on_and_evaluated_is_told(tmp_path: Path, capsys: p
     assert "reads: allenai/c4, train; figures" in str(read_by_both(c4, c4))
 
 
+def test_steps_too_few_for_the_warm_up_or_the_ramp_are_told(tmp_path: Path) -> None:
+    student, _ = pair("gpt2")
+    recipe = values(tmp_path, steps=50, warmup=50, ramp={"start": 49, "steps": 10})
+    del recipe["data"]["evaluate"]
+    assert [*notes_of(recipe_from_values(recipe, "r"), student, None)] == []
+    recipe["data"]["passes"] = 1
+    told = [*notes_of(recipe_from_values(recipe, "r"), student, num_samples=40)]
+    assert [each.partition(":")[0] for each in told] == [
+        "the text ends after 10 of 50 steps (data.passes = 1), before the learning rate has come to its end; expected "
+        "train.steps=10, or more passes",
+        "the learning rate rises over 50 steps, and the run has 10",
+        "the distillation comes in at step 49, and the run has 10",
+    ]
+    recipe["train"]["weights"] = {"distill": 0.0}
+    assert len([*notes_of(recipe_from_values(recipe, "r"), student, num_samples=40)]) == 2
+
+
 def test_the_topics_of_cpython_are_split_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     train, held_out = pydoc_topics()
@@ -680,7 +698,9 @@ def test_a_run_whose_text_ends_says_how_long_it_was(tmp_path: Path, capsys: pyte
     assert results is not None
     assert 0 < results["steps"] < 1000
     most = results["text"]["samples"] // 4
-    assert f"the text ends after {most} of 1,000 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"the text ends after {most} of 1,000 steps" in shown
+    assert re.search(r"text: 60 documents, [\d,]+ bytes, [\d,]+ tokens, passed over 1.0\d times", shown)
     assert results["steps"] - most in (0, 1)
     card = (tmp_path / "out" / "models" / "student" / "README.md").read_text()
     assert f"\n{results['steps']} steps on " in card

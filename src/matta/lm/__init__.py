@@ -8,8 +8,8 @@ Read in this order:
 - `packing`, `permutations`: batches of packed blocks in a shuffled order. `text_streaming`, `lanes`: text too large for
   the memory.
 - `decoders`: Student and TA of a recipe, nested. `costs`, `gpu_memory` and `planning`: `matta plan`.
-- `recipe_training`: `matta train`. `continued_runs`: what may change when it resumes. `trained_runs`: what its folder
-  holds. `run_listing`: `matta runs`.
+- `recipe_training`: `matta train`. `continued_runs`: what may change when it resumes. `run_notes`: what it tells of
+  its recipe. `trained_runs`: what its folder holds. `run_listing`: `matta runs`.
 - `teacher_labels`, `teaching`: a Teacher's likeliest tokens, stored once by `matta teach`.
 - `extracting`, `configurations`, `folders`, `cards`, `modeling_matta`: `matta extract`, and Transformers folders.
   `streamed_folders`: their weights written from a file, piece by piece.

@@ -69,9 +69,9 @@ def bits_per_byte(
     """Bits per byte and perplexity of a text, or of several documents, each scored for itself.
 
     Every token is predicted exactly once. The first of a document is predicted from what stands before it in training:
-    the mark of a beginning, if the tokenizer puts that before each text (as lm-eval does), or else of an end; with a
-    tokenizer that has neither it is not scored, and its bytes count all the same. The model stays as it is, its mode
-    included.
+    the mark of a beginning, if the tokenizer puts that before each text, or else of an end, as lm-eval does (which
+    reads a beginning twice); with a tokenizer that has neither it is not scored, and its bytes count all the same. The
+    model stays as it is, its mode included.
 
     Args:
         model: Gives logits of (batch, tokens, vocabulary), or an object with `.logits`.

@@ -198,6 +198,7 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
     speed = results["tokens_per_second"]
     if speed is not None:
         yield f"{speed:,.0f} tokens a second, evaluation left out ({results['processes']} process(es))"
+    yield _text_line(outcome)
     if outcome.text.get("skipped"):
         yield f"skipped in the text: {json.dumps(outcome.text['skipped'])}"
     if outcome.fit.num_skipped:
@@ -207,6 +208,13 @@ def _closing_lines(outcome: Outcome, results: dict[str, Any]) -> Iterator[str]:
         yield told
     yield f"matta evaluate {outcome.path}            benchmarks, for every model of the run"
     yield f"matta extract {outcome.path} k=1 --out DIR   any other size"
+
+
+def _text_line(outcome: Outcome) -> str:
+    """What was read: a wrong separator or field shows in the number of documents, a short text in that of passes."""
+    text, read = outcome.text, outcome.fit.steps * outcome.recipe.train.batch
+    passes = "so far" if text["samples"] is None else f"passed over {read / text['samples']:.2f} times"
+    return f"text: {text['documents']:,} documents, {text['bytes']:,} bytes, {text['tokens']:,} tokens, {passes}"
 
 
 def run(settings: ExtractSettings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from matta.errors import RunError, Terminated
 from matta.lm.bits_per_byte import TextScore, bits_per_byte
@@ -33,13 +33,13 @@ from matta.lm.decoders import (
     nest_pair,
     require_context,
     require_family,
-    untrained_positions,
 )
-from matta.lm.documents import held_out_documents, read_by_both, text_source
+from matta.lm.documents import held_out_documents, text_source
 from matta.lm.extracting import Outcome, finish, require_writable
 from matta.lm.packing import PackedTokens
 from matta.lm.recipe import DataPart, Recipe, TrainPart
 from matta.lm.recipe_files import is_run, read_recipe
+from matta.lm.run_notes import notes_of
 from matta.lm.teacher_labels import StoredTeacher, is_stored, with_teacher
 from matta.lm.teaching import load_teacher
 from matta.lm.tokens import load_tokenizer
@@ -150,7 +150,7 @@ class _Session:
         teacher = recipe.train.teacher
         self.batches = with_teacher(self.data, StoredTeacher(teacher)) if is_stored(teacher) else self.data
         self.judge = Judge.of(recipe, self.tokenizer, batch=micro_batch)
-        self.notes = tuple(_notes(recipe, student, self.data))
+        self.notes = tuple(notes_of(recipe, student, self.data.num_samples))
         for note in self.notes if accelerator.is_main_process else ():
             warnings.warn(note, stacklevel=2)
         self.cotrain = make_cotraining(recipe, self.nested, self.tokenizer, accumulate=accumulate)
@@ -176,21 +176,6 @@ class _Session:
             batch=self.data.batch,
             notes=self.notes,
         )
-
-
-def _notes(recipe: Recipe, student: PreTrainedModel, text: PackedTokens) -> Iterator[str]:
-    """What the figures of a run must not be taken for."""
-    data, part = recipe.data, recipe.train
-    num_steps, most = part.num_steps(data.context), (text.num_samples or 0) * (data.passes or 0) // part.batch
-    if most and most < num_steps:
-        yield (
-            f"the text ends after {most:,} of {num_steps:,} steps (data.passes = {data.passes}), before the learning "
-            f"rate has come to its end; expected train.steps={most}, or more passes"
-        )
-    if data.evaluate is not None and (told := read_by_both(data.train, data.evaluate)) is not None:
-        yield told
-    if recipe.model.architecture and (told := untrained_positions(student, data.context)) is not None:
-        yield told
 
 
 def checkpoint_activations(model: Any) -> None:
