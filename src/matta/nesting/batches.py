@@ -104,7 +104,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def outputs_of(output: Any) -> list[Tensor]:
-    """The logits in what a module returned; where it has none, all tensors of numbers in it.
+    """The logits in what a module returned; where it has none, all tensors of numbers in it, also of objects.
 
     Example:
         >>> import torch
@@ -112,8 +112,19 @@ def outputs_of(output: Any) -> list[Tensor]:
         [tensor([1.])]
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = tree_leaves(output if logits is None else logits)
+    found = _leaves(output if logits is None else logits, set())
     return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The leaves of containers and of objects, such as a dataclass or a distribution, which torch takes for leaves."""
+    for leaf in tree_leaves(value):
+        inside = {} if isinstance(leaf, Tensor | nn.Module | type) else getattr(leaf, "__dict__", {})
+        if not inside:
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _leaves(list(inside.values()), seen)
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:
@@ -167,7 +178,7 @@ def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, name
     logits = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if isinstance(logits, Tensor):
         return logits
-    fields = [each for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
+    fields = [str(each) for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
     raise LabelError(
         f"the module returned {type(output).__name__} without {name}; its tensors are: {', '.join(fields) or 'none'}; "
         f"expected a tensor of logits, or an object with .logits; say where they are by logits=..., the name of a "
