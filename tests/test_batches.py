@@ -88,6 +88,10 @@ def test_outputs_are_found_in_objects(output: Any) -> None:
     assert any(each is X or torch.equal(each, X) for each in outputs_of(output))
 
 
+def test_an_object_beside_a_tensor_is_no_output() -> None:
+    assert outputs_of({"hidden": X, "cache": Scored(Y)}) == [X]
+
+
 def test_objects_that_hold_themselves_come_to_an_end() -> None:
     output = Scored(X)
     output.more = [output]

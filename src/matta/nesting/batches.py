@@ -104,7 +104,10 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def outputs_of(output: Any) -> list[Tensor]:
-    """The logits in what a module returned; where it has none, all tensors of numbers in it, also of objects.
+    """The logits in what a module returned; where it has none, all tensors of numbers in it.
+
+    Objects, such as a dataclass or a distribution, are looked into where there is nothing besides: a cache of keys and
+    values beside a hidden state is no output.
 
     Example:
         >>> import torch
@@ -112,12 +115,16 @@ def outputs_of(output: Any) -> list[Tensor]:
         [tensor([1.])]
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = _leaves(output if logits is None else logits, set())
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+    found = output if logits is None else logits
+    return list(filter(_is_of_numbers, tree_leaves(found))) or list(filter(_is_of_numbers, _leaves(found, set())))
+
+
+def _is_of_numbers(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The leaves of containers and of objects, such as a dataclass or a distribution, which torch takes for leaves."""
+    """The leaves of containers and of objects, which torch takes for leaves themselves."""
     for leaf in tree_leaves(value):
         inside = {} if isinstance(leaf, Tensor | nn.Module | type) else getattr(leaf, "__dict__", {})
         if not inside:
