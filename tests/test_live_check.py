@@ -200,7 +200,18 @@ def test_gradients_of_a_live_student_are_those_of_a_plain_one(kind: Callable[[in
     assert compared >= 4
 
 
-@pytest.mark.parametrize("kind", [Restored, InnerStep])
+class Endless(tuple[int, ...]):
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class WithASequence(Net):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.kinds = Endless((1, 2))
+
+
+@pytest.mark.parametrize("kind", [Restored, InnerStep, WithASequence])
 def test_what_is_extracted_computes_the_same_without_gradients(kind: Callable[[int], nn.Module]) -> None:
     nested = matta.nest(kind(4), kind(7), example=(X, None))
     with torch.no_grad():

@@ -163,20 +163,27 @@ def test_a_head_under_vmap_is_not_fused() -> None:
 class Padded(nn.Module):
     """torch's encoder, which in eval mode takes a faster path for rows with padding."""
 
-    def __init__(self, feed_forward: int) -> None:
+    def __init__(self, feed_forward: int, depth: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, feed_forward, batch_first=True)
-        self.entry, self.body, self.head = nn.Linear(5, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+        self.entry, self.body, self.head = nn.Linear(5, 8), nn.TransformerEncoder(layer, depth), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         return self.head(self.body(self.entry(x), src_key_padding_mask=padding)[:, 0])
 
 
-def test_an_encoder_with_padding_is_started_and_ordered() -> None:
+PADDED = (drawn(2, 3, 5), torch.tensor([[False, False, True], [False, False, False]])), None
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_encoder_with_padding_is_started_from_its_student(depth: int) -> None:
     torch.manual_seed(0)
-    batch = (drawn(2, 3, 5), torch.tensor([[False, False, True], [False, False, False]])), None
-    student, ta = Padded(6), Padded(9)
-    warm = matta.nest(student, ta, example=batch, warm_start=True)
-    torch.testing.assert_close(warm.ta.eval()(*batch[0]), student.eval()(*batch[0]), rtol=1e-4, atol=1e-5)
-    ordered = matta.order(Padded(9), example=batch, data=[batch], importance="magnitude")
-    assert ordered.eval()(*batch[0]).shape == (2, 3)
+    student, ta, layers = Padded(6, 1), Padded(9, depth), {"body.layers": "first"} if depth > 1 else {}
+    warm = matta.nest(student, ta, example=PADDED, layers=layers, warm_start=True)
+    torch.testing.assert_close(warm.ta.eval()(*PADDED[0]), student.eval()(*PADDED[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_with_padding_is_ordered() -> None:
+    torch.manual_seed(0)
+    ordered = matta.order(Padded(9, 1), example=PADDED, data=[PADDED], importance="magnitude")
+    assert ordered.eval()(*PADDED[0]).shape == (2, 3)

@@ -68,7 +68,7 @@ def _first_of(value: Any, held: Mapping[int, Tensor]) -> Tensor | None:
             return held[id(each)]
         if type(each) not in _PLAIN and id(each) not in seen and not isinstance(each, _CLOSED):
             seen.add(id(each))
-            waiting += _inside(each)
+            waiting += iter(_inside(each))  # some classes of sequences have no length
     return None
 
 

@@ -140,7 +140,7 @@ def _capture(ta: nn.Module, block: nn.Module, example: Batch) -> tuple[Any, Any]
     seen: list[tuple[Any, Any]] = []
     handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     try:
-        with eval_mode(ta), torch.no_grad():
+        with eval_mode(ta), torch.no_grad(), without_chance():
             call(ta, split_labels(example)[0])
     finally:
         handle.remove()
