@@ -150,7 +150,8 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, a warm start that
-            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied).
+            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied, reading its
+            parameters other than as attributes).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
