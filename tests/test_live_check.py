@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -220,6 +221,28 @@ def test_what_is_extracted_computes_the_same_without_gradients(kind: Callable[[i
 
 def test_a_table_that_renormalises_what_it_looks_up_is_no_difference() -> None:
     assert matta.nest(Renormalised(4), Renormalised(7), example=(torch.arange(5), None)).plan.placements
+
+
+class DrawsAGamma(Net):
+    def first(self, x: Tensor) -> Tensor:
+        return self.entry(x) * torch.distributions.Beta(2.0, 3.0).sample()
+
+
+class DrawsElsewhere(Net):
+    def first(self, x: Tensor) -> Tensor:
+        return self.entry(x) * random.random()
+
+
+@pytest.mark.parametrize("kind", [DrawsAGamma, DrawsElsewhere])
+def test_random_numbers_are_no_difference(kind: type[Net]) -> None:
+    state = torch.get_rng_state()
+    assert matta.nest(kind(4), kind(7), example=(X, None), probe=False).plan.placements
+    torch.set_rng_state(state)
+    kind(4), kind(7)
+    expected = torch.rand(1)
+    torch.set_rng_state(state)
+    matta.nest(kind(4), kind(7), example=(X, None), probe=False)
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_student_on_the_meta_device_is_not_run() -> None:
