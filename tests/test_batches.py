@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import LabelError
-from matta.nesting.batches import call, logits_of, split_labels
+from matta.nesting.batches import call, logits_of, outputs_of, split_labels
 
 X, Y = torch.ones(2, 3), torch.zeros(2)
 
@@ -25,6 +25,12 @@ class Pair(NamedTuple):
 class Output:
     logits: Tensor
     hidden: Any = None
+
+
+@dataclass
+class Scored:
+    score: Tensor
+    more: Any = None
 
 
 class Scaled(nn.Module):
@@ -68,6 +74,33 @@ def test_logits_are_the_tensor_or_called_so(output: Any) -> None:
 def test_what_is_no_batch_is_refused(batch: Any, what: str) -> None:
     with pytest.raises(LabelError, match=rf"received a batch of type .*{what}.*; expected a mapping .*or a pair"):
         split_labels(batch)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        Scored(X),
+        {"a": Scored(score=torch.ones(1, dtype=torch.long), more=[Scored(X)])},
+        torch.distributions.Independent(torch.distributions.Laplace(X, 1), 1),
+    ],
+)
+def test_outputs_are_found_in_objects(output: Any) -> None:
+    assert any(each is X or torch.equal(each, X) for each in outputs_of(output))
+
+
+def test_an_object_beside_a_tensor_is_no_output() -> None:
+    assert outputs_of({"hidden": X, "cache": Scored(Y)}) == [X]
+
+
+def test_objects_that_hold_themselves_come_to_an_end() -> None:
+    output = Scored(X)
+    output.more = [output]
+    assert outputs_of(output) == [X]
+
+
+def test_fields_without_a_name_are_told_by_number() -> None:
+    with pytest.raises(LabelError, match=r"its tensors are: 7, 9"):
+        logits_of({7: X, 9: X})
 
 
 @pytest.mark.parametrize("output", [(X, None), None, {"scores": X}, Output(None)])  # type: ignore[arg-type]

@@ -252,6 +252,11 @@ MORE: dict[str, Refusal] = {
         r"InList keeps layers in 'layers', a list, .*keep them in an nn.ModuleList",
         lambda: matta.nest(InList(4, nn.ModuleList), InList(6, nn.ModuleList), example=BATCH),
     ),
+    "lists-of-lists": Refusal(
+        lambda: matta.nest(InList(4, lambda layers: [list(layers)]), InList(6, lambda layers: [list(layers)])),
+        r"InList keeps layers in 'layers', a list, .*keep them in an nn.ModuleList",
+        lambda: matta.nest(InList(4, nn.ModuleList), InList(6, nn.ModuleList), example=BATCH),
+    ),
     "quantised": Refusal(
         lambda: matta.nest(_quantised(4), _quantised(6)),
         r"is quantised, its weights are in '_packed_params' and do not train.*nest first, and quantise what is extr",

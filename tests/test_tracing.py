@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.nn.attention.flex_attention import flex_attention
 
 from cases import Case, places
 from matta.errors import TracingError
@@ -47,6 +49,15 @@ def filled(shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
 def packed_and_back(x: Tensor) -> Tensor:
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([x.shape[1]]), batch_first=True)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
+def nearest(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return score - (query - key).abs()
+
+
+@torch.compile(backend="eager", fullgraph=True)
+def compiled(x: Tensor) -> Tensor:
+    return 2 * x.relu()
 
 
 ROWS = torch.tensor([1, 0])
@@ -94,6 +105,11 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "attention over rows": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "distance": lambda x: x * (x * x).sum(-1, keepdim=True) + (x @ x.T) @ x,
     "largest of all": lambda x: x / x.max() + x * x.min(),
+    "complex numbers": lambda x: torch.view_as_real(torch.polar(x.abs(), x).conj() * torch.complex(x, x)).sum(-1),
+    "distances": lambda x: torch.cdist(x.t(), torch.ones(3, 2)).t()[:2] + torch.cdist(torch.ones(2, 2), x.t()),
+    "flexible attention": lambda x: flex_attention(*(x[None, None],) * 3, score_mod=nearest)[0, 0],
+    "a condition": lambda x: torch.cond(torch.tensor(True), torch.relu, torch.neg, (x,)),
+    "compiled": lambda x: compiled(x),
     "solved": lambda x: torch.linalg.solve_triangular(torch.eye(2), x, upper=False),
     "solved from the right": lambda x: torch.linalg.solve_triangular(torch.eye(2), x.T, upper=False, left=False).T,
 }
@@ -117,6 +133,7 @@ LOST: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
     "gathered": (lambda x: x.gather(1, torch.zeros(2, 5, dtype=torch.long)), 5, "picked by data"),
     "fourier": (lambda x: torch.fft.fft(x).real, 8, "through the operator"),
     "kronecker": (lambda x: torch.linalg.matrix_exp(x.T @ x)[:2], 8, "through the operator"),
+    "a loop": (lambda x: scan(lambda before, y: (y, y + before), x[0], x)[1], 8, "through the operator 'scan'"),
     "unknown in place": (lambda x: x.clone().exponential_(), 8, "through the operator 'exponential'"),
 }
 

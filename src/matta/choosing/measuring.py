@@ -109,6 +109,8 @@ def _peak_bytes(module: nn.Module, inputs: Any) -> int:
 class _Held(TorchDispatchMode):
     """Bytes of the storages that operations make while it is on, for as long as some tensor shows them."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from matta.errors import NestingError
 from matta.nesting.closures import OF_MODULES
-from matta.nesting.copying import deep_copy, graph_tensors
+from matta.nesting.copying import contents, deep_copy, graph_tensors
 from matta.nesting.plan import Placement
 from matta.nesting.slicing import is_live
 from matta.nesting.sparse_tables import is_sparse_table
@@ -71,8 +71,8 @@ def _hidden_weights(path: str, part: nn.Module, registered: Collection[nn.Module
                 f"{path} ({type(part).__name__}) is quantised, its weights are in {name!r} and do not train; expected "
                 f"parameters of a floating type: nest first, and quantise what is extracted"
             )
-        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        if name not in OF_MODULES and any(_is_layer(each) and each not in registered for each in inside):
+        inside = () if name in OF_MODULES or isinstance(value, nn.Module) else contents(value)
+        if any(_is_layer(each) and each not in registered for each in inside):
             yield (
                 f"{path} keeps layers in {name!r}, a {type(value).__name__}, where torch does not see their parameters"
                 f"; expected modules that train: keep them in an nn.ModuleList or nn.ModuleDict"
@@ -80,7 +80,8 @@ def _hidden_weights(path: str, part: nn.Module, registered: Collection[nn.Module
 
 
 def _is_layer(value: Any) -> bool:
-    return isinstance(value, nn.Module) and any(True for _ in value.parameters())
+    """Whether it has weights; on the meta device it is a pattern that torch.func.functional_call fills."""
+    return isinstance(value, nn.Module) and any(not each.is_meta for each in value.parameters())
 
 
 def _is_recomputed(part: nn.Module, name: str) -> bool:

@@ -114,14 +114,32 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 def outputs_of(output: Any) -> list[Tensor]:
     """The logits in what a module returned; where it has none, all tensors of numbers in it.
 
+    Objects, such as a dataclass or a distribution, are looked into where there is nothing besides: a cache of keys and
+    values beside a hidden state is no output.
+
     Example:
         >>> import torch
         >>> outputs_of({"loss": None, "prediction": (torch.ones(1), torch.ones(1, dtype=torch.long))})
         [tensor([1.])]
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    found = tree_leaves(output if logits is None else logits)
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
+    found = output if logits is None else logits
+    return list(filter(_is_of_numbers, tree_leaves(found))) or list(filter(_is_of_numbers, _leaves(found, set())))
+
+
+def _is_of_numbers(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The leaves of containers and of objects, which torch takes for leaves themselves."""
+    for leaf in tree_leaves(value):
+        inside = {} if isinstance(leaf, Tensor | nn.Module | type) else getattr(leaf, "__dict__", {})
+        if not inside:
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _leaves(list(inside.values()), seen)
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:
@@ -175,7 +193,7 @@ def logits_of(output: Any, where: str | Callable[[Any], Any] | None = None, name
     logits = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if isinstance(logits, Tensor):
         return logits
-    fields = [each for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
+    fields = [str(each) for each, value in _fields_of(output).items() if isinstance(value, Tensor)]
     raise LabelError(
         f"the module returned {type(output).__name__} without {name}; its tensors are: {', '.join(fields) or 'none'}; "
         f"expected a tensor of logits, or an object with .logits; say where they are by logits=..., the name of a "

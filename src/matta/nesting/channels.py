@@ -331,6 +331,15 @@ class Known:
         if axis in self.rows(tensor):
             self.summed.append(self.rows(tensor)[axis])
 
+    def broadcast(self, tensors: Iterable[Tensor], out: Tensor) -> Rows:
+        """The rows of an element-by-element result; axes align at the right, those of length 1 stretch."""
+        found = []
+        for tensor in tensors:
+            offset = out.ndim - tensor.ndim
+            rows = self.rows(tensor).items()
+            found += [(axis + offset, row) for axis, row in rows if len(row) == out.shape[axis + offset]]
+        return self.tie_all(found)
+
     def tie_all(self, found: Iterable[tuple[int, Row]]) -> Rows:
         """The rows of one tensor from those of several; what falls on the same axis is tied."""
         rows: Rows = {}
@@ -351,3 +360,12 @@ class Known:
         row = self.channels.new(size)
         self.blame([row], problem)
         return row
+
+    def lose_all(self, tensors: Iterable[Tensor], out: Any, problem: str) -> None:
+        """Lose sight of all channels in an operator: of what it took and made; of inputs and ranges alone nothing."""
+        rows = [row for tensor in tensors for row in self.rows(tensor).values()]
+        if all(map(self.channels.is_input, rows)):
+            return
+        self.blame(rows, problem)
+        for made in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            self.put(made, {axis: self.lose(size, problem) for axis, size in enumerate(made.shape)})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from types import CellType, FunctionType, MethodType
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
 """The attributes in which torch keeps what is registered."""
+_PLAIN: Final = frozenset((bool, int, float, str, bytes, type(None)))
+_CLOSED: Final = (nn.Module, Tensor, type, ModuleType)
 
 
 def rebind_functions(module: nn.Module, memo: dict[int, Any]) -> None:
@@ -43,6 +46,43 @@ def holders(module: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
         for name, value in vars(part).items()
         if name not in OF_MODULES and _reaches(value, held, set())
     ]
+
+
+def keepers(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    """The attributes that keep one of `tensors` in an object, a container or a function, with that tensor."""
+    held = {id(tensor): tensor for tensor in tensors}
+    found = []
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            kept = None if name in OF_MODULES else _first_of(value, held)
+            if kept is not None:
+                found.append((".".join(filter(None, (path, name))), kept))
+    return found
+
+
+def _first_of(value: Any, held: Mapping[int, Tensor]) -> Tensor | None:
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in held:
+            return held[id(each)]
+        if type(each) not in _PLAIN and id(each) not in seen and not isinstance(each, _CLOSED):
+            seen.add(id(each))
+            waiting += iter(_inside(each))  # some classes of sequences have no length
+    return None
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What a container, a function, a method or an object consists of."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple, set)):
+        return value
+    if isinstance(value, FunctionType):
+        return [*map(_content, value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    return (value.__self__,) if isinstance(value, MethodType) else getattr(value, "__dict__", {}).values()
 
 
 def _reaches(value: Any, held: Mapping[int, Any], seen: set[int]) -> bool:

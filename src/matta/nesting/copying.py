@@ -118,6 +118,24 @@ def attribute_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield ".".join([*filter(None, [path]), name, *([str(i)] if several else [])]), each
 
 
+def contents(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """What lists, tuples and mappings hold, at any depth.
+
+    Example:
+        >>> list(contents([[1], {"a": (2, 3)}]))
+        [1, 2, 3]
+    """
+    seen = set() if seen is None else seen
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if id(value) not in seen:
+        seen.add(id(value))
+        for each in inside:
+            if isinstance(each, list | tuple | Mapping) and not isinstance(each, nn.Module):
+                yield from contents(each, seen)
+            else:
+                yield each
+
+
 def holds_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape hold the same values; sparse ones, which torch.equal does not take, as well."""
     if torch.strided in (one.layout, other.layout):

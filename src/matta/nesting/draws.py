@@ -8,7 +8,8 @@ of a sample, is drawn from one seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, final
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matta.nesting.channels import name_of
+from matta.nesting.higher_order import opened, takes_functions, uncompiled
 
 _SEED: Final = 20250523
 _DRAWS: Final = frozenset(
@@ -28,11 +30,27 @@ _DRAWS: Final = frozenset(
 class WithoutChance(TorchDispatchMode):
     """While it is active, nothing is drawn by chance."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, or what stands for it."""
+        if takes_functions(func):
+            return opened(self, func, args, kwargs or {})[0]
         return drawn(func, args, kwargs or {}) if is_draw(func) else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_chance() -> Iterator[None]:
+    """Within it nothing is drawn by chance, compiled, or run on attention's fast path, which no mode can follow."""
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with uncompiled(), WithoutChance():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def is_draw(func: Any) -> bool:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from matta.nesting.channels import Moment, Place, Steps, name_of
 from matta.nesting.draws import drawn, is_draw
+from matta.nesting.higher_order import opened, takes_functions
 from matta.nesting.layout import Axis
 from matta.nesting.operator_kinds import is_whole, may_fill
 from matta.nesting.operators import plain_kernels
@@ -60,6 +61,8 @@ class Lockstep(TorchDispatchMode):
     `spreads` says where the channels of the model are.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, made: Recording, model: Recording | None, spreads: Spreads | None) -> None:
         super().__init__()
         self.made, self.model, self.spreads = made, model, spreads
@@ -69,6 +72,8 @@ class Lockstep(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator, with the other run's numbers if there are any."""
+        if takes_functions(func):
+            return opened(self, func, args, kwargs or {})[0]
         self.made.read.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
         moment = self.counted.next(name_of(func))
         step = self.made.steps[moment] = _step(func, args)
@@ -164,7 +169,7 @@ def _step(func: Any, args: tuple[Any, ...]) -> Step:
     if name == "lift_fresh":
         return (), args[0].item() if args[0].numel() == 1 and not args[0].is_complex() else None
     if name == "mean":
-        dims = args[1] if len(args) > 1 and args[1] else range(args[0].ndim)
+        dims = args[1] if len(args) > 1 and args[1] and args[0].ndim else range(args[0].ndim)
         return (), float(torch.Size(args[0].shape[dim] for dim in dims).numel())
     if is_whole(func):
         return tuple(each for each in args if not isinstance(each, Tensor)), None
@@ -178,6 +183,12 @@ _COMPUTING = frozenset(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether numbers can be compared afterwards: not those within torch.vmap, nor rows of several lengths."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.is_floating_point() and not is_wrapped and not tensor.is_nested
 
 
 @contextmanager
@@ -195,7 +206,7 @@ def recorded(module: nn.Module, model: Recording | None = None, spreads: Spreads
     def leave(part: nn.Module, args: Any, output: Any) -> None:
         place = lockstep.counted.leave()
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        if next(part.parameters(recurse=False), None) is not None and first is not None and first.is_floating_point():
+        if next(part.parameters(recurse=False), None) is not None and first is not None and _is_plain(first):
             made.outputs[place] = first.detach()
 
     handles = [part.register_forward_pre_hook(enter(name)) for name, part in module.named_modules()]

@@ -11,9 +11,11 @@ from torch import nn
 from matta.errors import MattaError, NestingError, require_kind
 from matta.nesting.acceptance import require_copies, require_nestable, require_real_buffers
 from matta.nesting.batches import Batch
+from matta.nesting.closures import keepers
 from matta.nesting.copying import copy_module
 from matta.nesting.declarations import Layers, Rules
 from matta.nesting.layout import Layout
+from matta.nesting.live_check import require_live_computes_the_same
 from matta.nesting.matching import Shown, shown_layouts
 from matta.nesting.placing import plan_nesting, private_placements, ta_parameter
 from matta.nesting.plan import Plan, describe, slices
@@ -148,7 +150,8 @@ def nest(
     Raises:
         NestingError: no match, a Student larger than the TA, two Student parameters on one slice,
             a rule that is none or matches nothing, an axis that shapes leave ambiguous, a warm start that
-            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied).
+            is none, or a module that cannot be nested (lazy, compiled, scripted, live, not to be copied, reading its
+            parameters other than as attributes).
         LayoutError: a layout does not fit the sizes of its axis.
         ProbeError: with `example`, the Student's part of the TA computes something else.
 
@@ -184,6 +187,9 @@ def nest(
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())
     nested = Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
+    if example is not None:
+        for each, plan in zip(students, plans, strict=True):
+            require_live_computes_the_same(_live(each, ta, plan), each, example)
     if warm_start == "ta":
         for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
             own = private_placements(each, ta, plans[i], rules, seen and seen.parameters)
@@ -223,6 +229,12 @@ def _live(student: nn.Module, ta: nn.Module, plan: Plan) -> nn.Module:
     made = copy_module(student, {name: own[id(named[name])] for name in plan.private})
     frozen = [name for name in plan.placements if not named[name].requires_grad]
     bind(made, slices(ta, plan.placements, frozen))
+    names = {id(named[name]): name for name in plan.placements}
+    for where, kept in keepers(made, [named[name] for name in plan.placements]):
+        raise NestingError(
+            f"the Student keeps {names[id(kept)]} in {where!r} too, in an object, a container or a function, where it "
+            f"cannot be replaced by a slice; expected it to be read as an attribute of the module that has it"
+        )
     return made
 
 

@@ -20,10 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from matta.nesting.channels import Call, Known, Noted, Row, Rows, name_of
+from matta.nesting.channels import Call, Known, Noted, Rows, name_of
 from matta.nesting.convolutions import convolution, gathered, spatial, spread
+from matta.nesting.higher_order import opened, takes_functions, uncompiled
 from matta.nesting.moved_channels import as_complex, masked, move, packed, view
 from matta.nesting.operator_kinds import is_pointwise, is_whole, may_fill
+from matta.nesting.products import add_product, distances, grouped_product, product, solved, trilinear
 
 
 @final
@@ -32,6 +34,8 @@ class Flow(TorchDispatchMode):
 
     Leave out the fused operators that torch takes for speed while this is active: `plain_kernels` switches them off.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, known: Known) -> None:
         super().__init__()
@@ -46,6 +50,11 @@ class Flow(TorchDispatchMode):
     ) -> Any:
         """Run an operator, then its rule on the rows of its arguments."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if takes_functions(func):
+            made, is_seen = opened(self, func, args, kwargs or {})
+            if not is_seen:
+                self.known.lose_all(tensors, made, _untold(func.name()))
+            return made
         self.known.read.update(map(id, tensors))
         shape = tensors[0].shape if tensors else torch.Size()  # some operators change it in place
         step = self.known.steps.next(name_of(func))
@@ -74,7 +83,7 @@ def plain_kernels() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -101,18 +110,8 @@ def _rule(func: Any) -> _Rule:
     return _unknown
 
 
-def _broadcast(known: Known, tensors: Sequence[Tensor], out: Tensor) -> Rows:
-    """The rows of an element-by-element result; axes align at the right, those of length 1 stretch."""
-    found = []
-    for tensor in tensors:
-        offset = out.ndim - tensor.ndim
-        rows = known.rows(tensor).items()
-        found += [(axis + offset, row) for axis, row in rows if len(row) == out.shape[axis + offset]]
-    return known.tie_all(found)
-
-
 def _pointwise(known: Known, call: Call) -> None:
-    known.put(call.result, _broadcast(known, call.tensors, call.result))
+    known.put(call.result, known.broadcast(call.tensors, call.result))
 
 
 def _keep(known: Known, call: Call) -> None:
@@ -124,17 +123,11 @@ def _forget(known: Known, call: Call) -> None:
 
 
 def _unknown(known: Known, call: Call) -> None:
-    rows = [row for tensor in call.tensors for row in known.rows(tensor).values()]
-    if all(map(known.channels.is_input, rows)):
-        return  # of inputs and ranges alone
-    problem = _untold(call)
-    known.blame(rows, problem)
-    for out in (leaf for leaf in tree_leaves(call.out) if isinstance(leaf, Tensor)):
-        known.put(out, {axis: known.lose(size, problem) for axis, size in enumerate(out.shape)})
+    known.lose_all(call.tensors, call.out, _untold(call.name))
 
 
-def _untold(call: Call) -> str:
-    return f"matta cannot follow them through the operator {call.name!r}"
+def _untold(name: str) -> str:
+    return f"matta cannot follow them through the operator {name!r}"
 
 
 def _axes(dim: Any, ndim: int) -> set[int]:
@@ -163,70 +156,6 @@ def _order(known: Known, call: Call) -> None:
     for out in call.out:
         lost = {dim: known.lose(out.shape[dim], problem)} if dim in rows and out.ndim == call.first.ndim else {}
         known.put(out, {axis: row for axis, row in rows.items() if axis != dim} | lost)
-
-
-def _matmul(known: Known, call: Call, first: Tensor, second: Tensor) -> Rows:
-    """Products of two stacks of matrices, or of a matrix and a vector."""
-    left, right = known.rows(first), known.rows(second)
-    last, inner = first.ndim - 1, max(second.ndim - 2, 0)
-    if last in left and inner in right:
-        known.channels.tie(left[last], right[inner])
-    known.sum_over((first, last), (second, inner))
-    found = [(axis, row) for axis, row in left.items() if axis != last]
-    found += [(axis, row) for axis, row in right.items() if axis != inner]
-    return known.tie_all(found)
-
-
-def _product(known: Known, call: Call) -> None:
-    known.put(call.result, _matmul(known, call, *call.args[:2]))
-
-
-def _solved(known: Known, call: Call) -> None:
-    """The solution of A·X = B, or of X·A = B: the columns of A become rows of X."""
-    ndim, is_left = call["B"].ndim, call["left"]
-    given, found = known.rows(call["self"]), list[tuple[int, Row]]()
-    found += [pair for pair in known.rows(call["B"]).items() if pair[0] != (ndim - 2 if is_left else ndim - 1)]
-    found += [(axis, row) for axis, row in given.items() if axis < ndim - 2]
-    across = ndim - 1 if is_left else ndim - 2
-    if across in given:
-        found.append((2 * ndim - 3 - across, given[across]))
-    known.put(call.result, known.tie_all(found))
-
-
-def _add_product(known: Known, call: Call) -> None:
-    rows = _matmul(known, call, *call.args[1:3])
-    added = _broadcast(known, [call.args[0]], call.result)
-    known.put(call.result, known.tie_all([*rows.items(), *added.items()]))
-
-
-def _trilinear(known: Known, call: Call) -> None:
-    """A product of three tensors, each with new axes of length 1, of which some axes are summed."""
-    found = []
-    for tensor, expand in zip(call.args[:3], call.args[3:6], strict=True):
-        axes = [axis for axis in range(tensor.ndim + len(expand)) if axis not in expand]
-        found += [(axes[axis], row) for axis, row in known.rows(tensor).items()]
-    summed = set(call["sumdim"])
-    weight, axes = (
-        call.args[1],
-        [axis for axis in range(call.args[1].ndim + len(call.args[4])) if axis not in call.args[4]],
-    )
-    for axis in range(weight.ndim):
-        if axes[axis] in summed:
-            known.sum_over((weight, axis))
-    rows = {axis: row for axis, row in known.tie_all(found).items() if axis not in summed}
-    known.put(call.result, {axis - sum(gone < axis for gone in summed): row for axis, row in rows.items()})
-
-
-def _grouped_product(known: Known, call: Call) -> None:
-    """Rows of data times the matrix of the group (the expert) that each belongs to."""
-    data, weight = call.args[0], call.args[1]
-    left, right = known.rows(data), known.rows(weight)
-    if (data.ndim, weight.ndim) != (2, 3):
-        _unknown(known, call)
-        return
-    known.tie_all([(0, rows[1]) for rows in (left, right) if 1 in rows])
-    known.sum_over((weight, 1))
-    known.put(call.result, {1: right[2]} if 2 in right else {})
 
 
 def _restride(known: Known, call: Call) -> None:
@@ -284,7 +213,7 @@ def _stack(known: Known, call: Call) -> None:
 def _copy(known: Known, call: Call) -> None:
     """What is written into a tensor meets what is there, also where a view of it is written to: `x[:, 3] = y`."""
     view = call.result
-    rows = _broadcast(known, [view, call["src"]], view)
+    rows = known.broadcast([view, call["src"]], view)
     known.put(view, rows)
     whole = view._base
     if whole is not None:
@@ -330,7 +259,7 @@ def _transformed(known: Known, call: Call) -> None:
     """A Fourier transform mixes the channels of its own axes, and leaves the others."""
     rows, mixed = known.rows(call.first), _axes(call["dim"], call.first.ndim)
     lost = {axis: row for axis, row in rows.items() if axis in mixed and not known.channels.is_input(row)}
-    problem = _untold(call)
+    problem = _untold(call.name)
     known.blame(lost.values(), problem)
     kept = {axis: row for axis, row in rows.items() if axis not in mixed}
     known.put(call.result, kept | {axis: known.lose(call.result.shape[axis], problem) for axis in lost})
@@ -364,14 +293,14 @@ _RULES: Final[dict[str, _Rule]] = {
     **dict.fromkeys(
         "_softmax _log_softmax _safe_softmax clone _to_copy contiguous tril triu cumsum cumprod "
         "native_dropout lift lift_fresh logcumsumexp hardswish log_sigmoid_forward rrelu_with_noise "
-        "bernoulli poisson".split(),
+        "bernoulli poisson _conj _neg_view".split(),
         _keep,
     ),
     **dict.fromkeys(
         "_local_scalar_dense nonzero multinomial bincount equal zero fill _is_all_true _is_any_true".split(), _forget
     ),
-    **dict.fromkeys(["mm", "bmm", "mv", "dot"], _product),
-    **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation", "_sparse_addmm"], _add_product),
+    **dict.fromkeys(["mm", "bmm", "mv", "dot"], product),
+    **dict.fromkeys(["addmm", "baddbmm", "addmv", "_addmm_activation", "_sparse_addmm"], add_product),
     **dict.fromkeys(["convolution", "_convolution"], convolution),
     **dict.fromkeys(["native_layer_norm", "_fused_rms_norm"], _row_norm),
     **dict.fromkeys(
@@ -381,13 +310,14 @@ _RULES: Final[dict[str, _Rule]] = {
     ),
     **dict.fromkeys(["_embedding_bag", "_embedding_bag_forward_only", "embedding"], _embedding),
     **dict.fromkeys(["topk", "sort", "kthvalue"], _order),
-    **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface", "normal", "binomial"], _pointwise),
+    **dict.fromkeys(["_prelu_kernel", "_weight_norm_interface", "normal", "binomial", "polar", "complex"], _pointwise),
     **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], _transformed),
     "masked_select": masked,
     **dict.fromkeys(["_pack_padded_sequence", "_pad_packed_sequence"], packed),
-    "linalg_solve_triangular": _solved,
-    "_trilinear": _trilinear,
-    "_grouped_mm": _grouped_product,
+    "linalg_solve_triangular": solved,
+    **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], distances),
+    "_trilinear": trilinear,
+    "_grouped_mm": grouped_product,
     "as_strided": _restride,
     **dict.fromkeys(["view_as_complex", "view_as_real"], as_complex),
     "glu": _glu,

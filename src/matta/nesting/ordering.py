@@ -20,7 +20,7 @@ from matta.nesting.batches import Batch, call, map_tensors, outputs_of, relative
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import named_axes
-from matta.nesting.draws import WithoutChance
+from matta.nesting.draws import without_chance
 from matta.nesting.importance import Importance, Loss, channel_scores
 from matta.nesting.principal_axes import principal_axes, turn
 
@@ -194,7 +194,7 @@ def permute(module: nn.Module, group: Group, new: Tensor) -> None:
 
 def _outputs(module: nn.Module, example: Batch) -> list[Tensor]:
     modes = [(part, part.training) for part in module.modules()]
-    with torch.no_grad(), WithoutChance():
+    with torch.no_grad(), without_chance():
         try:
             found = outputs_of(call(module.eval(), split_labels(example)[0]))
         finally:

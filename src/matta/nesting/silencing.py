@@ -8,6 +8,7 @@ width are its numbers (`matta.nesting.lockstep`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, final
@@ -96,7 +97,8 @@ class SilencedPair:
         """The first difference under these placements; None if there is none.
 
         The zeros alone say it for most modules. Where they differ, or do not run, the Student's channels as the run
-        has shown them are kept apart by operators that make ones of zeros, or that look at all channels.
+        has shown them are kept apart by operators that make ones of zeros, or that look at all channels. In the end so
+        are those of buffers, such as codes to which distances are taken.
         """
         try:
             found = self._compare(placements, None)
@@ -104,21 +106,25 @@ class SilencedPair:
             return self._compare(placements, self.spreads)
         if found is None:
             return None
-        try:
-            return self._compare(placements, self.spreads) and found
-        except CannotRunError:
-            return found
+        has_shown = any(name in self.layouts for name, _ in chain(self.ta.named_buffers(), attribute_tensors(self.ta)))
+        for silences in (False, True) if has_shown else (False,):
+            with suppress(CannotRunError):
+                if self._compare(placements, self.spreads, silences_buffers=silences) is None:
+                    return None
+        return found
 
-    def _compare(self, placements: Mapping[str, Placement], spreads: Spreads | None) -> Difference | None:
+    def _compare(
+        self, placements: Mapping[str, Placement], spreads: Spreads | None, *, silences_buffers: bool = False
+    ) -> Difference | None:
         ta = deep_copy(self.ta)
         _plant(self.student, ta, placements, self.plan.private, _SILENT[self.dtype])
-        _copy_numbers(self.student, ta, self.layouts)
+        _copy_numbers(self.student, ta, self.layouts, silences_buffers)
         _narrow_norms(self.student, ta, placements, self.layouts, self.recording)
         channels = _output_axes(self.student, placements)
         try:
             output, recording = _run(ta, self.inputs, self.recording, spreads)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CannotRunError(str(error)) from error
+        except Exception as error:  # also what code of the module asserts
+            raise CannotRunError(str(error) or type(error).__name__) from error
         actual = outputs_of(output)
         shapes = [[tuple(each.shape) for each in side] for side in (self.expected, actual)]
         if self.has_logits and not self.has_own_modules and shapes[0] != shapes[1]:
@@ -227,8 +233,11 @@ def _plant(
 
 
 @torch.no_grad()
-def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layout]) -> None:
-    """Numbers that follow from a width, such as the scale of attention, and buffers become the Student's."""
+def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layout], silences: bool) -> None:
+    """Numbers that follow from a width, such as the scale of attention, and buffers become the Student's.
+
+    What buffers have beyond, where the run has shown it, is zero if it `silences`.
+    """
     for name, part in student.named_modules():
         other = _submodule(ta, name)
         for attribute, value in vars(part).items() if other is not None else ():
@@ -243,6 +252,8 @@ def _copy_numbers(student: nn.Module, ta: nn.Module, layouts: Mapping[str, Layou
         if all(size <= larger for _, (size, larger) in sizes):
             layout = layouts.get(name, Layout({}))
             try:
+                if silences and name in layouts and target.is_floating_point():
+                    target.zero_()
                 write_slice(target, buffer, [layout.resolve(axis, *pair) for axis, pair in sizes])
             except LayoutError:  # traced on other blocks than the one it lives in
                 continue
@@ -322,8 +333,12 @@ def _on_slice(
             fits = tensor.ndim == wide.ndim and tensor.shape[dim] == axis.ta_size
             return tensor.index_select(dim, positions) if fits else tensor
 
-        made: Tensor = module(*tree_map_only(Tensor, narrow, (wide, *args)), **tree_map_only(Tensor, narrow, kwargs))
-        return torch.zeros_like(wide).index_copy(dim, positions, made.to(wide.dtype))
+        narrowed = tree_map_only(Tensor, narrow, ((wide, *args), kwargs))
+        try:
+            made: Tensor = module(*narrowed[0], **narrowed[1])
+            return torch.zeros_like(wide).index_copy(dim, positions, made.to(wide.dtype))
+        except Exception:  # no norm, but a vector of weights that its module combines with others, as DoRA's
+            return plain(wide, *args, **kwargs)
 
     return forward
 

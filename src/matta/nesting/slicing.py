@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.copying import deep_copy
+from matta.nesting.copying import contents, deep_copy
 from matta.nesting.layout import Axis
+from matta.nesting.slice_gradients import GivenAway, adding_at_once
 from matta.nesting.sparse_tables import SparseSlice, lookup_bags, may_look_up
 
 _SLICES = "_live_slices"
@@ -40,6 +41,7 @@ class LiveSlice:
     def __init__(self, owner: nn.Module, name: str, axes: tuple[Axis, ...], *, detach: bool = False) -> None:
         self.owner, self.name, self.axes, self.detach = owner, name, axes, detach
         self.adds_at_once = False
+        self.given_away = GivenAway()
         self._growing = tuple((dim, axis) for dim, axis in enumerate(axes) if axis.grows)
 
     @property
@@ -61,7 +63,7 @@ class LiveSlice:
         """The present weights: a view in training, a contiguous copy otherwise; of a `sparse` table always a view."""
         tensor = _whole(getattr(self.owner, self.name))
         if self.adds_at_once and tensor.requires_grad and torch.is_grad_enabled():
-            tensor = _adding_at_once(tensor)
+            tensor = adding_at_once(tensor)
         if sparse and self._growing:
             tensor = SparseSlice.apply(tensor, self.axes)
             return tensor.detach() if self.detach else tensor
@@ -77,8 +79,8 @@ class LiveSlice:
         Without gradients, torch multiplies a transposed input in another order by weights that ask for none.
         """
         value, source = self.read(contiguous=True), getattr(self.owner, self.name)
-        if value.requires_grad or not source.requires_grad or self.detach:
-            return value
+        if value is source or not source.requires_grad or self.detach:
+            return value  # a view says that it asks for gradients, but without them has no place where they would go
         try:
             return value.detach().requires_grad_()
         except RuntimeError:  # in torch.vmap nothing can ask for a gradient
@@ -123,24 +125,6 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor()
 
 
-def _adding_at_once(parameter: Tensor) -> Tensor:
-    """The parameter as a leaf of its own, whose gradient is added to the parameter's as soon as it is there.
-
-    Autograd would hold the gradients of all of the Student's blocks, whole, until the TA's blocks have theirs.
-    """
-
-    def add(leaf: Tensor) -> None:
-        if parameter.grad is None:
-            parameter.grad = leaf.grad
-        elif leaf.grad is not None:
-            parameter.grad += leaf.grad
-        leaf.grad = None
-
-    leaf = parameter.detach().requires_grad_()
-    leaf.register_post_accumulate_grad_hook(add)
-    return leaf
-
-
 @torch.no_grad()
 def write_slice(target: Tensor, value: Tensor, axes: Sequence[Axis]) -> None:
     """Write the Student's parameter into its slice of the TA's."""
@@ -172,8 +156,7 @@ def _refuse_hidden_parameters(path: str, module: nn.Module) -> None:
     for attribute, value in module.__dict__.items():
         if attribute in ("_parameters", "_buffers", "_modules"):
             continue
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        if any(isinstance(part, nn.Parameter) for part in (value, *parts)):
+        if any(isinstance(part, nn.Parameter) for part in (value, *contents(value))):
             raise NestingError(
                 f"{path or type(module).__name__} keeps parameters in its attribute {attribute!r}, where they "
                 f"cannot be replaced by slices; keep them in a ParameterList or read them by their names"
@@ -260,7 +243,7 @@ def live_parameters(module: nn.Module, *, once: bool = True) -> Iterator[tuple[s
             if key is not None and not (once and key in seen):
                 seen.add(key)
                 if tensor is None and live is not None and key not in tied:
-                    tied[key] = live.outline() if live.is_sharded else getattr(part, name)
+                    tied[key] = live.outline() if live.is_sharded else live.given_away.note(getattr(part, name))
                 yield prefix + name, tied[key] if tensor is None else tensor
 
 
@@ -273,6 +256,8 @@ def _read(name: str) -> Callable[[nn.Module], Tensor]:
         if live is None:  # while it is being copied
             raise AttributeError(name)
         is_sparse = may_look_up(self, live.axes)
+        if torch.is_grad_enabled() and (given := live.given_away.in_backward()) is not None:
+            return given
         if is_sparse or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return live.read(contiguous=not (self.training and torch.is_grad_enabled()), sparse=is_sparse)
         return live.as_parameter()
@@ -288,6 +273,10 @@ def _look_up_bags(self: nn.EmbeddingBag, *args: Any, **options: Any) -> Tensor:
     return lookup_bags(self, table.detach() if live.detach else table, live.axes, *args, **options)
 
 
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
 def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base` under the same name, with a property for each sliced parameter."""
     if (base, names) not in _LIVE_CLASSES:
@@ -301,8 +290,7 @@ def _live_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         if base.forward is nn.EmbeddingBag.forward:
             body["forward"] = _look_up_bags
         if issubclass(base, nn.RNNBase):  # it keeps a list of its weights beside them
-            weights = lambda self: [getattr(self, name, None) for name in self._flat_weights_names]  # noqa: E731
-            body["_flat_weights"] = property(weights, lambda self, value: None)
+            body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         _LIVE_CLASSES[base, names] = type(base.__name__, (base,), body)
     return _LIVE_CLASSES[base, names]
 
@@ -351,8 +339,8 @@ def _converting(name: str) -> Callable[..., nn.Module]:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """Pickle the user's class and the names, from which the live class is made again."""
-    return _new_live, (user_class(self), tuple(self.__dict__.get(_SLICES, ()))), self.__dict__
+    """Pickle the user's class and the names, from which the live class is made again, and the state that it gives."""
+    return _new_live, (user_class(self), tuple(self.__dict__.get(_SLICES, ()))), self.__getstate__()
 
 
 def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -360,7 +348,7 @@ def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if not memo:
         return materialize(self)
     made = memo[id(self)] = _new_live(user_class(self), tuple(self.__dict__.get(_SLICES, ())))
-    made.__setstate__(copy.deepcopy(self.__dict__, memo))
+    made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
     return made
 
 

@@ -19,7 +19,7 @@ from matta.errors import NestingError
 from matta.nesting.batches import Batch, call, eval_mode, outputs_of, relative_difference, split_labels
 from matta.nesting.copying import holds_same
 from matta.nesting.declarations import LayerMap, translate
-from matta.nesting.draws import WithoutChance
+from matta.nesting.draws import without_chance
 from matta.nesting.known_modules import axis_role
 from matta.nesting.matching import Shown
 from matta.nesting.plan import Placement, Plan
@@ -140,7 +140,7 @@ def _capture(ta: nn.Module, block: nn.Module, example: Batch) -> tuple[Any, Any]
     seen: list[tuple[Any, Any]] = []
     handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     try:
-        with eval_mode(ta), torch.no_grad():
+        with eval_mode(ta), torch.no_grad(), without_chance():
             call(ta, split_labels(example)[0])
     finally:
         handle.remove()
@@ -149,7 +149,7 @@ def _capture(ta: nn.Module, block: nn.Module, example: Batch) -> tuple[Any, Any]
 
 @torch.no_grad()
 def _is_identity(block: nn.Module, args: Any, kwargs: Any) -> bool:
-    with eval_mode(block), WithoutChance():
+    with eval_mode(block), without_chance():
         found = block(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     found = found[0] if isinstance(found, tuple) else found
     given = args[0] if args else next(iter(kwargs.values()), None)
@@ -208,7 +208,7 @@ def _require_same(
 ) -> None:
     """Refuse a TA that does not compute what the Student does; it then has its weights of before."""
     inputs = split_labels(example)[0]
-    with eval_mode(student, ta), WithoutChance():
+    with eval_mode(student, ta), without_chance():
         found = [outputs_of(call(module, inputs)) for module in (student, ta)]
     pairs = list(zip(*found, strict=False))
     alike = [pair for pair in pairs if pair[0].shape == pair[1].shape]  # others: hidden states beside the logits

@@ -213,6 +213,8 @@ def _forward_of(head: nn.Linear, grad_enabled: bool) -> Any:
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     """The type that the product is computed in; None if it is not one of plain matrices."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(hidden) or hidden.is_nested:
+        return None
     if hidden.ndim < 2 or type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor):
         return None
     kind = hidden.device.type
