@@ -73,13 +73,46 @@ class WritesToItsWeights(Net):
         return self.entry(x)
 
 
-@pytest.mark.parametrize("kind", [InAnObject, InAClosure])
-@pytest.mark.parametrize("example", [None, (X, None)])
-def test_weights_that_are_kept_elsewhere_too_are_refused(kind: type[Net], example: Any) -> None:
+class Penalised(Net):
+    """As rankers that keep parameters for a penalty; `share` of it is in what training returns."""
+
+    share = 0.0
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.penalised = [([("entry", self.entry.weight)], 0.1), ([self.head.weight], 0.2)]
+        self.optimizer = torch.optim.SGD(self.parameters(), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        penalty = self.penalised[0][0][0][1].square().sum() if self.training else 0.0  # type: ignore[index, union-attr]
+        return super().forward(x) + self.share * penalty
+
+
+class PenalisedInTraining(Penalised):
+    share = 1.0
+
+
+@pytest.mark.parametrize("kind", [InAnObject, InAClosure, PenalisedInTraining])
+def test_weights_that_are_read_from_elsewhere_are_refused(kind: type[Net]) -> None:
+    with pytest.raises(NestingError, match="the Student keeps .*weight in '.*' too.* pass example=batch"):
+        matta.nest(kind(4), kind(7))
     with pytest.raises(
-        NestingError, match=r"the Student keeps entry.weight in 'kept' too.*expected it to be read as an"
+        NestingError, match=r"something else than a plain one .*entry.weight is kept elsewhere too \(in"
     ):
-        matta.nest(kind(4), kind(7), example=example)
+        matta.nest(kind(4), kind(7), example=(X, None))
+
+
+def test_weights_that_are_kept_elsewhere_and_not_read_are_nested_with_an_example() -> None:
+    nested = matta.nest(Penalised(4), Penalised(7), example=(X, None))
+    expected = Penalised(4)
+    expected.load_state_dict(matta.extract(nested).state_dict())
+    torch.testing.assert_close(nested.student(X), expected(X), rtol=0, atol=0)
+
+
+def test_a_module_that_has_its_optimizer_is_nested_without_an_example() -> None:
+    student, ta = Net(4), Net(7)
+    student.optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    assert matta.nest(student, ta).student.entry.weight.shape == (4, 5)
 
 
 @pytest.mark.parametrize("kind", [PastTheAttribute, AsksForItsKind, WritesToItsWeights])

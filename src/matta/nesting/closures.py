@@ -8,12 +8,12 @@ from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 OF_MODULES: Final = frozenset({"_parameters", "_buffers", "_modules"})
 """The attributes in which torch keeps what is registered."""
 _PLAIN: Final = frozenset((bool, int, float, str, bytes, type(None)))
-_CLOSED: Final = (nn.Module, Tensor, type, ModuleType)
+_CLOSED: Final = (nn.Module, Tensor, type, ModuleType, optim.Optimizer)
 
 
 def rebind_functions(module: nn.Module, memo: dict[int, Any]) -> None:

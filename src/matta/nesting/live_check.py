@@ -7,14 +7,14 @@ the slices without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.batches import Batch, call, eval_mode, outputs_of, relative_difference, split_labels
+from matta.nesting.batches import Batch, call, outputs_of, relative_difference, split_labels
 from matta.nesting.copying import deep_copy
 from matta.nesting.lockstep import recorded
 from matta.nesting.slicing import LiveSlice, skeleton, slices_of
@@ -28,8 +28,18 @@ _EXPECTED: Final = (
 
 
 @torch.no_grad()
-def require_live_computes_the_same(live: nn.Module, student: nn.Module, example: Batch) -> None:
+def require_live_computes_the_same(
+    live: nn.Module,
+    student: nn.Module,
+    example: Batch,
+    *,
+    training: bool = False,
+    kept: Sequence[tuple[str, str]] = (),
+) -> None:
     """Refuse a Student whose live copy computes something else on the example than a plain one with its weights.
+
+    `kept` are attributes that keep parameters, and these: an optimizer's, or a list for a penalty, which the forward
+    does not read, or reads. The message names them.
 
     `live` is run, and what its modules remember of runs changes. Modules that draw random numbers from elsewhere than
     torch's generators, so that two plain copies differ, are let through.
@@ -42,11 +52,11 @@ def require_live_computes_the_same(live: nn.Module, student: nn.Module, example:
         return
     inputs = split_labels(example)[0]
     try:
-        expected, _ = _run(_plain(student, slices), inputs)
+        expected, _ = _run(_plain(student, slices), inputs, training=training)
     except Exception:  # the probe and the first step say so
         return
     try:
-        found, read = _run(live, inputs)
+        found, read = _run(live, inputs, training=training)
     except Exception as error:
         raise NestingError(
             f"the live Student fails on the example with {type(error).__name__}: {error}, where a plain one with "
@@ -60,9 +70,10 @@ def require_live_computes_the_same(live: nn.Module, student: nn.Module, example:
             f"{type(error).__name__}: {error}; expected classes whose __getstate__ and __reduce__ take subclasses"
         ) from error
     most = _TOLERANCE[any(each.element_size() == 2 for each in expected)]
-    if _distance(expected, found) > most >= _distance(expected, _run(_plain(student, slices), inputs)[0]):
+    again, _ = _run(_plain(student, slices), inputs, training=training)
+    if _distance(expected, found) > most >= _distance(expected, again):
         placed = {id(each): name for name, each in student.named_parameters() if name in slices}
-        raise NestingError(_message(_distance(expected, found), [placed[key] for key in placed.keys() & read]))
+        raise NestingError(_message(_distance(expected, found), [placed[key] for key in placed.keys() & read], kept))
 
 
 def _plain(student: nn.Module, slices: Mapping[str, LiveSlice]) -> nn.Module:
@@ -74,21 +85,19 @@ def _plain(student: nn.Module, slices: Mapping[str, LiveSlice]) -> nn.Module:
     return made
 
 
-def _run(module: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]]:
-    """What a module returns in eval mode with random numbers of one seed, and the parameters that were read."""
+def _run(module: nn.Module, inputs: Any, *, training: bool) -> tuple[list[Tensor], set[int]]:
+    """What a copy of a module returns with random numbers of one seed, and the parameters that were read."""
     devices = {each.device for each in module.parameters() if each.device.type == "cuda"}
-    with eval_mode(module), torch.random.fork_rng(devices=list(devices)), recorded(module) as run:
+    module.train(training)
+    with torch.random.fork_rng(devices=list(devices)), recorded(module) as run:
         torch.manual_seed(_SEED)
         return outputs_of(call(module, inputs)), run.read
 
 
-def _message(distance: float, read: Iterable[str]) -> str:
+def _message(distance: float, read: Iterable[str], kept: Sequence[tuple[str, str]]) -> str:
     names = ", ".join(sorted(read))
-    why = (
-        f"{names} is kept elsewhere too (in an object, a container or a function), and read from there; "
-        if names
-        else ""
-    )
+    where = ", ".join(repr(place) for place, _ in kept[:3]) or "an object, a container or a function"
+    why = f"{names} is kept elsewhere too (in {where}), and read from there; " if names else ""
     return (
         f"the live Student computes something else than a plain one with its weights (relative error {distance:.2g}); "
         f"{why}{_EXPECTED}"

@@ -187,9 +187,8 @@ def nest(
         for each, plan, seen in zip(students, plans, shown, strict=True):
             warm_start_pair(each, ta, plan, example, seen or Shown())
     nested = Nested(ta, [_live(each, ta, plan) for each, plan in zip(students, plans, strict=True)], plans)
-    if example is not None:
-        for each, plan in zip(students, plans, strict=True):
-            require_live_computes_the_same(_live(each, ta, plan), each, example)
+    for each, plan in zip(students, plans, strict=True):
+        _require_reads(each, ta, plan, example)
     if warm_start == "ta":
         for i, (each, seen) in enumerate(zip(students, shown, strict=True)):
             own = private_placements(each, ta, plans[i], rules, seen and seen.parameters)
@@ -229,13 +228,24 @@ def _live(student: nn.Module, ta: nn.Module, plan: Plan) -> nn.Module:
     made = copy_module(student, {name: own[id(named[name])] for name in plan.private})
     frozen = [name for name in plan.placements if not named[name].requires_grad]
     bind(made, slices(ta, plan.placements, frozen))
-    names = {id(named[name]): name for name in plan.placements}
-    for where, kept in keepers(made, [named[name] for name in plan.placements]):
-        raise NestingError(
-            f"the Student keeps {names[id(kept)]} in {where!r} too, in an object, a container or a function, where it "
-            f"cannot be replaced by a slice; expected it to be read as an attribute of the module that has it"
-        )
     return made
+
+
+def _require_reads(student: nn.Module, ta: nn.Module, plan: Plan, example: Batch | None) -> None:
+    """Refuse a Student that reads parameters from elsewhere than their modules; without an example, one that may."""
+    live, named = _live(student, ta, plan), dict(student.named_parameters(remove_duplicate=False))
+    names = {id(named[name]): name for name in plan.placements}
+    kept = [(where, names[id(each)]) for where, each in keepers(live, [named[name] for name in plan.placements])]
+    if example is not None:
+        require_live_computes_the_same(live, student, example, kept=kept)
+        if kept:  # a penalty is read in training alone
+            require_live_computes_the_same(_live(student, ta, plan), student, example, training=True, kept=kept)
+    elif kept:
+        raise NestingError(
+            f"the Student keeps {kept[0][1]} in {kept[0][0]!r} too, in an object, a container or a function, where it "
+            f"cannot be replaced by a slice; expected it to be read as an attribute of the module that has it; if it "
+            f"is, pass example=batch to have that seen"
+        )
 
 
 def _drop_slices(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from matta.errors import NestingError
-from matta.nesting.copying import contents, deep_copy
+from matta.nesting.copying import deep_copy
 from matta.nesting.layout import Axis
 from matta.nesting.slice_gradients import GivenAway, adding_at_once
 from matta.nesting.sparse_tables import SparseSlice, lookup_bags, may_look_up
@@ -156,7 +156,8 @@ def _refuse_hidden_parameters(path: str, module: nn.Module) -> None:
     for attribute, value in module.__dict__.items():
         if attribute in ("_parameters", "_buffers", "_modules"):
             continue
-        if any(isinstance(part, nn.Parameter) for part in (value, *contents(value))):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if isinstance(value, nn.Parameter) or any(isinstance(part, nn.Parameter) for part in parts):
             raise NestingError(
                 f"{path or type(module).__name__} keeps parameters in its attribute {attribute!r}, where they "
                 f"cannot be replaced by slices; keep them in a ParameterList or read them by their names"
