@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_metrics_of_classes_are_those_of_all_rows_at_once() -> None:
 def test_logits_that_a_sigmoid_in_float32_makes_alike_are_told_apart() -> None:
     logits, labels = torch.tensor([[20.0], [30.0], [25.0], [40.0]]), torch.tensor([0, 1, 0, 1])
     assert matta.Evaluation(data=[(logits, labels)], metrics={"auc": BinaryAUROC()})(given(logits))["auc"] == 1.0
+
+
+def test_a_module_that_seems_to_return_probabilities_is_told_of() -> None:
+    logits = torch.randn(128, 1, generator=torch.Generator().manual_seed(0))
+    labels, metrics = (logits[:, 0] > 0).long(), {"accuracy": BinaryAccuracy()}
+    with pytest.warns(UserWarning, match=r"all 128 outputs that the metric 'accuracy' was given lie between 0 and 1"):
+        matta.Evaluation(data=[(logits.sigmoid(), labels)], metrics=metrics)(given(logits))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert matta.Evaluation(data=[(logits, labels)], metrics=metrics)(given(logits))["accuracy"] == 1
 
 
 def test_metrics_do_not_see_labels_that_are_ignored() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol, final
 
@@ -15,6 +16,7 @@ from matta.objectives.objective import Objective, side_by_side
 from matta.objectives.several_heads import Heads
 
 _CLASSES: Final = "torchmetrics.classification"  # its metrics want probabilities, and classes for labels
+_MANY: Final = 100  # so many outputs between 0 and 1 are no chance
 Rows = dict[str, tuple[Tensor, Tensor]]  # logits and labels of each head; of one output under ""
 
 
@@ -100,6 +102,7 @@ class Metrics:
         self._metrics = [
             (head, name, copy.deepcopy(metric)) for head, own in by_head.items() for name, metric in own.items()
         ]
+        self._looked_at: dict[tuple[str, str], tuple[bool, int]] = {}  # whether all lie between 0 and 1; how many
         self._objectives = {"": objective} if heads is None else {head: each for head, (each, _) in heads.items()}
         for _, _, metric in self._metrics:
             for part in _parts(metric):
@@ -122,6 +125,7 @@ class Metrics:
                 continue
             objective = self._objectives[head]
             if _wants_classes(metric) and (objective is None or objective.makes_probabilities):
+                self._look_at((head, name), logits)
                 logits, labels = _probabilities(logits, labels), _classes(name, metric, labels)
             try:
                 metric.update(logits, labels)
@@ -131,9 +135,22 @@ class Metrics:
                     f"{tuple(labels.shape)}: {first_line(error)}; expected a metric for these"
                 ) from error
 
+    def _look_at(self, key: tuple[str, str], logits: Tensor) -> None:
+        is_unit, count = self._looked_at.get(key, (True, 0))
+        is_unit = is_unit and bool(((logits >= 0) & (logits <= 1)).all())
+        self._looked_at[key] = is_unit, count + logits.numel()
+
     def values(self) -> Iterator[tuple[str, float]]:
-        """The name and the value of each."""
+        """The name and the value of each; a warning where a module seems to return probabilities."""
         for head, name, metric in self._metrics:
+            is_unit, count = self._looked_at.get((head, name), (False, 0))
+            if is_unit and count >= _MANY:
+                warnings.warn(
+                    f"all {count} outputs that the metric {name!r} was given lie between 0 and 1, and were taken for "
+                    f"logits; expected modules that return logits: if these are probabilities, leave their sigmoid or "
+                    f"softmax out",
+                    stacklevel=2,
+                )
             yield f"{head}_{name}" if head else name, _number(name, metric.compute())
 
 
