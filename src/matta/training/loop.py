@@ -286,7 +286,7 @@ class Training:
         self.losses.read()
         self._save()
         if self.folder is not None:
-            self.folder.wait()
+            self.folder.wait_together()
             if self.accelerator.is_main_process:
                 self.folder.save_nested(self.step, self.cotrain.nested)
                 if isinstance(self.optimizer, Shampoo) and not self.is_sharded:

@@ -80,12 +80,6 @@ def of_main(value: T) -> T:
     return values[0]
 
 
-def wait_for_all() -> None:
-    """Wait until all processes have come here, as long as it takes."""
-    if num_processes() > 1:
-        distributed.barrier(group=_patient_group(distributed.group.WORLD))
-
-
 @lru_cache(maxsize=1)
 def _patient_group(_: Any) -> Any:
     return distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -127,11 +121,13 @@ def collected(values: Sequence[T], *, together: bool = True) -> list[T]:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise the error of one process on all of them, which must all call this.
+    """Raise the error of one process on all of them, which must all call this, and wait as long as it takes.
 
     Raises:
         RunError: another process has one.
     """
+    if num_processes() > 1:
+        distributed.barrier(group=_patient_group(distributed.group.WORLD))
     messages = gathered(None if error is None else first_line(error))
     if error is not None:
         raise error

@@ -15,7 +15,7 @@ from matta.nesting.sharded_slices import follow_shards, is_sharded, run_as_forwa
 from matta.sizes.saving import save
 from matta.training.cotraining import CoTraining
 from matta.training.evaluation import Evaluate, Evaluated, evaluating, whole_nested
-from matta.training.processes import is_main_process, known_length, num_processes, of_main, raise_together, wait_for_all
+from matta.training.processes import is_main_process, known_length, num_processes, of_main, raise_together
 from matta.training.randomness import random_state, random_state_kept, set_random_state
 
 BEST: Final = "best"  # the folder of the best nesting, in that of the run
@@ -85,7 +85,6 @@ class RunEvaluation:
                 values = _judged(evaluate, shown)
             except Exception as error:
                 failed = error
-        wait_for_all()
         raise_together(failed)
         return of_main(values)
 

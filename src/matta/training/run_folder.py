@@ -45,7 +45,7 @@ from matta.sizes.storage import put_back, verify, whole_folder, write_json
 from matta.sizes.weight_files import weights_in
 from matta.training.checkpoint_shares import TRAINING, SavedShares, Share, ShareWriter, has_shares, require_types
 from matta.training.plain_state import PackedState, cpu_copy, read_state
-from matta.training.processes import gathered, is_main_process, of_main, wait_for_all
+from matta.training.processes import gathered, is_main_process, of_main, raise_together
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -217,10 +217,14 @@ class RunFolder:
         """Return when the last checkpoints of all processes are on disk; all call this.
 
         Raises:
-            RunError: that of this process could not be written.
+            RunError: one could not be written.
         """
-        self.wait()
-        wait_for_all()
+        failed: Exception | None = None
+        try:
+            self.wait()
+        except RunError as error:
+            failed = error
+        raise_together(failed)
 
     def close(self) -> None:
         """Wait for the last checkpoint, and let others write here.
