@@ -1,9 +1,8 @@
 """The zoo: models as people have them, each nested, trained for two steps, extracted and started from its Student.
 
-The models are in `zoo_transformers.py`, `zoo_found.py`, `zoo_searched.py`, `zoo_third.py`, `zoo_fourth.py`,
-`zoo_packages.py`, `zoo_handwritten.py` and `zoo_rankers.py`, what is asked of each in `zoo_cases.py`. A refusal counts
-as right where what it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute
-something else than the plain class, `foreign_errors` those that ended in an error that is not matta's.
+The models are those of `zoo_models.py`, what is asked of each is in `zoo_cases.py`. A refusal counts as right where what
+it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute something else than
+the plain class, `foreign_errors` those that ended in an error that is not matta's.
 
     python benchmarks/zoo.py [--quick] [--json] [--write docs/models.md]
 """
@@ -18,30 +17,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import zoo_found
-import zoo_fourth
-import zoo_handwritten
-import zoo_packages
-import zoo_rankers
-import zoo_searched
-import zoo_third
-import zoo_transformers
 from zoo_cases import Outcome, examine
-
-MODELS = tuple(
-    model
-    for module in (
-        zoo_transformers,
-        zoo_found,
-        zoo_searched,
-        zoo_third,
-        zoo_fourth,
-        zoo_packages,
-        zoo_handwritten,
-        zoo_rankers,
-    )
-    for model in module.MODELS
-)
+from zoo_models import MODELS
 
 
 def main() -> None:

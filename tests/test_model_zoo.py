@@ -9,30 +9,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import zoo_found
-import zoo_fourth
-import zoo_handwritten
-import zoo_packages
-import zoo_rankers
-import zoo_searched
-import zoo_third
-import zoo_transformers
 from zoo_cases import Model, examine, remedies
+from zoo_models import MODELS
 
-MODELS = tuple(
-    model
-    for module in (
-        zoo_transformers,
-        zoo_found,
-        zoo_searched,
-        zoo_third,
-        zoo_fourth,
-        zoo_packages,
-        zoo_handwritten,
-        zoo_rankers,
-    )
-    for model in module.MODELS
-)
 QUICK = ("Starcoder2ForCausalLM", "Mamba2ForCausalLM")
 
 

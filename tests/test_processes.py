@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from matta.errors import NestingError, RunError
 from matta.training.feeding import Feed
 from matta.training.processes import make_accelerator, num_launched, require_all
 from matta.training.randomness import random_state
+from matta.training.run_folder import RunFolder
 from test_fitting import free_port
 
 Pair = tuple[Tensor, Tensor]
@@ -239,6 +241,20 @@ def resumed(folder: str, name: str) -> dict[str, Any]:
     return {**begun(folder, name, stop=0), "observers": [Idle(0)], "resume": True}
 
 
+def check_full_disk(folder: Path) -> None:
+    """The main process cannot write, and all say so."""
+    write = RunFolder._write
+    RunFolder._write = full  # type: ignore[method-assign]
+    told = "" if os.environ["RANK"] == "0" else r"process 0 of \d failed: "
+    with pytest.raises(RunError, match=rf"^{told}a checkpoint could not be written to .*No space left on device"):
+        Trained(batches(), run=folder / "full", checkpoint_every=1, tensorboard=False)
+    RunFolder._write = write  # type: ignore[method-assign]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def work(folder: str) -> None:
     """A process of several, as torchrun starts it."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -255,6 +271,7 @@ def work(folder: str) -> None:
                 Trained(make(), **begun(folder, f"two, {name}", stop=3), accumulate=2)
             found[f"changed {name}"] = Trained(make(), **resumed(folder, f"one, {name}"), accumulate=2).shown()
         found |= check_events()
+    check_full_disk(Path(folder))
     share = make_accelerator().prepare_data_loader(plain)
     with pytest.raises(RunError, match="gives each process its share"):
         matta.Evaluation(data=share, objective=matta.objectives.Binary())(matta.nest(tower(4), tower(8)))

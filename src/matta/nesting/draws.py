@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from matta.nesting.channels import name_of
 from matta.nesting.higher_order import opened, takes_functions, uncompiled
 
-_SEED: Final = 20250523
+SEED: Final = 20250523  # of all random numbers with which a nesting is checked
 _DRAWS: Final = frozenset(
     "rand rand_like uniform randn randn_like normal bernoulli exponential poisson multinomial randint randint_like "
     "randperm random geometric binomial log_normal cauchy".split()
@@ -62,7 +62,7 @@ def drawn(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
     """What such an operator returns, without chance; no generator but a new one moves on."""
     device = kwargs.get("device") or next((each.device for each in args if isinstance(each, Tensor)), "cpu")
     middle = _middle(func, args, kwargs)  # before the draw, which may write into what it takes
-    out: Tensor = func.overloadpacket(*args, **{**kwargs, "generator": torch.Generator(device).manual_seed(_SEED)})
+    out: Tensor = func.overloadpacket(*args, **{**kwargs, "generator": torch.Generator(device).manual_seed(SEED)})
     return out if middle is None or not out.is_floating_point() else out.copy_(torch.as_tensor(middle))
 
 

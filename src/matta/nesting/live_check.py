@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from matta.errors import NestingError
 from matta.nesting.batches import Batch, call, outputs_of, relative_difference, split_labels
 from matta.nesting.copying import deep_copy
+from matta.nesting.draws import SEED
 from matta.nesting.lockstep import recorded
 from matta.nesting.slicing import LiveSlice, skeleton, slices_of
 
-_SEED: Final = 20250523
 _TOLERANCE: Final = {True: 2e-2, False: 1e-4}  # of types of 16 bits, whose sums may be in another order, or not
 _EXPECTED: Final = (
     "expected a forward that reads parameters as attributes of the modules that have them (self.weight, not "
@@ -90,7 +90,7 @@ def _run(module: nn.Module, inputs: Any, *, training: bool) -> tuple[list[Tensor
     devices = {each.device for each in module.parameters() if each.device.type == "cuda"}
     module.train(training)
     with torch.random.fork_rng(devices=list(devices)), recorded(module) as run:
-        torch.manual_seed(_SEED)
+        torch.manual_seed(SEED)
         return outputs_of(call(module, inputs)), run.read
 
 

@@ -20,11 +20,10 @@ from matta.nesting.batches import Batch, call, map_tensors, outputs_of, relative
 from matta.nesting.channel_groups import Group, Left, find_groups
 from matta.nesting.copying import deep_copy
 from matta.nesting.dimensions import named_axes
-from matta.nesting.draws import without_chance
+from matta.nesting.draws import SEED, without_chance
 from matta.nesting.importance import Importance, Loss, channel_scores
 from matta.nesting.principal_axes import principal_axes, turn
 
-_SEED = 20250523
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}
 _TOLERANCE = 1e-4
 
@@ -298,7 +297,7 @@ def _exchange(size: int) -> Tensor:
 
 
 def _turned(size: int) -> Tensor:
-    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
     return torch.linalg.qr(matrix)[0]
 
 
@@ -308,7 +307,7 @@ def _cast(example: Batch, dtype: torch.dtype) -> Batch:
 
 @torch.no_grad()
 def _shaken(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     for parameter in module.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)

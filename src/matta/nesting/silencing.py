@@ -22,6 +22,7 @@ from matta.errors import LabelError, LayoutError, NestingError, ProbeError
 from matta.nesting.batches import call, has_logits, outputs_of, relative_difference
 from matta.nesting.copying import attribute_tensors, deep_copy
 from matta.nesting.declarations import LayerMap
+from matta.nesting.draws import SEED
 from matta.nesting.known_modules import axis_role, output_axis
 from matta.nesting.layout import Axis, Layout
 from matta.nesting.lockstep import Recording, Spreads, recorded
@@ -29,7 +30,6 @@ from matta.nesting.plan import Placement, Plan
 from matta.nesting.slicing import is_live, materialize, write_slice
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, None: 2e-2}  # None: of its own types, bfloat16 say
-_SEED = 20250523
 _SILENT = {torch.float64: 1e-30, torch.float32: 1e-18, None: 1e-18}  # as good as zero, but a weight norm divides by it
 
 
@@ -187,7 +187,7 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 @torch.no_grad()
 def _random(module: nn.Module) -> nn.Module:
     """The module, its weights moved at random about where they are."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     for parameter in filter(_is_random, module.parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
         width = parameter.shape[1:].numel() if parameter.ndim > 1 else 16
