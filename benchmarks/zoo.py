@@ -1,8 +1,8 @@
 """The zoo: models as people have them, each nested, trained for two steps, extracted and started from its Student.
 
-The models are those of `zoo_models.py`, what is asked of each is in `zoo_cases.py`. A refusal counts as right where what
-it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute something else than
-the plain class, `foreign_errors` those that ended in an error that is not matta's.
+The models are those of `zoo_models.py`, what is asked of each is in `zoo_cases.py`. A refusal counts as right where
+what it says to do, done as it stands, nests. `wrong_in_silence` counts models that nested and compute something else
+than the plain class, `foreign_errors` those that ended in an error that is not matta's.
 
     python benchmarks/zoo.py [--quick] [--json] [--write docs/models.md]
 """
